@@ -1,0 +1,74 @@
+"""Every exception and warning of the package. Messages say what was found, what was expected, what to do.
+
+All errors derive from :class:`CKAError`, so ``except cka_hooks.CKAError`` catches what this package
+raises on purpose and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cka_hooks.result import CKAResult
+
+
+class CKAError(Exception):
+    """Base class of every error this package raises on purpose."""
+
+
+class LayerError(CKAError, ValueError):
+    """A layer choice that matches nothing, or a chosen layer that cannot be recorded."""
+
+
+class ModelError(CKAError, TypeError):
+    """A model that forward hooks cannot see into, such as a ``ScriptModule``."""
+
+
+class BatchError(CKAError, ValueError):
+    """A batch that the model cannot be called with, or whose number of samples cannot be told."""
+
+
+class SampleCountError(CKAError, ValueError):
+    """Activations of one minibatch, or tensors to compare, that differ in their number of samples."""
+
+
+class TooFewSamplesError(CKAError, ValueError):
+    """No minibatch of the run had the four samples an HSIC estimate needs, or the loader was empty."""
+
+
+class OptionError(CKAError, ValueError):
+    """An option whose value is not one of those it can have."""
+
+
+class NonFiniteError(CKAError, ArithmeticError):
+    """NaN or infinity in an activation.
+
+    Attributes:
+        layers: layer label -> 0-based number of the first minibatch in which it was not finite.
+        partial: the result of every other layer over all minibatches, or None where nothing is left.
+    """
+
+    def __init__(self, message: str, layers: dict[str, int], partial: CKAResult | None) -> None:
+        super().__init__(message)
+        self.layers = layers
+        self.partial = partial
+
+
+class OutOfMemoryError(CKAError, MemoryError):
+    """The device ran out of memory inside a hook, also after retrying in smaller pieces."""
+
+
+class ResultFileError(CKAError, ValueError):
+    """A file that is not a result this package saved: truncated, edited, or of another version."""
+
+
+class CheckpointError(CKAError, ValueError):
+    """A checkpoint that cannot be resumed: damaged, or written by a run with other settings."""
+
+
+class MissingExtraError(CKAError, ImportError):
+    """An optional dependency that is not installed. The message has the ``pip install`` line."""
+
+
+class CKAWarning(UserWarning):
+    """Category of every warning of this package: filter it to silence or to raise."""
