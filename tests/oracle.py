@@ -311,7 +311,6 @@ def _leaves(model: nn.Module, batch: Any, call: Call) -> list[str]:
     finally:
         for handle in handles:
             handle.remove()
-    called &= set(eligible.values())
     return [
         name
         for name, module in eligible.items()
