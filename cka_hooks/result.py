@@ -294,6 +294,16 @@ class CKAResult:
         # The longest, because one model may be called "a" and another "a/b".
         return max(owners, key=len, default="")
 
+    def layer_of(self, label: str) -> str:
+        """The label without the name of its model.
+
+        Example:
+            >>> CKAResult.example(models=("a", "b")).layer_of("b/conv1")
+            'conv1'
+        """
+        model = self.model_of(label)
+        return label[len(model) + 1 :] if model else label
+
     def between(self, first: str, second: str) -> CKAResult:
         """The block that compares one model with another: its rows are ``first``, its columns ``second``.
 

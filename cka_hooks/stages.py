@@ -1,0 +1,162 @@
+"""Which of many layer labels to write along an axis: thinned so that none overlap, grouped by stage.
+
+A dotted label is a path in a tree: ``layer3`` holds ``layer3.22`` holds ``layer3.22.bn2``. Where the
+labels of all layers have no room, a run of layers with a common beginning gets one label, that
+beginning, at its middle; runs with room to spare are divided further.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import groupby, pairwise
+from typing import NamedTuple
+
+#: A run this many labels long is too long for a single name: some of its layers are named instead.
+_LONG = 8
+
+
+class Span(NamedTuple):
+    """Consecutive layers with a common beginning of their labels.
+
+    Attributes:
+        start: position of the first.
+        stop: one past the last.
+        name: the beginning they share; the whole label where it is one layer.
+        depth: how many parts of the path ``name`` is made of.
+    """
+
+    start: int
+    stop: int
+    name: str
+    depth: int
+
+    @property
+    def middle(self) -> float:
+        """Position at which to write the name."""
+        return (self.start + self.stop - 1) / 2
+
+
+def thinned(models: Sequence[str], labels: Sequence[str], gap: float) -> list[Span]:
+    """The labels to write, no two closer together than ``gap``.
+
+    Args:
+        models: name of the model of each position; a name never covers two models.
+        labels: label of each position, without its model.
+        gap: least distance between two written labels, in positions.
+
+    Returns:
+        Spans in order. With ``gap <= 1`` one for each label.
+
+    Example:
+        >>> labels = ["conv1", "layer1.0.a", "layer1.0.b", "layer1.1.a", "layer1.1.b", "fc"]
+        >>> [span.name for span in thinned([""] * 6, labels, gap=1.5)]
+        ['conv1', 'layer1.0', 'layer1.1', 'fc']
+    """
+    spans: list[Span] = []
+    for run in _models(models):
+        if gap <= 1:
+            spans += [Span(i, i + 1, labels[i], 0) for i in range(run.start, run.stop)]
+        else:
+            spans += [kept for span in _divide(labels, run) for kept in _refine(labels, span, gap)]
+    return _spaced(spans, gap)
+
+
+def stages(models: Sequence[str], labels: Sequence[str]) -> list[Span]:
+    """The few large parts of each model, such as ``layer1`` to ``layer4``; what no part holds stays single.
+
+    Args:
+        models: name of the model of each position.
+        labels: label of each position, without its model.
+
+    Example:
+        >>> labels = ["features.conv0", "features.block1.a", "features.block1.b", "features.block2.a",
+        ...           "features.block2.b", "fc"]
+        >>> [span.name for span in stages([""] * 6, labels)]
+        ['features.conv0', 'features.block1', 'features.block2', 'fc']
+    """
+    found: list[Span] = []
+    for run in _models(models):
+        spans = _divide(labels, run)
+        while True:
+            # One container that holds nearly all of the model, such as "features", says nothing.
+            largest = max(spans, key=lambda span: span.stop - span.start)
+            children = _divide(labels, largest)
+            share = (largest.stop - largest.start) / (run.stop - run.start)
+            if share < 0.8 or len(children) < 2 or len(children) > (largest.stop - largest.start) / 1.5:
+                break
+            at = spans.index(largest)
+            spans[at : at + 1] = children
+        found += spans
+    return found
+
+
+def boundaries(models: Sequence[str], labels: Sequence[str]) -> list[float]:
+    """Where to draw a line between two stages: half way between two positions.
+
+    Example:
+        >>> boundaries([""] * 5, ["conv1", "layer1.0", "layer1.1", "layer2.0", "layer2.1"])
+        [0.5, 2.5]
+    """
+    return [
+        after.start - 0.5
+        for before, after in pairwise(stages(models, labels))
+        # Between two single layers a line would only say that they are two.
+        if max(before.stop - before.start, after.stop - after.start) > 1
+    ]
+
+
+def _models(models: Sequence[str]) -> list[Span]:
+    runs = []
+    for _, positions in groupby(range(len(models)), key=models.__getitem__):
+        run = list(positions)
+        runs.append(Span(run[0], run[-1] + 1, models[run[0]], 0))
+    return runs
+
+
+def _divide(labels: Sequence[str], span: Span) -> list[Span]:
+    """The runs inside a span that share one part of their path more; the span itself when it is one layer."""
+    if span.stop - span.start == 1:
+        return [span]
+    depth = span.depth + 1
+    parts = []
+    for _, positions in groupby(range(span.start, span.stop), key=lambda i: labels[i].split(".")[:depth]):
+        run = list(positions)
+        whole = labels[run[0]]
+        name = ".".join(whole.split(".")[:depth]) if len(run) > 1 else whole
+        parts.append(Span(run[0], run[-1] + 1, name, depth))
+    # An only child is a container in a container and divides nothing: look inside it.
+    return parts if len(parts) > 1 else _divide(labels, parts[0])
+
+
+def _refine(labels: Sequence[str], span: Span, gap: float) -> list[Span]:
+    if span.stop - span.start == 1:
+        return [span]
+    children = _divide(labels, span)
+    if all(b.middle - a.middle >= gap for a, b in pairwise(children)):
+        return [kept for child in children for kept in _refine(labels, child, gap)]
+    if span.stop - span.start >= _LONG * gap:
+        refined = [kept for child in children for kept in _refine(labels, child, gap)]
+        return _every(refined, gap)
+    return [span]
+
+
+def _every(spans: list[Span], gap: float) -> list[Span]:
+    """As many as have room, from the first on."""
+    kept: list[Span] = []
+    last = -math.inf
+    for span in spans:
+        if span.middle - last >= gap:
+            kept.append(span)
+            last = span.middle
+    return kept
+
+
+def _spaced(spans: list[Span], gap: float) -> list[Span]:
+    """Those that have room: the longest first, and of equally long ones the two ends of the axis."""
+    kept: list[Span] = []
+    end = max((span.stop for span in spans), default=0)
+    for span in sorted(spans, key=lambda s: (s.start - s.stop, 0 < s.start and s.stop < end, s.start)):
+        if all(abs(span.middle - other.middle) >= gap for other in kept):
+            kept.append(span)
+    return sorted(kept)
