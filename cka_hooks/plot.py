@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,7 @@ _FONT = 7.0
 _PITCH = _FONT * 1.3 / 72  # inches from one line of labels to the next
 _SIDE = 7.8  # inches, the longest side of the axes: 60 labels
 _CELL = {0: 0.5, 1: 0.36, 2: 0.48}  # inches of a cell at most, or with one or two lines in it at least
-_LONGEST = 30  # characters of a label
+_LONGEST = 36  # characters of a label
 
 
 def heatmap(
@@ -58,7 +58,7 @@ def heatmap(
         path: also write the picture there; the suffix says the format.
         ax: draw into these axes instead of a new figure.
         values: write each value into its cell. Where cells are too small, a warning says so.
-        stderr: colour by standard error; with ``values``, write both.
+        stderr: colour by standard error; with ``values``, colour by CKA and write both.
         title: instead of the default title.
 
     Returns:
@@ -79,20 +79,20 @@ def heatmap(
     if not rows or not columns:
         raise OptionError(f"a result of {rows} x {columns} layers has nothing to draw")
     lines = (2 if stderr else 1) if values else 0
+    by_error = stderr and not values
     figure, axes = _canvas(path, ax, *_sides(rows, columns, lines))
-    errors = result.stderr.numpy()
-    shown = errors if stderr else result.matrix.numpy()
-    most = _round_up(float(np.nanmax(errors, initial=0.0))) if stderr else 1.0
+    shown = (result.stderr if by_error else result.matrix).numpy()
+    most = _round_up(float(np.nanmax(shown, initial=0.0))) if by_error else 1.0
     image = axes.imshow(
         np.ma.masked_invalid(shown),
-        cmap=_colours(ERROR_COLOURS if stderr else VALUE_COLOURS),
+        cmap=_colours(ERROR_COLOURS if by_error else VALUE_COLOURS),
         vmin=0.0,
         vmax=most,
         origin="lower",
         interpolation="nearest",
         aspect="equal" if ax is not None and max(rows, columns) <= 3 * min(rows, columns) else "auto",
     )
-    beyond = "neither" if stderr else _beyond(shown)
+    beyond = "neither" if by_error else _beyond(shown)
     if ax is None:
         # Beside the axes by a fixed length, whatever the labels on the other side will take.
         width, height = _inches(axes)
@@ -100,11 +100,12 @@ def heatmap(
         colourbar = figure.colorbar(image, cax=bar, extend=beyond)
     else:
         colourbar = figure.colorbar(image, ax=axes, extend=beyond, fraction=0.05, pad=0.03)
+    colourbar.set_ticks([most * step / 5 for step in range(6)])
     colourbar.ax.tick_params(labelsize=_FONT)
-    colourbar.set_label("standard error of CKA" if stderr else "CKA", fontsize=_FONT + 1)
+    colourbar.set_label("standard error of CKA" if by_error else "CKA", fontsize=_FONT + 1)
 
     noted = _mark_missing(axes, shown)
-    what = "standard errors of CKA" if stderr else "CKA"
+    what = "standard errors of CKA" if by_error else "CKA"
     _set_title(axes, _title(result, what) if title is None else title, noted)
     row_models = [result.model_of(label) for label in result.rows]
     column_models = [result.model_of(label) for label in result.columns]
@@ -120,7 +121,7 @@ def heatmap(
     _write_models(axes, axes.yaxis, row_models)
     _write_models(axes, axes.xaxis, column_models)
     if lines:
-        _write_values(axes, result, stderr=stderr, most=most)
+        _write_values(axes, result, stderr=stderr)
     return _finish(figure, axes, path, grow=ax is None)
 
 
@@ -149,6 +150,8 @@ def profile(
         'CKA with the next layer'
     """
     _require_matplotlib()
+    from matplotlib.patches import Patch
+
     lines = _steps(result) if result.square else [_best_matches(result)]
     lines = [line for line in lines if line.labels]
     if not lines:
@@ -157,6 +160,7 @@ def profile(
     figure, axes = _canvas(path, ax, min(_SIDE, max(3.2, most * _PITCH * 1.05)), 2.6)
     # Layers of different networks have no common place on the axis but their depth.
     shared = all(line.labels == lines[0].labels for line in lines)
+    handles: list[Any] = []
     missing = False
     for line in lines:
         count = len(line.labels)
@@ -181,7 +185,12 @@ def profile(
         for place in at[np.isnan(line.values)]:
             axes.axvspan(place - step / 2, place + step / 2, color=MISSING, lw=0, zorder=0)
             missing = True
-    axes.set_ylim(min(0.0, *(_lowest(line) for line in lines)), 1.02)
+    ends = [end for line in lines for end in (line.values - line.half, line.values + line.half)]
+    # The fixed scale of the heatmap, and more only where an interval reaches beyond it.
+    axes.set_ylim(
+        min(float(np.nanmin(end, initial=0.0)) for end in ends),
+        max(float(np.nanmax(end, initial=1.0)) for end in ends) + 0.02,
+    )
     axes.grid(axis="y", color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", labelsize=_FONT)
@@ -189,23 +198,37 @@ def profile(
     if shared:
         axes.set_xlim(-0.5, most - 0.5)
         for _ in range(1 if ax is None or figure.get_layout_engine() is None else 2):
-            _write_labels(axes, axes.xaxis, [""] * most, lines[0].labels)
+            labels = lines[0].labels
+            if lines[0].matches and most * _PITCH <= _inches(axes)[0]:
+                both = zip(labels, lines[0].matches, strict=True)
+                labels = [f"{_shortened(a)} → {_shortened(b)}" if b else a for a, b in both]
+            _write_labels(axes, axes.xaxis, [""] * most, labels)
             if ax is not None and figure.get_layout_engine() is not None:
                 figure.draw_without_rendering()
     else:
         axes.set_xlim(-0.02, 1.02)
         axes.set_xlabel("depth, first layer to last", fontsize=_FONT + 1)
         axes.tick_params(axis="x", labelsize=_FONT)
-    _profile_legend(axes, lines, missing)
-    _set_title(axes, _title(result, lines[0].meaning) if title is None else title, missing or len(lines) > 1)
+    if len(lines) < 2:
+        handles = []
+    if missing:
+        handles.append(Patch(facecolor=MISSING, label="undefined"))
+    if handles:
+        _legend(axes, handles)
+    what = "CKA with the next layer" if result.square else "best matches by CKA"
+    _set_title(axes, _title(result, what) if title is None else title, bool(handles))
     return _finish(figure, axes, path, grow=ax is None)
 
 
-class _Line:
-    """One line of a profile: labels, CKA values and half widths of their 95 % intervals, and what they mean."""
+class _Line(NamedTuple):
+    """One line of a profile: what its values mean, their 95 % intervals as half widths, what matched best."""
 
-    def __init__(self, name: str, meaning: str, labels: list[str], values: Floats, half: Floats) -> None:
-        self.name, self.meaning, self.labels, self.values, self.half = name, meaning, labels, values, half
+    name: str
+    meaning: str
+    labels: list[str]
+    values: Floats
+    half: Floats
+    matches: list[str]
 
 
 def _steps(result: CKAResult) -> list[_Line]:
@@ -215,14 +238,9 @@ def _steps(result: CKAResult) -> list[_Line]:
     for model, run in groupby(range(len(result.rows)), key=lambda i: result.model_of(result.rows[i])):
         at = np.array(list(run))
         labels = [result.layer_of(result.rows[i]) for i in at[:-1]]
+        pairs = (at[:-1], at[1:])
         lines.append(
-            _Line(
-                model,
-                "CKA with the next layer",
-                labels,
-                values[at[:-1], at[1:]],
-                np.nan_to_num(half[at[:-1], at[1:]]),
-            )
+            _Line(model, "CKA with the next layer", labels, values[pairs], np.nan_to_num(half[pairs]), [])
         )
     return lines
 
@@ -233,34 +251,14 @@ def _best_matches(result: CKAResult) -> _Line:
     best = np.argmax(np.where(np.isnan(values), -np.inf, values), axis=1)
     half = (result.interval()[1] - result.matrix).numpy()[rows, best]
     labels = [result.layer_of(label) for label in result.rows]
-    if len(labels) <= _SIDE / _PITCH:
-        labels = [
-            label if np.isnan(values[i, best[i]]) else f"{label} → {result.layer_of(result.columns[best[i]])}"
-            for i, label in enumerate(labels)
-        ]
     others = {result.model_of(label) for label in result.columns}
     other = f"in {others.pop()}" if len(others) == 1 and "" not in others else "among the columns"
-    return _Line("", f"CKA with the best match {other}", labels, values[rows, best], np.nan_to_num(half))
-
-
-def _lowest(line: _Line) -> float:
-    return float(np.nanmin(line.values - line.half, initial=0.0)) - 0.0
-
-
-def _profile_legend(axes: Axes, lines: list[_Line], missing: bool) -> None:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    handles: list[Any] = []
-    if len(lines) > 1:
-        for drawn, line in zip(axes.get_lines(), lines, strict=False):
-            handles.append(
-                Line2D([], [], color=drawn.get_color(), marker="o", markersize=3.5, label=line.name)
-            )
-    if missing:
-        handles.append(Patch(facecolor=MISSING, label="undefined"))
-    if handles:
-        _legend(axes, handles)
+    matches = [
+        "" if np.isnan(values[i, j]) else result.layer_of(result.columns[j])
+        for i, j in enumerate(best.tolist())
+    ]
+    meaning = f"CKA with the best match {other}"
+    return _Line("", meaning, labels, values[rows, best], np.nan_to_num(half), matches)
 
 
 def _legend(axes: Axes, handles: list[Any]) -> None:
@@ -311,9 +309,11 @@ def _canvas(path: PathLike | None, ax: Axes | None, width: float, height: float)
 
         figure = pyplot.figure(figsize=size)
     else:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=size, dpi=200)
+        FigureCanvasAgg(figure)  # measures texts quickly; vector formats are still written as such
     return figure, figure.add_axes((0.25, 0.25, 0.5, 0.5))
 
 
@@ -325,8 +325,8 @@ def _finish(figure: Figure, axes: Axes, path: PathLike | None, *, grow: bool) ->
         formats = figure.canvas.get_supported_filetypes()
         if suffix not in formats:
             raise OptionError(
-                f"{os.fspath(path)} ends in {'.' + suffix if suffix else 'no suffix'}, which is no picture format; "
-                f"expected one of {', '.join('.' + name for name in sorted(formats))}"
+                f"{os.fspath(path)} ends in {'.' + suffix if suffix else 'no suffix'}, which is no "
+                f"picture format; expected one of {', '.join('.' + name for name in sorted(formats))}"
             )
         replace_file(path, lambda file: figure.savefig(file, format=suffix))
     return figure, axes
@@ -363,7 +363,7 @@ def _write_labels(axes: Axes, axis: Axis, models: Sequence[str], names: Sequence
     inches = _inches(axes)[0 if horizontal else 1]
     room = inches / len(names)
     spans = thinned(models, names, _PITCH / room)
-    texts = [_shortened(span.name) for span in spans]
+    texts = [_shortened(span.name, 2 * _LONGEST + 3 if " → " in span.name else _LONGEST) for span in spans]
     flat = all(len(text) * _FONT * 0.65 / 72 <= room for text in texts) and len(spans) == len(names)
     axis.set_ticks([span.middle for span in spans])
     axis.set_ticklabels(
@@ -418,14 +418,14 @@ def _shortened(label: str, most: int = _LONGEST) -> str:
 
 
 def _title(result: CKAResult, what: str) -> str:
-    models = " and ".join(result.models) if len(result.models) <= 3 else f"{len(result.models)} models"
+    models = ", ".join(result.models) if len(result.models) <= 3 else f"{len(result.models)} models"
     if len(result.models) == 2 and not result.square:
         models = f"{result.models[0]} against {result.models[1]}"
     return f"{models + ': ' if models else ''}{what}, {result.samples:,} samples"
 
 
 def _set_title(axes: Axes, title: str, above_legend: bool) -> None:
-    width = _inches(axes)[0] + 1.0
+    width = _inches(axes)[0] + 0.4
     size = _FONT + 3
     text: Text = axes.set_title(
         _wrapped(title, int(width / (size * 0.52 / 72))),
@@ -471,23 +471,23 @@ def _mark_missing(axes: Axes, shown: Floats) -> bool:
     """Hatch the rows and columns without a value, and note what the colour means; True if there are any."""
     from matplotlib.patches import Patch, Rectangle
 
-    missing = np.isnan(shown)
+    missing: npt.NDArray[np.bool_] = np.isnan(shown)
     if not missing.any():
         return False
     rows, columns = missing.shape
-    style = {"facecolor": MISSING, "edgecolor": "0.6", "hatch": "////", "linewidth": 0.0}
+    style: dict[str, Any] = {"facecolor": MISSING, "edgecolor": "0.6", "hatch": "////", "linewidth": 0.0}
     if not missing.all():
-        for start, stop in _runs(missing.all(axis=1)):
+        for start, stop in _runs([bool(row.all()) for row in missing]):
             axes.add_patch(Rectangle((-0.5, start - 0.5), columns, stop - start, **style))
-        for start, stop in _runs(missing.all(axis=0)):
+        for start, stop in _runs([bool(column.all()) for column in missing.T]):
             axes.add_patch(Rectangle((start - 0.5, -0.5), stop - start, rows, **style))
     _legend(axes, [Patch(label="undefined", **style)])
     return True
 
 
-def _runs(flags: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+def _runs(flags: Sequence[bool]) -> list[tuple[int, int]]:
     runs = []
-    for flag, positions in groupby(range(len(flags)), key=lambda i: bool(flags[i])):
+    for flag, positions in groupby(range(len(flags)), key=flags.__getitem__):
         at = list(positions)
         if flag:
             runs.append((at[0], at[-1] + 1))
@@ -511,7 +511,7 @@ def _separate(
             line(place, color="white", linewidth=2.0)
 
 
-def _write_values(axes: Axes, result: CKAResult, *, stderr: bool, most: float) -> None:
+def _write_values(axes: Axes, result: CKAResult, *, stderr: bool) -> None:
     rows, columns = result.matrix.shape
     width, height = _inches(axes)
     need = _CELL[2 if stderr else 1]
@@ -531,8 +531,6 @@ def _write_values(axes: Axes, result: CKAResult, *, stderr: bool, most: float) -
             text = f"{values[i][j]:.2f}"
             if stderr and not math.isnan(errors[i][j]):
                 text += f"\n±{errors[i][j]:.3f}".replace("±0.", "±.")
-            # Both maps end bright: dark letters there, and on the grey of a missing error.
-            bright = (errors[i][j] / most if stderr else values[i][j]) > 0.6 or (
-                stderr and math.isnan(errors[i][j])
-            )
+            # The map ends bright: dark letters there.
+            bright = values[i][j] > 0.6
             axes.text(j, i, text, ha="center", va="center", fontsize=6, color="black" if bright else "white")

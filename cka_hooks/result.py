@@ -496,7 +496,7 @@ class CKAResult:
             path: also write the picture there; the suffix says the format (``.png``, ``.svg``, ``.pdf``).
             ax: draw into these axes instead of a new figure.
             values: write each value into its cell, where cells are large enough to read it.
-            stderr: draw the standard errors instead; with ``values``, write both.
+            stderr: colour by standard error instead; with ``values``, colour by CKA and write both.
             title: title; by default it is made from the names of the models and the number of samples.
 
         Returns:
@@ -556,7 +556,7 @@ class CKAResult:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        from cka_hooks.report import notebook_html
+        from cka_hooks.notebook import notebook_html
 
         return notebook_html(self)
 
