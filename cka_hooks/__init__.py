@@ -1,0 +1,55 @@
+"""Which layers of PyTorch models represent the data alike: centered kernel alignment by forward hooks.
+
+compare            a model (or several), a loader -> CKAResult
+CKAResult          the matrix with its standard errors; save, load, plot
+LayerRecorder      hooks on named modules, for people who write their own loop
+CKAAccumulator     minibatch CKA, one forward pass at a time
+cka, cka_matrix    CKA of tensors in hand
+"""
+
+from cka_hooks.accumulator import CKAAccumulator
+from cka_hooks.compare import compare
+from cka_hooks.errors import (
+    BatchError,
+    CheckpointError,
+    CKAError,
+    CKAWarning,
+    LayerError,
+    MissingExtraError,
+    ModelError,
+    NonFiniteError,
+    OptionError,
+    OutOfMemoryError,
+    ResultFileError,
+    SampleCountError,
+    TooFewSamplesError,
+)
+from cka_hooks.recorder import LayerRecorder
+from cka_hooks.result import CKAResult, Difference, Influence
+from cka_hooks.tensors import cka, cka_matrix
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchError",
+    "CKAAccumulator",
+    "CKAError",
+    "CKAResult",
+    "CKAWarning",
+    "CheckpointError",
+    "Difference",
+    "Influence",
+    "LayerError",
+    "LayerRecorder",
+    "MissingExtraError",
+    "ModelError",
+    "NonFiniteError",
+    "OptionError",
+    "OutOfMemoryError",
+    "ResultFileError",
+    "SampleCountError",
+    "TooFewSamplesError",
+    "cka",
+    "cka_matrix",
+    "compare",
+]

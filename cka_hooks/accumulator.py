@@ -1,0 +1,432 @@
+"""`CKAAccumulator`: minibatches in, a `CKAResult` out, with torchmetrics' words for what lies between."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cka_hooks.errors import (
+    CKAWarning,
+    LayerError,
+    NonFiniteError,
+    OptionError,
+    SampleCountError,
+    TooFewSamplesError,
+)
+from cka_hooks.features import Reduction, check_reduction, feature_rows
+from cka_hooks.gram import Grams
+from cka_hooks.hsic import MIN_SAMPLES, Estimator, all_pairs, centre, pack, sample_parts
+from cka_hooks.kernels import as_kernel
+from cka_hooks.result import CKAResult, Influence
+from cka_hooks.sums import NEVER, Sums
+
+# Above this share of a layer's own HSIC in pairs of one single sample, `compute` warns. In well-behaved
+# runs the share is near 2 / samples.
+INFLUENCE_WARNING = 0.25
+# Numbers of the (layers, minibatches, n, n) stack that are centred at a time: 32 MB.
+_CENTRED_AT_A_TIME = 1 << 22
+
+
+class _Observed(NamedTuple):
+    """What one layer left behind in the minibatch that is under way."""
+
+    samples: int
+    grams: list[Grams]
+
+
+class CKAAccumulator:
+    """Minibatch CKA of every pair of layers, one forward pass at a time.
+
+    ``observe(layer, activation)`` takes the Gram matrix of an activation, at once: call it inside a forward
+    hook, before the next module can change the activation. ``step()`` says that all layers of the minibatch
+    have been observed. ``update({layer: activation})`` does both. ``compute()`` gives the result so far and
+    changes nothing; ``merge_state`` adds another accumulator, ``reset`` forgets.
+
+    CKA_ij = sum_b w_b HSIC(K_i, K_j) / sqrt(sum_b w_b HSIC(K_i, K_i) sum_b w_b HSIC(K_j, K_j)) over minibatches b
+    (Nguyen, Raghu & Kornblith 2021) with the unbiased HSIC of Song et al. 2012 and w_b = n_b - 3, or the
+    biased one of Kornblith et al. 2019 and w_b = n_b - 1.
+
+    Args:
+        kernel: "linear", "rbf", "cosine", "polynomial", or a callable (n, d) -> (n, n) on raw float64 features.
+        bandwidth: of "rbf", a multiple of the root of the minibatch's median squared distance; default 1.
+        sigma: of "rbf", in the features' units and the same over the whole run, instead of `bandwidth`.
+        estimator: "unbiased" or "biased".
+        minibatch: samples per HSIC estimate; None takes each batch as it comes. A batch is split into
+            groups of this many, a remainder of 4 or more is one more group, a smaller one is left out.
+        features: how an activation becomes a row of features, see :func:`cka_hooks.features.feature_rows`.
+        keep_minibatches: keep each minibatch's values, O(minibatches * layers^2), for `CKAResult.difference`.
+
+    Raises:
+        OptionError: an option that is not one of those above.
+
+    Example:
+        >>> import torch
+        >>> from cka_hooks import CKAAccumulator
+        >>> cka = CKAAccumulator()
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> for _ in range(4):
+        ...     x = torch.randn(32, 8, generator=generator)
+        ...     cka.update({"x": x, "twice x": 2 * x, "noise": torch.randn(32, 8, generator=generator)})
+        >>> result = cka.compute()
+        >>> round(result["x", "twice x"], 6), abs(result["x", "noise"]) < 0.2
+        (1.0, True)
+    """
+
+    def __init__(
+        self,
+        *,
+        kernel: str | Callable[[Tensor], Tensor] = "linear",
+        bandwidth: float | None = None,
+        sigma: float | None = None,
+        estimator: Estimator = "unbiased",
+        minibatch: int | None = None,
+        features: Reduction | str = "flatten",
+        keep_minibatches: bool = False,
+    ) -> None:
+        self._kernel = as_kernel(kernel, bandwidth, sigma)
+        if estimator not in ("unbiased", "biased"):
+            raise OptionError(f"estimator={estimator!r} is not known: use 'unbiased' or 'biased'")
+        if minibatch is not None and (not isinstance(minibatch, int) or minibatch < MIN_SAMPLES):
+            raise OptionError(f"minibatch={minibatch!r}: an HSIC estimate needs at least {MIN_SAMPLES} samples")
+        check_reduction(features)
+        self._estimator: Estimator = estimator
+        self._minibatch = minibatch
+        self._features = features
+        self._keep = keep_minibatches
+        self._options = {
+            "kernel": _name(kernel),
+            "bandwidth": bandwidth,
+            "sigma": sigma,
+            "estimator": estimator,
+            "minibatch": minibatch,
+            "features": _name(features),
+            "keep_minibatches": keep_minibatches,
+        }
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything that was added."""
+        self._pending: dict[str, _Observed] = {}
+        self._positions: dict[str, int] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._seen: Counter[str] = Counter()
+        self._sums: Sums | None = None
+        self._kept: list[Tensor] = []
+        self._largest = 0
+        self._first_pass: tuple[int, int] | None = None
+        self.passes = 1
+        self.minibatches = 0
+        self.samples = 0
+        self.left_out = 0
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers, in the order in which they were first observed."""
+        return tuple(self._positions)
+
+    @property
+    def observing(self) -> bool:
+        """Whether a layer was observed since the last `step`."""
+        return bool(self._pending)
+
+    def largest_stderr(self) -> float:
+        """The largest standard error of a defined pair so far, infinite before the third minibatch.
+
+        This waits for the device.
+        """
+        if self._sums is None or self.minibatches < 3:
+            return float("inf")
+        stderr = self._sums.stderr(self.minibatches, self._per_pass[0]).cpu()
+        stderr = stderr[~stderr.isnan()]
+        return float(stderr.max()) if len(stderr) else 0.0
+
+    @property
+    def _per_pass(self) -> tuple[int, int]:
+        """Minibatches and samples of the first pass over the data."""
+        return self._first_pass or (self.minibatches, self.samples)
+
+    def observe(self, layer: str, activation: Tensor) -> None:
+        """Take the Gram matrix of one layer's activation.
+
+        Args:
+            layer: its label.
+            activation: (n, ...) floating point, the same n samples in the same order for every layer.
+
+        Raises:
+            SampleCountError: its number of samples is not that of the layers before it.
+            LayerError: the layer was observed already since the last `step`.
+        """
+        if layer in self._pending:
+            raise LayerError(
+                f"layer {layer!r} was observed twice in one minibatch: call step() after each forward pass, "
+                "or discard() where one broke off"
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            rows = feature_rows(activation.detach(), self._features)
+            samples = len(rows)
+            for other, observed in self._pending.items():
+                if observed.samples != samples:
+                    raise SampleCountError(
+                        f"layer {layer!r} has {samples} samples and {other!r} has {observed.samples} in the same "
+                        "minibatch: CKA compares the same samples in the same order"
+                    )
+                break
+            size = samples if self._minibatch is None else min(self._minibatch, samples)
+            groups = samples // size if size else 0
+            rest = samples - groups * size
+            grams = []
+            if size >= MIN_SAMPLES:
+                grams.append(self._kernel(rows[: groups * size], groups))
+                if rest >= MIN_SAMPLES:
+                    grams.append(self._kernel(rows[groups * size :], 1))
+        self._dtypes.setdefault(layer, activation.dtype)
+        self._pending[layer] = _Observed(samples, grams)
+
+    def step(self) -> None:
+        """The minibatch is complete: add it to the sums.
+
+        Raises:
+            LayerError: no layer was observed since the last `step`.
+        """
+        if not self._pending:
+            raise LayerError(
+                "no layer was observed since the last step(): pass observe to the hooks of the modules that run, "
+                "or drop this step()"
+            )
+        pending, self._pending = self._pending, {}
+        first = next(iter(pending.values()))
+        self._largest = max(self._largest, first.samples)
+        counted = sum(grams.values.shape[0] * grams.values.shape[1] for grams in first.grams)
+        start = self.samples + self.left_out
+        with torch.inference_mode(False), torch.no_grad():
+            for group in range(len(first.grams)):
+                grams = {layer: observed.grams[group] for layer, observed in pending.items()}
+                m, n, _ = next(iter(grams.values())).values.shape
+                self._add(grams, start)
+                self.minibatches += m
+                start += m * n
+        self.samples += counted
+        self.left_out += first.samples - counted
+
+    def discard(self) -> None:
+        """Forget what was observed since the last `step`, after a forward pass that broke off."""
+        self._pending = {}
+
+    def update(self, activations: Mapping[str, Tensor]) -> None:
+        """Observe every layer of one minibatch, then step.
+
+        Args:
+            activations: layer -> (n, ...) tensor.
+
+        Raises:
+            SampleCountError: they differ in their number of samples; nothing was added.
+        """
+        try:
+            for layer, activation in activations.items():
+                self.observe(layer, activation)
+        except BaseException:
+            self.discard()
+            raise
+        self.step()
+
+    def start_pass(self) -> None:
+        """From here on come the samples seen before, in other minibatches: they are not new samples.
+
+        Standard errors then divide by the number of minibatches in one pass.
+        """
+        if self._first_pass is None:
+            self._first_pass = (self.minibatches, self.samples)
+        self.passes += 1
+
+    def _add(self, grams: Mapping[str, Grams], start: int) -> None:
+        reference = next(iter(grams.values())).values
+        if self._sums is None:
+            self._sums = Sums.zeros(len(grams), reference.device)
+            self._positions = {layer: i for i, layer in enumerate(grams)}
+        device = self._sums.moments.device
+        m, n, _ = reference.shape
+        for layer in grams:
+            self._seen[layer] += m
+        # A layer that is missing leaves zeros; `compute` leaves out every layer that was not always there.
+        absent = Grams(reference.new_zeros(m, n, n), reference.new_zeros(m), reference.new_zeros(m))
+        rows = [grams.get(layer, absent) for layer in self._positions]
+        packed: Tensor | None = None
+        step = max(1, _CENTRED_AT_A_TIME // (m * n * n))
+        for low in range(0, len(rows), step):
+            some = rows[low : low + step]
+            span = slice(low, low + len(some))
+            values = torch.stack([row.values.to(device, non_blocking=True) for row in some])
+            spread = torch.stack([row.spread.to(device, non_blocking=True) for row in some])
+            size = torch.stack([row.size.to(device, non_blocking=True) for row in some])
+            finite = torch.isfinite(values.sum((-2, -1)) + size)
+            values = torch.where(finite[..., None, None], values, 0)
+            centred = centre(values, self._estimator)
+            parts = sample_parts(centred, self._estimator)
+            self._sums.add_layers(span, spread, size, finite, parts, self.minibatches, start)
+            vectors = pack(centred, self._estimator)
+            if packed is None:
+                packed = vectors if len(some) == len(rows) else vectors.new_empty(len(rows), *vectors.shape[1:])
+            if packed is not vectors:
+                packed[span] = vectors
+        assert packed is not None
+        hsic = all_pairs(packed)
+        self._sums.add_pairs(hsic)
+        if self._keep:
+            self._kept.append(hsic)
+
+    def merge_state(self, other: CKAAccumulator) -> None:
+        """Add what another accumulator has seen, as if its minibatches came after those of this one.
+
+        Raises:
+            OptionError: the other one has other options.
+        """
+        for option, value in self._options.items():
+            if other._options[option] != value:
+                raise OptionError(
+                    f"accumulators with different options do not add up: {option} is {value!r} here and "
+                    f"{other._options[option]!r} there"
+                )
+        if other._sums is not None:
+            positions = dict(self._positions)
+            for layer in other._positions:
+                positions.setdefault(layer, len(positions))
+            theirs = other._sums.at([positions[layer] for layer in other._positions], len(positions))
+            if self._sums is None:
+                self._sums = theirs
+            else:
+                mine = self._sums.at(range(len(self._positions)), len(positions))
+                mine.add(theirs.to(mine.moments.device), self.minibatches, self.samples + self.left_out)
+                self._sums = mine
+            self._kept += [self._placed(kept, other._positions, positions) for kept in other._kept]
+            self._positions = positions
+        self._seen.update(other._seen)
+        self._dtypes = {**other._dtypes, **self._dtypes}
+        self._largest = max(self._largest, other._largest)
+        self.minibatches += other.minibatches
+        self.samples += other.samples
+        self.left_out += other.left_out
+
+    @staticmethod
+    def _placed(kept: Tensor, theirs: Mapping[str, int], ours: Mapping[str, int]) -> Tensor:
+        index = torch.tensor([ours[layer] for layer in theirs], device=kept.device)
+        placed = kept.new_zeros(len(kept), len(ours), len(ours))
+        placed[:, index[:, None], index] = kept
+        return placed
+
+    def compute(self) -> CKAResult:
+        """The result so far, on the CPU.
+
+        Raises:
+            TooFewSamplesError: no minibatch had the samples an HSIC estimate needs.
+            NonFiniteError: a layer was NaN or infinite in some minibatch. It is left out of the sums, and
+                the error's `partial` is the result of all other layers.
+        """
+        if self._sums is None or not self.minibatches:
+            raise TooFewSamplesError(
+                f"an HSIC estimate needs at least {MIN_SAMPLES} samples in a minibatch, and "
+                + (f"the largest batch had {self._largest}" if self._largest else "nothing was observed")
+                + ": use a larger batch_size in the loader"
+            )
+        sums = self._sums.to("cpu")
+        bad = {layer: int(sums.bad[i]) for layer, i in self._positions.items() if sums.bad[i] != NEVER}
+        irregular = {
+            layer: f"ran in {self._seen[layer]} of {self.minibatches} minibatches"
+            for layer in self._seen
+            if self._seen[layer] != self.minibatches
+        }
+        kept = [layer for layer in self._positions if layer not in bad and layer not in irregular]
+        reasons = {layer: f"not finite, first in minibatch {number}" for layer, number in bad.items()}
+        result = self._result(sums, kept, {**irregular, **reasons}) if kept else None
+        if bad:
+            layer, number = min(bad.items(), key=lambda item: (item[1], self._positions[item[0]]))
+            others = f", and {len(bad) - 1} more layers" if len(bad) > 1 else ""
+            raise NonFiniteError(
+                f"layer {layer!r} has NaN or infinity in minibatch {number} (counted from 0){others}: mend the model "
+                "or its inputs, or leave these layers out with layers=; the error's `.partial` has the result "
+                "of all other layers",
+                bad,
+                result,
+            )
+        if result is None:
+            raise LayerError(
+                "no layer ran in every minibatch: " + "; ".join(f"{k} {v}" for k, v in irregular.items())
+            )
+        return result
+
+    def _result(self, sums: Sums, layers: list[str], skipped: dict[str, str]) -> CKAResult:
+        index = torch.tensor([self._positions[layer] for layer in layers])
+        degenerate = {}
+        for layer in layers:
+            i = self._positions[layer]
+            eps = torch.finfo(self._dtypes[layer]).eps
+            if not sums.spread[i] > (8 * eps) ** 2 * sums.size[i]:
+                degenerate[layer] = "its samples do not differ, so that CKA is undefined"
+            elif not sums.moments[0, i, i] > 0:
+                degenerate[layer] = "the estimate of its own HSIC is not above 0, so that CKA is undefined"
+        gone = torch.tensor([layer in degenerate for layer in layers])
+        undefined = gone.unsqueeze(1) | gone
+        per_pass, samples = self._per_pass
+        cka = sums.cka()[index[:, None], index].masked_fill(undefined, torch.nan)
+        stderr = sums.stderr(self.minibatches, per_pass)[index[:, None], index].masked_fill(undefined, torch.nan)
+        shares = sums.influence()
+        influence = {
+            layer: Influence(share=float(shares[i]), sample=int(sums.peak_sample[i]))
+            for layer, i in self._positions.items()
+            if layer in layers and layer not in degenerate
+        }
+        self._warn(influence)
+        kept = None
+        if self._keep:
+            whole = [
+                self._placed(k, dict(list(self._positions.items())[: k.shape[-1]]), self._positions)
+                for k in self._kept
+            ]
+            kept = torch.cat(whole).cpu()[:, index[:, None], index]
+        return CKAResult(
+            rows=tuple(layers),
+            columns=tuple(layers),
+            matrix=cka,
+            stderr=stderr,
+            samples=samples,
+            minibatches=self.minibatches,
+            degrees_of_freedom=per_pass - 1,
+            degenerate=degenerate,
+            skipped=skipped,
+            influence=influence,
+            minibatch_hsic=kept,
+            minibatch_layers=tuple(layers) if kept is not None else (),
+            passes=self.passes,
+            settings={**self._options, "samples_left_out": self.left_out, "torch": torch.__version__},
+        )
+
+    def _warn(self, influence: Mapping[str, Influence]) -> None:
+        if self.left_out:
+            warnings.warn(
+                f"{self.left_out} samples at the end of batches were left out: fewer than {MIN_SAMPLES} of them were "
+                "left for a minibatch",
+                CKAWarning,
+                stacklevel=4,
+            )
+        heavy = {layer: found for layer, found in influence.items() if found.share > INFLUENCE_WARNING}
+        if heavy:
+            layer, found = max(heavy.items(), key=lambda item: item[1].share)
+            warnings.warn(
+                f"one sample decides much of {len(heavy)} layer(s): {found.share:.0%} of the own HSIC of {layer!r} "
+                f"is in pairs of sample {found.sample}; look at it, and see `result.influence`",
+                CKAWarning,
+                stacklevel=4,
+            )
+
+
+def _name(option: Any) -> Any:
+    """How an option stands in a result's settings."""
+    if isinstance(option, Mapping):
+        return {str(key): _name(value) for key, value in option.items()}
+    if callable(option):
+        return f"{getattr(option, '__module__', '?')}.{getattr(option, '__qualname__', type(option).__qualname__)}"
+    return option

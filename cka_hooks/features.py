@@ -1,0 +1,133 @@
+"""One activation to one feature matrix: the samples in front, all else a row of features.
+
+A feature matrix is a view ``(n, P, C)`` wherever strides allow it: flattening in the order in which the
+numbers lie in memory copies nothing, and a Gram matrix does not depend on the order of features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cka_hooks.errors import BatchError, OptionError
+
+Reduction = Literal["flatten", "mean", "token", "last"] | Callable[[Tensor], Tensor]
+Layout = Literal["first", "last"]
+REDUCTIONS = ("flatten", "mean", "token", "last")
+
+
+def check_reduction(features: object) -> None:
+    """Raise :class:`OptionError` unless `features` names a reduction or can be called."""
+    if callable(features) or features in REDUCTIONS or _position(features) is not None:
+        return
+    raise OptionError(
+        f"features={features!r} is no reduction: use one of {', '.join(map(repr, REDUCTIONS))}, "
+        "'token:POSITION', a callable (n, ...) -> (n, d), or a mapping from layer pattern to one of these"
+    )
+
+
+def _position(features: object) -> int | None:
+    if features == "token":
+        return 0
+    if isinstance(features, str) and features.startswith("token:"):
+        try:
+            return int(features.removeprefix("token:"))
+        except ValueError:
+            return None
+    return None
+
+
+def feature_rows(
+    activation: Tensor,
+    features: Reduction | str = "flatten",
+    *,
+    batch_dim: int = 0,
+    mask: Tensor | None = None,
+    channels: Layout | None = None,
+) -> Tensor:
+    """The features of an activation as (n, P, C), P * C features a sample, a view where that is possible.
+
+    Args:
+        activation: any floating-point tensor with the samples in dimension `batch_dim`.
+        features: "flatten" keeps every number; "mean" averages over positions (all dimensions but samples
+            and channels); "token" takes position 0, "token:k" position k, "last" the last position that is
+            not padding; a callable maps (n, ...) to (n, d).
+        batch_dim: where the samples are.
+        mask: (n, T), nonzero where position t of a sample is data and not padding.
+        channels: where the channels of more than two dimensions are: "first" (n, C, ...) or "last"
+            (n, ..., C). None: last for three dimensions (tokens), else first (images).
+
+    Raises:
+        OptionError: `features` needs positions the activation does not have, or is no reduction.
+        BatchError: a callable that does not keep the samples.
+    """
+    moved = activation if batch_dim == 0 else activation.movedim(batch_dim, 0)
+    if features == "flatten":
+        return memory_order(moved)
+    if callable(features):
+        rows = features(moved)
+        if not isinstance(rows, Tensor) or rows.ndim < 1 or rows.shape[0] != moved.shape[0]:
+            found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+            raise BatchError(
+                f"the features callable turned {tuple(moved.shape)} into {found}: it must return a tensor "
+                f"whose dimension 0 still has the {moved.shape[0]} samples"
+            )
+        return memory_order(rows)
+    if moved.ndim <= 2:
+        return memory_order(moved)
+    # Averages of half-precision numbers are taken in float32; reading one token is exact as it is.
+    tokens = _tokens(moved, channels)
+    fits = mask is not None and mask.shape == tokens.shape[:2]
+    if features == "mean":
+        wide = tokens if tokens.dtype is torch.float64 else tokens.float()
+        if mask is not None and fits:
+            kept = (mask != 0).to(wide)
+            # Padding may hold NaN, and 0 * NaN is NaN.
+            summed = torch.where(kept.unsqueeze(-1) != 0, wide, 0).sum(1)
+            return (summed / kept.sum(1, keepdim=True).clamp_min(1)).unsqueeze(1)
+        return wide.mean(1).unsqueeze(1)
+    if features == "last":
+        if mask is not None and fits:
+            positions = torch.arange(tokens.shape[1], device=mask.device)
+            last = torch.where(mask != 0, positions, 0).amax(1)
+            return tokens[torch.arange(len(tokens), device=tokens.device), last].unsqueeze(1)
+        return tokens[:, -1].unsqueeze(1)
+    position = _position(features)
+    if position is None:
+        check_reduction(features)
+        raise OptionError(f"features={features!r} is no reduction")
+    if not -tokens.shape[1] <= position < tokens.shape[1]:
+        raise OptionError(
+            f"features={features!r} asks for a position that an activation of shape {tuple(activation.shape)} "
+            f"with {tokens.shape[1]} positions does not have"
+        )
+    return tokens[:, position].unsqueeze(1)
+
+
+def _tokens(moved: Tensor, channels: Layout | None) -> Tensor:
+    """(n, ...) as (n, positions, channels)."""
+    layout = channels or ("last" if moved.ndim == 3 else "first")
+    return moved.flatten(1, -2) if layout == "last" else moved.flatten(2).mT
+
+
+def memory_order(activation: Tensor) -> Tensor:
+    """(n, ...) as (n, P, C) without a copy where strides allow it, features in the order they lie in memory.
+
+    Channels-last images and tokens whose batch is dimension 1 are read as they are.
+    """
+    if activation.ndim == 1:
+        return activation[:, None, None]
+    # An expanded dimension repeats its numbers: they are features all the same, and reshape copies them.
+    strides_of = activation.stride()
+    order = sorted(range(1, activation.ndim), key=lambda dim: -strides_of[dim])
+    ordered = activation.permute(0, *order)
+    sizes, strides = ordered.shape[1:], ordered.stride()[1:]
+    # Innermost dimensions that lie one behind the other are one run of C numbers.
+    run, start = 1, len(sizes)
+    while start > 0 and (sizes[start - 1] == 1 or strides[start - 1] == run):
+        start -= 1
+        run *= sizes[start]
+    return ordered.reshape(len(ordered), -1, run) if run else ordered.reshape(len(ordered), 1, 0)

@@ -1,0 +1,84 @@
+"""Pure functions from stacks of Gram matrices to HSIC, all pairs of layers at once.
+
+Sources: Székely & Rizzo 2014 (U-centring); Song et al. 2012, JMLR 13, eq. 5 (the unbiased estimate, which
+is the inner product of U-centred matrices / (n (n - 3))); Gretton et al. 2005 (the biased one);
+Nguyen, Raghu & Kornblith 2021 (sums over minibatches).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Estimator = Literal["unbiased", "biased"]
+# Below four samples the unbiased estimate divides by zero.
+MIN_SAMPLES = 4
+
+
+def centre(grams: Tensor, estimator: Estimator = "unbiased") -> Tensor:
+    """Centred Gram matrices (..., n, n): U-centred with a zero diagonal (unbiased), or H K H (biased)."""
+    n = grams.shape[-1]
+    if estimator == "biased":
+        means = grams.mean(-1)
+        offset = means - means.mean(-1, keepdim=True) / 2
+        return grams - offset.unsqueeze(-1) - offset.unsqueeze(-2)
+    sums = grams.sum(-1) - grams.diagonal(dim1=-2, dim2=-1)
+    offset = sums / (n - 2) - sums.sum(-1, keepdim=True) / (2 * (n - 1) * (n - 2))
+    centred = grams - offset.unsqueeze(-1) - offset.unsqueeze(-2)
+    centred.diagonal(dim1=-2, dim2=-1).zero_()
+    return centred
+
+
+def pack(centred: Tensor, estimator: Estimator = "unbiased") -> Tensor:
+    """Centred matrices (..., n, n) as vectors (..., p) whose inner products are weighted HSIC estimates.
+
+    The matrices are symmetric, so only the lower triangle is kept, entries off the diagonal times sqrt(2):
+    p = n (n - 1) / 2 for the unbiased estimator, whose diagonal is 0, else n (n + 1) / 2. The inner product of
+    two such vectors is w_n * HSIC(K, L), with HSIC = <K, L> / (n (n - 3)) and w_n = n - 3 (unbiased), or
+    <K, L> / (n - 1)^2 and w_n = n - 1 (biased): the weight with which minibatches of unequal size add up.
+    """
+    n = centred.shape[-1]
+    unbiased = estimator == "unbiased"
+    rows, columns = torch.tril_indices(n, n, -1 if unbiased else 0, device=centred.device)
+    packed = centred.flatten(-2)[..., rows * n + columns]
+    if unbiased:
+        return packed.mul_((2 / n) ** 0.5)
+    weights = torch.where(rows == columns, 1 / (n - 1), 2 / (n - 1)).to(packed.dtype)
+    return packed.mul_(weights.sqrt_())
+
+
+def sample_parts(centred: Tensor, estimator: Estimator = "unbiased") -> Tensor:
+    """Of each layer's own w_n * HSIC(K, K), the part from pairs that a sample is in: (..., n, n) -> (..., n).
+
+    A pair counts for both of its samples, so that a sample on which everything hangs has all of it.
+    """
+    n = centred.shape[-1]
+    squares = centred.square()
+    parts = 2 * squares.sum(-1) - squares.diagonal(dim1=-2, dim2=-1)
+    return parts / (n if estimator == "unbiased" else n - 1)
+
+
+def all_pairs(packed: Tensor) -> Tensor:
+    """Inner products of every pair of layers: centred vectors (L, m, p) -> (m, L, L), symmetric to the bit.
+
+    One matrix product, of which only the lower blocks are made: the result is symmetric.
+    """
+    vectors = packed.transpose(0, 1)
+    m, layers, _ = vectors.shape
+    out = packed.new_empty(m, layers, layers)
+    _lower_product(vectors, out)
+    return out.tril().add_(out.tril(-1).mT)
+
+
+def _lower_product(vectors: Tensor, out: Tensor) -> None:
+    layers = vectors.shape[1]
+    # Small blocks cost more in launches than they save in arithmetic.
+    if layers <= 256:
+        torch.bmm(vectors, vectors.mT, out=out) if out.is_contiguous() else out.copy_(vectors @ vectors.mT)
+        return
+    half = layers // 2
+    out[:, half:, :half] = vectors[:, half:] @ vectors[:, :half].mT
+    _lower_product(vectors[:, :half], out[:, :half, :half])
+    _lower_product(vectors[:, half:], out[:, half:, half:])

@@ -1,0 +1,128 @@
+"""What a layer returned, or was given, to the one tensor that is its activation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+INPUT = "input"
+
+
+class NotRecordable(Exception):
+    """Why a value has no activation in it; what becomes of it is the recorder's to say."""
+
+
+def activation_of(value: Any, part: str = "") -> Tensor:
+    """The tensor at `part` of a value, or the first floating-point tensor in it.
+
+    Args:
+        value: a tensor, or tuples, lists, mappings and dataclasses of them, nested.
+        part: indices, keys and attributes with colons between them; negative indices count from the end.
+
+    Raises:
+        NotRecordable: nothing stands at `part`, or what stands there is no floating-point tensor.
+    """
+    found = value
+    for step in part.split(":") if part else ():
+        found = _child(found, step, part)
+    reasons = []
+    for tensor in tensors_in(found):
+        if (reason := _unusable(tensor)) is None:
+            return local(tensor)
+        reasons.append(reason)
+    if not reasons:
+        raise NotRecordable(f"returned no tensor but {_kind(found)}")
+    raise NotRecordable(reasons[0])
+
+
+def activations_of(value: Any, part: str = "") -> Iterator[Tensor]:
+    """Every floating-point tensor that `activation_of` could have meant, the first one first.
+
+    Raises:
+        NotRecordable: there is none.
+    """
+    first = activation_of(value, part)
+    yield first
+    if not part:
+        usable = (tensor for tensor in tensors_in(value) if _unusable(tensor) is None)
+        next(usable, None)
+        yield from map(local, usable)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """A distributed tensor as the whole tensor that it is a part of, any other as it is."""
+    gather = getattr(tensor, "full_tensor", None)
+    return gather() if gather is not None else tensor
+
+
+def input_of(args: Sequence[Any], kwargs: Mapping[str, Any], part: str) -> Tensor:
+    """The tensor at `part` of a call's arguments: "" the first one, else an index or keyword and further.
+
+    Raises:
+        NotRecordable: nothing stands there.
+    """
+    first = part.split(":")[0]
+    if first and not first.lstrip("-").isdigit():
+        return activation_of(dict(kwargs), part)
+    return activation_of((*args, *kwargs.values()), part)
+
+
+def _child(value: Any, step: str, part: str) -> Any:
+    try:
+        if isinstance(value, Mapping):
+            return value[step] if step in value else list(value.values())[int(step)]
+        if step.lstrip("-").isdigit() and isinstance(value, Sequence):
+            return value[int(step)]
+        if not isinstance(value, Tensor) and not step.startswith("_"):
+            return getattr(value, step)
+    except (LookupError, ValueError, AttributeError):
+        pass
+    if isinstance(value, Mapping):
+        there = f"a mapping with the keys {', '.join(map(str, value))}"
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        there = f"a {type(value).__name__} of {len(value)}"
+    else:
+        there = f"a {type(value).__name__}"
+    raise NotRecordable(f"there is no {step!r} (of {part!r}) in {there}")
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested mappings, sequences and dataclasses, depth first, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, nn.utils.rnn.PackedSequence):
+        # One row per step of all samples together, sorted by length: no dimension of it is the batch.
+        return
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_in(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, field.name, None))
+
+
+def _unusable(tensor: Tensor) -> str | None:
+    if tensor.is_nested:
+        return "a nested tensor, whose samples differ in their number of features"
+    if tensor.is_quantized:
+        return "a quantised tensor: dequantise it, or choose a layer behind it"
+    if tensor.layout is not torch.strided:
+        return f"a sparse tensor ({tensor.layout})"
+    if tensor.is_complex():
+        return "a complex tensor: CKA is defined for real features"
+    if not tensor.is_floating_point():
+        return f"a tensor of {str(tensor.dtype).removeprefix('torch.')}, not of floating-point numbers"
+    return None
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, nn.utils.rnn.PackedSequence):
+        return "a packed sequence: choose a layer behind pad_packed_sequence"
+    return "nothing" if value is None else f"a {type(value).__name__}"

@@ -1,0 +1,33 @@
+"""Where float64 lives, and products that really are float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+# Backends whose hardware has no float64: what is n x n goes to the CPU there.
+_WITHOUT_FLOAT64 = frozenset({"mps"})
+
+
+def accumulation_device(device: torch.device) -> torch.device:
+    """The device itself, or the CPU where the device has no float64."""
+    return torch.device("cpu") if device.type in _WITHOUT_FLOAT64 else device
+
+
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Products in the dtype they are written in: no autocast, no TF32, no bfloat16 inside float32.
+
+    A user's autocast region or ``torch.set_float32_matmul_precision("medium")`` holds inside a hook too.
+    """
+    precision = torch.get_float32_matmul_precision()
+    if precision != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if precision != "highest":
+            torch.set_float32_matmul_precision(precision)

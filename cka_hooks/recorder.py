@@ -1,0 +1,443 @@
+"""`LayerRecorder`: hooks on named modules, each activation handed over inside its hook, hooks off again.
+
+A hook runs before the next module does, so what it hands over is what the layer returned: an in-place
+operation further on (the ``ReLU(inplace=True)`` after a ``bn1``) cannot have changed it yet.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from cka_hooks import batches, outputs
+from cka_hooks.errors import CKAWarning, LayerError, OptionError
+from cka_hooks.features import Layout, Reduction, check_reduction, feature_rows
+from cka_hooks.layers import (
+    ROOT,
+    Layers,
+    Selection,
+    check_model,
+    glob_regex,
+    named_layers,
+    select_layers,
+    unwrap,
+)
+from cka_hooks.running import RandomStream, runnable, untouched
+
+Consumer = Callable[[str, Tensor], None]
+Features = Reduction | str | Mapping[str, Reduction | str]
+
+_CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.MultiheadAttention)
+# By class name, since the numbered families have no common public base.
+_CHANNELS_FIRST = (
+    "Conv",
+    "BatchNorm",
+    "InstanceNorm",
+    "GroupNorm",
+    "MaxPool",
+    "AvgPool",
+    "AdaptiveAvgPool",
+    "LayerNorm2d",
+)
+_ENCODER_DECODER = (
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
+
+
+class LayerRecorder:
+    """Hands what named layers of a model return to a consumer, while they run.
+
+    Inside ``with`` every forward pass of the model calls ``consumer(layer, activation)`` for each layer, in
+    order of execution. The model is not changed: its mode and gradients are its user's, its output is its
+    own, and when the block ends the hooks are gone. :meth:`stream` runs a loader and yields copies instead.
+
+    Args:
+        model: any ``nn.Module``. Wrappers (``DistributedDataParallel``, ``DataParallel``, ``torch.compile``) are
+            looked through; compiled code runs uncompiled inside the block, since hooks do not fire in it.
+        layers: which layers, see :func:`cka_hooks.layers.select_layers`. None: every leaf module that runs,
+            where a module none of whose descendants ran counts as a leaf.
+        consumer: called as ``consumer(label, activation)`` with the samples in dimension 0. The activation
+            is the layer's own tensor: whoever keeps it must copy it.
+        features: a reduction of each activation before it is handed over, or a mapping from layer pattern
+            to one; see :func:`cka_hooks.features.feature_rows`. "flatten" hands over the activation as it is.
+        batch_dim: the dimension with the samples where it cannot be told from sizes, or a mapping from layer
+            pattern to it.
+        forward: ``(model, batch) -> anything``, how :meth:`stream` runs the model.
+
+    Raises:
+        ModelError: a ``ScriptModule`` or something else that hooks cannot see into.
+        LayerError: an entry of `layers` that matches nothing.
+        OptionError: `features` is no reduction.
+
+    Example:
+        >>> import torch
+        >>> from cka_hooks import LayerRecorder
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(inplace=True), torch.nn.Linear(3, 2))
+        >>> shapes = {}
+        >>> with LayerRecorder(model, consumer=lambda layer, activation: shapes.update({layer: activation.shape})):
+        ...     _ = model(torch.randn(8, 4))
+        >>> shapes["1"], list(shapes)
+        (torch.Size([8, 3]), ['0', '1', '2'])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers = None,
+        consumer: Consumer | None = None,
+        *,
+        features: Features = "flatten",
+        batch_dim: int | Mapping[str, int] | None = None,
+        forward: batches.Forward | None = None,
+    ) -> None:
+        self.model = check_model(model)
+        self.consumer = consumer
+        self._forward = forward
+        self._by_default = layers is None
+        self._selections: dict[int, list[Selection]] = defaultdict(list)
+        for selection in select_layers(model, layers):
+            self._selections[id(selection.module)].append(selection)
+        names = named_layers(model)
+        self._features = _Patterns(features, names, "features")
+        for reduction in self._features.values:
+            check_reduction(reduction)
+        self._batch_dim = _Patterns(batch_dim, names, "batch_dim")
+        self._batch_second = _batch_second(names)
+        self._above: dict[int, set[int]] = defaultdict(set)
+        for module in names.values():
+            for child in module.modules():
+                if child is not module:
+                    self._above[id(child)].add(id(module))
+        self._handles: list[tuple[nn.Module, RemovableHandle]] = []
+        self._entered = 0
+        self._leaving = ExitStack()
+        self._left_out: dict[str, str] = {}
+        self._ever_ran: set[int] = set()
+        self._forwards = 0
+        self._managed = False
+        self._start(None, None, None)
+
+    # Attaching
+
+    def __enter__(self) -> LayerRecorder:
+        if self._entered == 0:
+            self._leaving = ExitStack()
+            try:
+                self._attach()
+            except BaseException:
+                self._leaving.close()
+                raise
+        self._entered += 1
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._entered -= 1
+        if self._entered == 0:
+            self._leaving.close()
+
+    def _attach(self) -> None:
+        # Whoever compiled something has imported this module; importing it for others takes seconds.
+        if "torch._dynamo" in sys.modules:
+            self._leaving.enter_context(torch.compiler.set_stance("force_eager"))
+        self._leaving.callback(self._detach)
+        root = unwrap(self.model)
+        start = root.register_forward_pre_hook(self._on_start, prepend=True, with_kwargs=True)
+        self._leaving.callback(start.remove)
+        for selections in self._selections.values():
+            module = selections[0].module
+            handle = module.register_forward_hook(self._on_output, with_kwargs=True)
+            self._handles.append((module, handle))
+
+    def _detach(self) -> None:
+        for _, handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    # One forward pass
+
+    @contextmanager
+    def forward_pass(self, batch: Any, *, limit: int | None = None) -> Iterator[None]:
+        """One minibatch, whose samples and padding are read off the batch and not off the model's arguments.
+
+        Inside it, every call of a module counts towards ``name#2``, also if the model is called repeatedly.
+
+        Args:
+            batch: what the loader yielded.
+            limit: hand over only that many samples, the first ones.
+        """
+        if isinstance(batch, tuple | list) and not batches.is_image_list(batch):
+            samples = batches.sample_count(batch[0] if batch else None) or batches.sample_count(*batch)
+        else:
+            samples = batches.sample_count(batch)
+        self._start(samples, batch, limit)
+        self._managed = True
+        try:
+            yield
+        finally:
+            self._managed = False
+
+    def _on_start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._managed:
+            self._start(batches.sample_count(*args, kwargs), kwargs, None)
+
+    def _start(self, samples: int | None, batch: Any, limit: int | None) -> None:
+        self.samples = samples
+        self._limit = limit
+        self._masks = batches.attention_masks(batch)
+        self._calls: Counter[int] = Counter()
+        self._not_leaf: set[int] = set()
+        self._layout: Layout | None = None
+        self._forwards += 1
+        # A hook that the user added after ours may change the output: run behind it, and see what the next
+        # layer gets.
+        for module, handle in self._handles:
+            hooks = module._forward_hooks
+            if hooks and next(reversed(hooks)) != handle.id:
+                hooks[handle.id] = hooks.pop(handle.id)
+
+    def _on_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        key = id(module)
+        self._ever_ran.add(key)
+        self._layout = _layout_of(module, self._layout)
+        if self._by_default:
+            if key in self._not_leaf:
+                return
+            self._not_leaf |= self._above[key]
+        self._calls[key] += 1
+        call = self._calls[key]
+        for selection in self._selections[key]:
+            if selection.calls is None or call in selection.calls:
+                self._hand_over(selection, call, args, kwargs, output)
+
+    def _hand_over(
+        self, selection: Selection, call: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        label = _label(selection, call)
+        try:
+            activation, dim = self._with_batch(selection, args, kwargs, output)
+        except outputs.NotRecordable as reason:
+            if selection.named:
+                raise LayerError(
+                    f"layer {label!r} ({type(selection.module).__name__}) cannot be recorded: {reason}"
+                ) from None
+            self._left_out.setdefault(label, str(reason))
+            return
+        self._left_out.pop(label, None)
+        activation = activation.detach()
+        if dim != 0:
+            activation = activation.movedim(dim, 0)
+        if self._limit is not None:
+            activation = activation[: self._limit]
+        features = self._features.of(selection.name, "flatten")
+        if features != "flatten":
+            mask = self._masks(selection.name)
+            with torch.inference_mode(False), torch.no_grad():
+                activation = feature_rows(
+                    activation,
+                    features,
+                    mask=None if mask is None else mask[: self._limit].to(activation.device, non_blocking=True),
+                    channels=self._layout if activation.ndim > 3 else None,
+                ).flatten(1)
+        if self.consumer is not None:
+            self.consumer(label, activation)
+
+    def _with_batch(
+        self, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> tuple[Tensor, int]:
+        """The activation and its batch dimension; NotRecordable where there is none."""
+        first, _, rest = selection.part.partition(":")
+        if first == outputs.INPUT:
+            found = iter([outputs.input_of(args, kwargs, rest)])
+        else:
+            found = outputs.activations_of(output, selection.part)
+        problem = None
+        for activation in found:
+            try:
+                return activation, self._dim_of(selection, activation)
+            except outputs.NotRecordable as reason:
+                problem = problem or reason
+        assert problem is not None
+        raise problem
+
+    def _dim_of(self, selection: Selection, activation: Tensor) -> int:
+        shape = tuple(activation.shape)
+        given = self._batch_dim.of(selection.name, None)
+        if given is not None:
+            if not -len(shape) <= given < len(shape) or (self.samples or shape[given]) != shape[given]:
+                raise outputs.NotRecordable(
+                    f"batch_dim={given} of its shape {shape} does not have the {self.samples} samples of the batch"
+                )
+            return int(given) % len(shape)
+        if self.samples is None:
+            if not shape:
+                raise outputs.NotRecordable("returned a single number, without a batch dimension")
+            return 0
+        fitting = [dim for dim, size in enumerate(shape) if size == self.samples]
+        if 1 in fitting and id(selection.module) in self._batch_second:
+            return 1
+        if 0 in fitting:
+            return 0
+        if len(fitting) == 1:
+            return fitting[0]
+        several = "no dimension" if not fitting else f"dimensions {fitting}, and not dimension 0,"
+        raise outputs.NotRecordable(
+            f"{several} of its shape {shape} has the {self.samples} samples of the batch (batch_dim= names it)"
+        )
+
+    # What was left out
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Layers that were chosen and not recorded, with the reason: label -> sentence."""
+        skipped = dict(self._left_out)
+        if not self._ever_ran:
+            return skipped
+        ran = {id(m): name for name, m in reversed(named_layers(self.model).items()) if id(m) in self._ever_ran}
+        for key, selections in self._selections.items():
+            if key in self._ever_ran:
+                for selection in selections:
+                    if selection.calls is not None and not selection.calls & set(range(1, self._calls[key] + 1)):
+                        skipped[_label(selection, min(selection.calls))] = f"was called {self._calls[key]} time(s)"
+                continue
+            for selection in selections:
+                has_children = next(selection.module.children(), None) is not None
+                if self._by_default and (has_children or selection.name == ROOT):
+                    continue
+                above = [ran[other] for other in self._above[key] if other in ran and ran[other] != ROOT]
+                silent = max(above, key=len, default=None)
+                skipped[_label(selection, 1)] = "did not run" + (
+                    f": {silent!r} did its work without calling it" if silent is not None else " in the forward pass"
+                )
+        return skipped
+
+    # Running a loader
+
+    def stream(self, loader: Iterable[Any]) -> Iterator[dict[str, Tensor]]:
+        """Run the model over a loader and yield ``{layer: activation}``, one dict a batch, in order.
+
+        The activations are copies on the model's device, samples in dimension 0: nothing that happens later
+        changes them, and they are ordinary tensors. The model runs in eval mode and without gradients, and is
+        as it was whenever the caller has control.
+
+        Args:
+            loader: anything that yields batches, see :func:`cka_hooks.batches.arguments`.
+
+        Raises:
+            LayerError: none of the chosen layers ran.
+            BatchError: the model cannot be called with a batch.
+
+        Example:
+            >>> import torch
+            >>> from cka_hooks import LayerRecorder
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(inplace=True))
+            >>> loader = torch.utils.data.DataLoader(torch.randn(10, 4), batch_size=5)
+            >>> [activations["0"].shape for activations in LayerRecorder(model).stream(loader)]
+            [torch.Size([5, 3]), torch.Size([5, 3])]
+        """
+        model = runnable(self.model)
+        random_stream = RandomStream()
+        with random_stream:
+            iterator = iter(loader)
+        while True:
+            with random_stream:
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+            copies = _Copies()
+            before, self.consumer = self.consumer, copies.take
+            try:
+                with random_stream, untouched(model), self, self.forward_pass(batch), torch.no_grad():
+                    batches.call(model, batches.to_device(batch, batches.device_of(model)), self._forward)
+            finally:
+                self.consumer = before
+            if not copies:
+                raise LayerError(nothing_ran(self.skipped))
+            yield dict(copies)
+
+
+class _Copies(dict[str, Tensor]):
+    """A consumer that keeps copies: what it was given may change behind the hook."""
+
+    def take(self, layer: str, activation: Tensor) -> None:
+        self[layer] = activation.clone()
+
+
+def nothing_ran(skipped: Mapping[str, str]) -> str:
+    """The message where a forward pass recorded no layer at all."""
+    reasons = "; ".join(f"{layer!r} {reason}" for layer, reason in list(skipped.items())[:5])
+    return f"none of the chosen layers was recorded: {reasons or 'the model called none of its modules'}"
+
+
+def _label(selection: Selection, call: int) -> str:
+    return (
+        selection.name
+        + (f"#{call}" if call > 1 or (selection.calls is not None and call > 1) else "")
+        + (f":{selection.part}" if selection.part else "")
+    )
+
+
+def _layout_of(module: nn.Module, before: Layout | None) -> Layout | None:
+    """Where the channels of images are after this module: known for some, for the rest as before it."""
+    name = type(module).__name__
+    if name.startswith(_CHANNELS_FIRST) or any(
+        cls.__name__.startswith(_CHANNELS_FIRST) for cls in type(module).__mro__
+    ):
+        return "first"
+    if isinstance(module, _CHANNELS_LAST):
+        return "last"
+    return None if name == "Permute" else before
+
+
+def _batch_second(names: Mapping[str, nn.Module]) -> set[int]:
+    """Modules with ``batch_first=False``, and the parts of a transformer layer whose attention is such."""
+    second: set[int] = set()
+    for module in names.values():
+        first = getattr(module, "batch_first", None)
+        if isinstance(module, _ENCODER_DECODER):
+            first = module.self_attn.batch_first
+        if first is False:
+            second |= {id(module)} | {id(child) for child in module.modules() if not hasattr(child, "batch_first")}
+            second |= {id(child) for child in module.modules() if getattr(child, "batch_first", True) is False}
+    return second
+
+
+class _Patterns:
+    """One value for all layers, or one per layer pattern: the first pattern that matches a name decides."""
+
+    def __init__(self, value: Any, names: Mapping[str, nn.Module], option: str) -> None:
+        patterns = value if isinstance(value, Mapping) else {"**": value}
+        self._patterns = [(pattern, glob_regex(pattern), chosen) for pattern, chosen in patterns.items()]
+        self.values = [chosen for _, _, chosen in self._patterns]
+        for pattern, regex, _ in self._patterns:
+            if isinstance(value, Mapping) and not any(pattern == name or regex.fullmatch(name) for name in names):
+                raise OptionError(f"{option}= has the layer pattern {pattern!r}, which matches no layer of the model")
+
+    def of(self, name: str, default: Any) -> Any:
+        exact = next((chosen for pattern, _, chosen in self._patterns if pattern == name), None)
+        if exact is not None:
+            return exact
+        return next((chosen for _, regex, chosen in self._patterns if regex.fullmatch(name)), default)
+
+
+def warn_of_padding(features: Features, mask: Tensor | None) -> bool:
+    """Warn where "flatten" takes padding for data; whether it did. Looks only at masks on the CPU."""
+    padded = mask is not None and mask.device.type == "cpu" and not bool((mask != 0).all())
+    if padded and features == "flatten":
+        warnings.warn(
+            "the batch's attention mask has zeros, and features='flatten' keeps what stands there as data: "
+            "use features='mean', 'token' or 'last' to leave padding out",
+            CKAWarning,
+            stacklevel=4,
+        )
+        return True
+    return False
