@@ -10,7 +10,7 @@ from cka_hooks.result import CKAResult
 #: Values are written into the cells up to this many rows and columns; beyond, the colours alone are shown.
 WITH_VALUES = 12
 #: At most this many rows and columns are shown.
-MOST = 48
+MOST = 32
 
 # The colours of matplotlib's viridis at 0, 1/8 ... 1; between them straight lines are close enough.
 _VIRIDIS = (
@@ -34,17 +34,16 @@ def notebook_html(result: CKAResult) -> str:
     values, errors = result.matrix.tolist(), result.stderr.tolist()
     lines = []
     for i in reversed(rows):
-        cells = "".join(
-            _cell(
-                values[i][j],
-                f"{result.rows[i]}\n{result.columns[j]}\n{_words(values[i][j], errors[i][j])}",
-                written,
+        if written:
+            cells = "".join(
+                _cell(values[i][j], f"{result.rows[i]}\n{result.columns[j]}\n{_words(values[i][j], errors[i][j])}")
+                for j in columns
             )
-            for j in columns
-        )
-        lines.append(f"<tr>{_label(result.rows[i], written or len(rows) <= 24)}{cells}</tr>")
+        else:
+            cells = "".join(_dot(values[i][j]) for j in columns)
+        lines.append(f"<tr>{_label(result.rows[i]) if written else ''}{cells}</tr>")
     if written:
-        heads = "".join(_label(result.columns[j], True) for j in columns)
+        heads = "".join(_label(result.columns[j]) for j in columns)
         lines.append(f"<tr><th></th>{heads}</tr>")
     size = str(len(result.rows)) if result.square else f"{len(result.rows)} x {len(result.columns)}"
     caption = f"CKA of {size} layers, {result.samples:,} samples, {result.minibatches:,} minibatches"
@@ -63,12 +62,11 @@ def _spread(count: int) -> list[int]:
     return [round(i * (count - 1) / (MOST - 1)) for i in range(MOST)]
 
 
-def _label(label: str, shown: bool) -> str:
+def _label(label: str) -> str:
     short = label if len(label) <= 28 else f"{label[:8]}…{label[-19:]}"
-    text = html.escape(short) if shown else ""
     return (
         f'<th title="{html.escape(label)}" style="text-align:right;font-weight:normal;padding:0 4px;'
-        f'white-space:nowrap;background:none">{text}</th>'
+        f'white-space:nowrap;background:none">{html.escape(short)}</th>'
     )
 
 
@@ -78,20 +76,26 @@ def _words(value: float, error: float) -> str:
     return f"CKA {value:.3f}" + ("" if math.isnan(error) else f", standard error {error:.3f}")
 
 
-def _cell(value: float, title: str, written: bool) -> str:
-    missing = math.isnan(value)
-    colour = "#d9d9d9" if missing else f"rgb{_colour(value)}".replace(" ", "")
-    size = "padding:4px 6px;text-align:center" if written else "padding:0;width:8px;height:8px;min-width:8px"
-    ink = "#000" if missing or value > 0.6 else "#fff"
-    text = ("–" if missing else f"{value:.2f}") if written else ""
-    return f'<td title="{html.escape(title)}" style="{size};background:{colour};color:{ink}">{text}</td>'
+def _cell(value: float, title: str) -> str:
+    ink = "#000" if math.isnan(value) or value > 0.6 else "#fff"
+    text = "–" if math.isnan(value) else f"{value:.2f}"
+    return (
+        f'<td title="{html.escape(title)}" style="padding:4px 6px;text-align:center;'
+        f'background:{_colour(value)};color:{ink}">{text}</td>'
+    )
 
 
-def _colour(value: float) -> tuple[int, int, int]:
+def _dot(value: float) -> str:
+    return f'<td style="padding:5px;background:{_colour(value)}"></td>'
+
+
+def _colour(value: float) -> str:
+    if math.isnan(value):
+        return "#d9d9d9"
     place = min(max(value, 0.0), 1.0) * (len(_VIRIDIS) - 1)
     below = min(int(place), len(_VIRIDIS) - 2)
-    red, green, blue = (
+    mixed = (
         round(low + (high - low) * (place - below))
         for low, high in zip(_VIRIDIS[below], _VIRIDIS[below + 1], strict=True)
     )
-    return red, green, blue
+    return "#" + "".join(f"{part:02x}" for part in mixed)

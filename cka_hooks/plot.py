@@ -66,7 +66,7 @@ def heatmap(
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        OptionError: the result is empty, or the suffix of ``path`` is no picture format.
+        OptionError: the suffix of ``path`` is no picture format.
 
     Example:
         >>> from matplotlib.figure import Figure
@@ -76,8 +76,6 @@ def heatmap(
     """
     _require_matplotlib()
     rows, columns = result.matrix.shape
-    if not rows or not columns:
-        raise OptionError(f"a result of {rows} x {columns} layers has nothing to draw")
     lines = (2 if stderr else 1) if values else 0
     by_error = stderr and not values
     figure, axes = _canvas(path, ax, *_sides(rows, columns, lines))
@@ -174,13 +172,9 @@ def profile(
             label=line.name,
         )[0].get_color()
         if count <= 60:
-            axes.errorbar(
-                at, line.values, yerr=line.half, fmt="none", ecolor=colour, elinewidth=1.0, capsize=2
-            )
+            axes.errorbar(at, line.values, yerr=line.half, fmt="none", ecolor=colour, elinewidth=1.0, capsize=2)
         else:
-            axes.fill_between(
-                at, line.values - line.half, line.values + line.half, color=colour, alpha=0.25, lw=0
-            )
+            axes.fill_between(at, line.values - line.half, line.values + line.half, color=colour, alpha=0.25, lw=0)
         step = 1.0 if shared else 1 / max(count - 1, 1)
         for place in at[np.isnan(line.values)]:
             axes.axvspan(place - step / 2, place + step / 2, color=MISSING, lw=0, zorder=0)
@@ -239,9 +233,7 @@ def _steps(result: CKAResult) -> list[_Line]:
         at = np.array(list(run))
         labels = [result.layer_of(result.rows[i]) for i in at[:-1]]
         pairs = (at[:-1], at[1:])
-        lines.append(
-            _Line(model, "CKA with the next layer", labels, values[pairs], np.nan_to_num(half[pairs]), [])
-        )
+        lines.append(_Line(model, "CKA with the next layer", labels, values[pairs], np.nan_to_num(half[pairs]), []))
     return lines
 
 
@@ -254,8 +246,7 @@ def _best_matches(result: CKAResult) -> _Line:
     others = {result.model_of(label) for label in result.columns}
     other = f"in {others.pop()}" if len(others) == 1 and "" not in others else "among the columns"
     matches = [
-        "" if np.isnan(values[i, j]) else result.layer_of(result.columns[j])
-        for i, j in enumerate(best.tolist())
+        "" if np.isnan(values[i, j]) else result.layer_of(result.columns[j]) for i, j in enumerate(best.tolist())
     ]
     meaning = f"CKA with the best match {other}"
     return _Line("", meaning, labels, values[rows, best], np.nan_to_num(half), matches)
@@ -454,9 +445,7 @@ def _colours(name: str) -> Any:
 def _beyond(values: Floats) -> str:
     low = bool((values < -0.005).any())
     high = bool((values > 1.005).any())
-    return {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[
-        low, high
-    ]
+    return {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[low, high]
 
 
 def _round_up(value: float) -> float:

@@ -46,7 +46,7 @@ def summary(result: CKAResult) -> str:
         for i, first in enumerate(names):
             for second in names[i + 1 :]:
                 lines += _matches(result.between(first, second), first, second)
-    elif result.rows and result.columns:
+    else:
         lines += _alike_across(result)
         if not set(result.rows) & set(result.columns):
             lines += _matches(result, _one_model(result, result.rows), _one_model(result, result.columns))
@@ -118,8 +118,7 @@ def _blocks(result: CKAResult, model: str, positions: Positions) -> Iterator[str
         return
     found.sort(key=len, reverse=True)
     words = [
-        f"{result.layer_of(result.rows[block[0]])} to {result.layer_of(result.rows[block[-1]])} "
-        f"({len(block)} layers)"
+        f"{result.layer_of(result.rows[block[0]])} to {result.layer_of(result.rows[block[-1]])} ({len(block)} layers)"
         for block in found
     ]
     yield f"Near-identical in a row{_of(model)} (CKA above {BLOCK} with each other): {_thinned(words)}."
@@ -183,9 +182,7 @@ def _left_out(result: CKAResult) -> Iterator[str]:
     shares = [(value.share, label) for label, value in result.influence.items() if value.share > SHARE]
     if shares:
         share, label = max(shares)
-        others = (
-            f", and in {_count(len(shares) - 1, 'other layer')} more than half" if len(shares) > 1 else ""
-        )
+        others = f", and in {_count(len(shares) - 1, 'other layer')} more than half" if len(shares) > 1 else ""
         yield (
             f"One sample decides much: number {result.influence[label].sample} has {share:.0%} of the HSIC "
             f"of {label}{others}."

@@ -14,7 +14,7 @@ import re
 from importlib import resources
 from typing import Any
 
-from cka_hooks.errors import MissingExtraError, OptionError
+from cka_hooks.errors import MissingExtraError
 from cka_hooks.reading import summary
 from cka_hooks.result import CKAResult, PathLike
 from cka_hooks.resultfile import replace_file
@@ -34,13 +34,8 @@ def write_page(result: CKAResult, path: PathLike, *, title: str | None = None) -
 
     Raises:
         MissingExtraError: plotly is not installed.
-        OptionError: the result is empty.
         OSError: the file cannot be written.
     """
-    if not result.rows or not result.columns:
-        raise OptionError(
-            f"a result of {len(result.rows)} x {len(result.columns)} layers has nothing to show"
-        )
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
@@ -95,13 +90,11 @@ def _axis(result: CKAResult, labels: tuple[str, ...]) -> dict[str, Any]:
     spans = thinned(models, names, max(1.0, len(labels) / _ROOM))
     return {
         "labels": [_shown(label) for label in labels],
+        "names": [_shown(name) for name in (labels if several else names)],
         "spans": [
-            [span.middle, _shown(f"{models[span.start]}/{span.name}" if several else span.name)]
-            for span in spans
+            [span.middle, _shown(f"{models[span.start]}/{span.name}" if several else span.name)] for span in spans
         ],
-        "stages": [place for place in boundaries(models, names) if place not in changes]
-        if len(labels) > 8
-        else [],
+        "stages": [place for place in boundaries(models, names) if place not in changes] if len(labels) > 8 else [],
         "models": changes,
     }
 

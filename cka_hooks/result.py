@@ -144,6 +144,8 @@ class CKAResult:
             _check_labels(name, labels)
             object.__setattr__(self, name, labels)
         shape = (len(self.rows), len(self.columns))
+        if 0 in shape:
+            raise OptionError(f"a result of {shape[0]} x {shape[1]} layers; expected at least one row and column")
         _check_tensor("matrix", self.matrix, shape)
         _check_tensor("stderr", self.stderr, shape)
         if bool((self.stderr < 0).any()):
@@ -154,12 +156,10 @@ class CKAResult:
                 raise OptionError(f"{name} is {value!r}; expected a whole number, {least} or more")
         if self.minibatch_hsic is not None:
             count = len(self.minibatch_layers)
-            batches = self.minibatch_hsic.shape[0] if self.minibatch_hsic.dim() else 0
-            _check_tensor("minibatch_hsic", self.minibatch_hsic, (batches, count, count))
+            batches = len(self.minibatch_hsic) if self.minibatch_hsic.dim() else 0
+            _check_tensor("minibatch_hsic", self.minibatch_hsic, (max(batches, 1), count, count))
         elif self.minibatch_layers:
-            raise OptionError(
-                "minibatch_layers has labels, but there is no minibatch_hsic they could belong to"
-            )
+            raise OptionError("minibatch_layers has labels, but there is no minibatch_hsic they could belong to")
         for name in ("degenerate", "skipped", "influence"):
             # Copied, so that two results never share a dict that one of them could change.
             object.__setattr__(self, name, dict(getattr(self, name)))
@@ -631,7 +631,7 @@ def _known(label: str, labels: Sequence[str]) -> str:
 
 
 def _patterns(choice: str | Sequence[str]) -> tuple[str, ...]:
-    patterns = (choice,) if isinstance(choice, str) else tuple(choice)
+    patterns = (choice,) if isinstance(choice, str) or not isinstance(choice, Iterable) else tuple(choice)
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise OptionError(f"{choice!r} chooses no layers; expected a label, a glob, or a sequence of them")
     return patterns
@@ -651,8 +651,7 @@ def _matches(pattern: str, label: str) -> bool:
     words = {"**": ".*", "*": r"[^./]*", "?": r"[^./]"}
     parts = re.split(r"(\*\*|\*|\?|\[[^\]]+\])", pattern)
     expression = "".join(
-        words.get(part)
-        or (part.replace("\\", r"\\") if part[:1] == "[" and part[-1:] == "]" else re.escape(part))
+        words.get(part) or (part.replace("\\", r"\\") if part[:1] == "[" and part[-1:] == "]" else re.escape(part))
         for part in parts
     )
     try:
@@ -672,11 +671,7 @@ def _check_labels(name: str, labels: tuple[object, ...]) -> None:
 
 def _check_tensor(name: str, tensor: object, shape: tuple[int, ...]) -> None:
     if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float64 or tensor.device.type != "cpu":
-        found = (
-            f"{tensor.dtype} on {tensor.device}"
-            if isinstance(tensor, torch.Tensor)
-            else type(tensor).__name__
-        )
+        found = f"{tensor.dtype} on {tensor.device}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise OptionError(f"{name} is {found}; expected a float64 tensor on the CPU")
     if tuple(tensor.shape) != shape:
         raise OptionError(f"{name} has shape {tuple(tensor.shape)}; its labels ask for {shape}")

@@ -156,7 +156,7 @@ def _spaced(spans: list[Span], gap: float) -> list[Span]:
     """Those that have room: the longest first, and of equally long ones the two ends of the axis."""
     kept: list[Span] = []
     end = max((span.stop for span in spans), default=0)
-    for span in sorted(spans, key=lambda s: (s.start - s.stop, 0 < s.start and s.stop < end, s.start)):
+    for span in sorted(spans, key=lambda s: (s.start - s.stop, s.start > 0 and s.stop < end, s.start)):
         if all(abs(span.middle - other.middle) >= gap for other in kept):
             kept.append(span)
     return sorted(kept)
