@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -110,12 +110,9 @@ def heatmap(
     row_names = [result.layer_of(label) for label in result.rows]
     column_names = [result.layer_of(label) for label in result.columns]
     _separate(axes, row_models, row_names, column_models, column_names)
-    for _ in range(1 if ax is None or figure.get_layout_engine() is None else 2):
-        # A layout engine resizes the axes once it knows the labels; then there is other room for them.
+    for _ in _rounds(figure, ax):
         _write_labels(axes, axes.yaxis, row_models, row_names)
         _write_labels(axes, axes.xaxis, column_models, column_names)
-        if ax is not None and figure.get_layout_engine() is not None:
-            figure.draw_without_rendering()
     _write_models(axes, axes.yaxis, row_models)
     _write_models(axes, axes.xaxis, column_models)
     if lines:
@@ -159,53 +156,37 @@ def profile(
     # Layers of different networks have no common place on the axis but their depth.
     shared = all(line.labels == lines[0].labels for line in lines)
     handles: list[Any] = []
-    missing = False
     for line in lines:
         count = len(line.labels)
         at = np.arange(count, dtype=float) if shared else np.linspace(0, 1, count)
-        colour = axes.plot(
-            at,
-            line.values,
-            marker="o",
-            markersize=3.5 if count <= 60 else 1.5,
-            linewidth=1.0,
-            label=line.name,
-        )[0].get_color()
-        if count <= 60:
-            axes.errorbar(at, line.values, yerr=line.half, fmt="none", ecolor=colour, elinewidth=1.0, capsize=2)
-        else:
-            axes.fill_between(at, line.values - line.half, line.values + line.half, color=colour, alpha=0.25, lw=0)
-        step = 1.0 if shared else 1 / max(count - 1, 1)
-        for place in at[np.isnan(line.values)]:
-            axes.axvspan(place - step / 2, place + step / 2, color=MISSING, lw=0, zorder=0)
-            missing = True
+        handles.append(_draw_line(axes, line, at))
     ends = [end for line in lines for end in (line.values - line.half, line.values + line.half)]
     # The fixed scale of the heatmap, and more only where an interval reaches beyond it.
     axes.set_ylim(
         min(float(np.nanmin(end, initial=0.0)) for end in ends),
         max(float(np.nanmax(end, initial=1.0)) for end in ends) + 0.02,
     )
+    axes.set_yticks([step / 5 for step in range(6)])
     axes.grid(axis="y", color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", labelsize=_FONT)
     axes.set_ylabel(lines[0].meaning, fontsize=_FONT + 1)
     if shared:
         axes.set_xlim(-0.5, most - 0.5)
-        for _ in range(1 if ax is None or figure.get_layout_engine() is None else 2):
+        for _ in _rounds(figure, ax):
             labels = lines[0].labels
             if lines[0].matches and most * _PITCH <= _inches(axes)[0]:
                 both = zip(labels, lines[0].matches, strict=True)
                 labels = [f"{_shortened(a)} → {_shortened(b)}" if b else a for a, b in both]
             _write_labels(axes, axes.xaxis, [""] * most, labels)
-            if ax is not None and figure.get_layout_engine() is not None:
-                figure.draw_without_rendering()
     else:
         axes.set_xlim(-0.02, 1.02)
+        axes.set_xticks([step / 5 for step in range(6)])
         axes.set_xlabel("depth, first layer to last", fontsize=_FONT + 1)
         axes.tick_params(axis="x", labelsize=_FONT)
     if len(lines) < 2:
         handles = []
-    if missing:
+    if any(np.isnan(line.values).any() for line in lines):
         handles.append(Patch(facecolor=MISSING, label="undefined"))
     if handles:
         _legend(axes, handles)
@@ -223,6 +204,21 @@ class _Line(NamedTuple):
     values: Floats
     half: Floats
     matches: list[str]
+
+
+def _draw_line(axes: Axes, line: _Line, at: Floats) -> Any:
+    """One line with its intervals, grey where it is undefined; returned for the legend."""
+    few = len(at) <= 60
+    (drawn,) = axes.plot(at, line.values, marker="o", markersize=3.5 if few else 1.5, linewidth=1.0, label=line.name)
+    colour = drawn.get_color()
+    if few:
+        axes.errorbar(at, line.values, yerr=line.half, fmt="none", ecolor=colour, elinewidth=1.0, capsize=2)
+    else:
+        axes.fill_between(at, line.values - line.half, line.values + line.half, color=colour, alpha=0.25, lw=0)
+    half_step = (at[1] - at[0]) / 2 if len(at) > 1 else 0.5
+    for place in at[np.isnan(line.values)]:
+        axes.axvspan(place - half_step, place + half_step, color=MISSING, lw=0, zorder=0)
+    return drawn
 
 
 def _steps(result: CKAResult) -> list[_Line]:
@@ -339,6 +335,14 @@ def _fit(figure: Figure, axes: Axes) -> None:
     axes.set_position((left / total[0], below / total[1], width / total[0], height / total[1]))
 
 
+def _rounds(figure: Figure, given: Axes | None) -> Iterator[None]:
+    """Once; twice where a layout engine gives the axes another size as soon as it knows their labels."""
+    yield
+    if given is not None and figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()
+        yield
+
+
 def _inches(axes: Axes) -> tuple[float, float]:
     axes.apply_aspect()
     box = axes.get_window_extent()
@@ -377,14 +381,12 @@ def _write_models(axes: Axes, axis: Axis, models: Sequence[str]) -> None:
         extent = label.get_window_extent()
         edge = min(edge, extent.y0 if horizontal else extent.x0)
     away = -((box.y0 if horizontal else box.x0) - edge) * 72 / dpi - 5
-    room = _inches(axes)[0 if horizontal else 1] / len(models)
+    room = (box.width if horizontal else box.height) / len(models)
     for model, run in groupby(range(len(models)), key=models.__getitem__):
         at = list(run)
         middle = (at[0] + at[-1]) / 2
-        size = _FONT + 2
-        letters = max(3, int(len(at) * room / (size * 0.62 / 72)))
-        axes.annotate(
-            _shortened(model, min(letters, 60)),
+        text = axes.annotate(
+            model,
             (middle, 0) if horizontal else (0, middle),
             xycoords=("data", "axes fraction") if horizontal else ("axes fraction", "data"),
             xytext=(0, away) if horizontal else (away, 0),
@@ -392,11 +394,18 @@ def _write_models(axes: Axes, axis: Axis, models: Sequence[str]) -> None:
             rotation=0 if horizontal else 90,
             ha="center" if horizontal else "right",
             va="top" if horizontal else "center",
-            fontsize=size,
+            fontsize=_FONT + 2,
             fontweight="bold",
             parse_math=False,
             annotation_clip=False,
         )
+        for letters in (60, 40, 30, 20, 15, 10, 6, 4, 3, 2, 1):
+            text.set_text(_shortened(model, letters))
+            extent = text.get_window_extent()
+            if (extent.width if horizontal else extent.height) <= len(at) * room:
+                break
+        else:
+            text.remove()
 
 
 def _shortened(label: str, most: int = _LONGEST) -> str:

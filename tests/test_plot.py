@@ -1,0 +1,307 @@
+import itertools
+import subprocess
+import sys
+import warnings
+
+import matplotlib
+import numpy as np
+import pytest
+from made_up import resnet_labels, result_of
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+
+from cka_hooks.errors import CKAWarning, OptionError
+from cka_hooks.result import CKAResult
+from cka_hooks.stages import boundaries, stages, thinned
+
+RESNET18, RESNET152 = resnet_labels((2, 2, 2, 2)), resnet_labels((3, 8, 36, 3))
+DENSENET = [
+    "features.conv0",
+    "features.norm0",
+    *(
+        f"features.denseblock{b}.denselayer{i}.{part}"
+        for b in (1, 2, 3)
+        for i in range(24)
+        for part in ("norm1", "conv1")
+    ),
+    "classifier",
+]
+FLAT = [f"Conv_{i}" for i in range(397)]
+ODD = ["a $x_1$ $", "b\nb", "c" * 300, "Schicht-ß", "\x00\x1b", "_hidden", "%s {} \\alpha", ""]
+MANY = {f"model{i}": resnet_labels((1, 1)) for i in range(8)}
+
+RESULTS = {
+    "3": result_of(["conv1", "layer1.0.relu#2", "fc"]),
+    "1": result_of(["conv1"]),
+    "60 degenerate": result_of(RESNET18[:60], degenerate=("layer2.0.bn1", "layer2.0.relu", "conv1")),
+    "all degenerate": result_of(["a", "b", "c"], degenerate=("a", "b", "c")),
+    "400": result_of(RESNET152[:400], degenerate=("layer3.22.bn2",)),
+    "flat 397": result_of(FLAT),
+    "dense": result_of({"densenet121": DENSENET}),
+    "two": result_of({"resnet18": RESNET18, "resnet152": RESNET152}),
+    "eight": result_of(MANY),
+    "odd": result_of(ODD),
+    "long model name": result_of({"m" * 200: ["a", "b", "c"], "n": ["a"]}),
+}
+RESULTS["rectangular"] = RESULTS["two"].between("resnet18", "resnet152")
+RESULTS["one row"] = RESULTS["two"].select(rows="resnet18/fc", columns="resnet152/**")
+RESULTS["one column"] = RESULTS["two"].select(columns="resnet18/fc", rows="resnet152/**")
+
+each_result = pytest.mark.parametrize("result", RESULTS.values(), ids=RESULTS.keys())
+
+
+def draw(figure):
+    FigureCanvasAgg(figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a letter the font lacks
+        figure.canvas.draw()
+    return figure
+
+
+def boxes(figure, axes):
+    """The boxes in pixels of every text that stands outside the cells."""
+    renderer = draw(figure).canvas.get_renderer()
+    texts = [*axes.get_xticklabels(), *axes.get_yticklabels(), axes.title, axes._left_title]
+    texts += [axes.xaxis.label, axes.yaxis.label, *axes.texts]
+    legend = axes.get_legend()
+    texts += legend.get_texts() if legend else []
+    for child in axes.child_axes:
+        texts += [*child.get_yticklabels(), child.yaxis.label]
+    return [(text.get_text(), text.get_window_extent(renderer)) for text in texts if text.get_text()]
+
+
+def overlapping(found):
+    return [
+        (a, b)
+        for (a, box), (b, other) in itertools.combinations(found, 2)
+        if min(box.x1, other.x1) - max(box.x0, other.x0) > 0.5 and min(box.y1, other.y1) - max(box.y0, other.y0) > 0.5
+    ]
+
+
+@each_result
+@pytest.mark.parametrize("method", ["plot", "plot_profile"])
+def test_no_label_overlaps_another_or_leaves_the_picture(result, method, tmp_path):
+    if method == "plot_profile" and result.rows == ("conv1",):
+        pytest.skip("one layer has no profile")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure, axes = getattr(result, method)(tmp_path / "picture.png")
+    found = boxes(figure, axes)
+    assert overlapping(found) == []
+    width, height = figure.canvas.get_width_height()
+    for text, box in found:
+        assert box.x0 >= 0, text
+        assert box.y0 >= 0, text
+        assert box.x1 <= width, text
+        assert box.y1 <= height, text
+    assert max(figure.get_size_inches()) < 14
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+@each_result
+def test_no_label_overlaps_another_in_axes_of_others(result):
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    axes = figure.add_subplot()
+    assert result.plot(ax=axes) == (figure, axes)
+    ticks = {"x": axes.get_xticklabels(), "y": axes.get_yticklabels()}
+    renderer = draw(figure).canvas.get_renderer()
+    for labels in ticks.values():
+        assert overlapping([(label.get_text(), label.get_window_extent(renderer)) for label in labels]) == []
+
+
+def image_of(axes):
+    (image,) = [child for child in axes.get_children() if isinstance(child, AxesImage)]
+    return image
+
+
+def test_scale_map_and_origin(tmp_path):
+    result = result_of(RESNET18)
+    _, axes = result.plot(tmp_path / "a.png")
+    image = image_of(axes)
+    assert image.get_clim() == (0, 1)
+    assert image.cmap.name == "viridis"
+    assert image.origin == "lower"
+    assert np.array_equal(image.get_array(), result.matrix.numpy())
+    bottom, top = axes.get_ylim()
+    assert bottom < top  # depth upwards
+
+
+def test_undefined_layers_are_grey_and_hide_nothing(tmp_path):
+    result = RESULTS["60 degenerate"]
+    _, axes = result.plot(tmp_path / "a.png")
+    image = image_of(axes)
+    assert np.array_equal(image.get_array().mask, result.matrix.isnan().numpy())
+    assert np.allclose(image.cmap(np.ma.masked)[:3], 0.85)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["undefined"]
+    for patch in axes.patches:
+        x, y = (round(v + 0.5) for v in patch.get_xy())
+        inside = result.matrix[y : y + round(patch.get_height()), x : x + round(patch.get_width())]
+        assert inside.isnan().all()
+    assert len(axes.patches) == 4  # conv1, and two neighbours in one; along both axes
+    _, whole = result.select("layer1.**").plot(tmp_path / "b.png")
+    assert whole.get_legend() is None
+
+
+def test_standard_errors_have_a_scale_of_their_own(tmp_path):
+    result = result_of(RESNET18)
+    _, axes = result.plot(tmp_path / "a.png", stderr=True)
+    image = image_of(axes)
+    assert np.array_equal(image.get_array(), result.stderr.numpy())
+    low, high = image.get_clim()
+    assert low == 0
+    assert result.stderr.max() <= high <= 2 * result.stderr.max()
+    assert image.cmap.name != "viridis"
+
+
+def test_values_in_cells(tmp_path):
+    result = result_of(["a", "b", "c"], degenerate=("c",))
+    _, axes = result.plot(tmp_path / "a.png", values=True)
+    assert {text.get_text() for text in axes.texts} == {"1.00", f"{result['a', 'b']:.2f}"}
+    _, axes = result.plot(tmp_path / "a.png", values=True, stderr=True)
+    assert all("±" in text.get_text() for text in axes.texts)
+    assert image_of(axes).get_clim() == (0, 1)
+
+
+@pytest.mark.parametrize("stderr", [False, True])
+def test_values_stay_inside_their_cells(tmp_path, stderr):
+    figure, axes = result_of(RESNET18).select("**.conv?").plot(tmp_path / "a.png", values=True, stderr=stderr)
+    assert len(axes.texts) == 24**2
+    renderer = draw(figure).canvas.get_renderer()
+    cell = axes.get_window_extent().width / 24
+    for text in axes.texts:
+        box = text.get_window_extent(renderer)
+        assert box.width < cell
+        assert box.height < cell
+
+
+def test_values_that_cannot_be_read_are_left_out_with_a_warning(tmp_path):
+    with pytest.warns(CKAWarning, match="too small to write values"):
+        _, axes = result_of(RESNET18).plot(tmp_path / "a.png", values=True)
+    assert len(axes.texts) == 0
+
+
+def test_models_are_named_and_separated(tmp_path):
+    _, axes = RESULTS["two"].plot(tmp_path / "a.png")
+    assert [text.get_text() for text in axes.texts] == ["resnet18", "resnet152"] * 2
+    strong = [line for line in axes.lines if line.get_linewidth() > 1]
+    assert len(strong) == 2
+    assert strong[0].get_ydata()[0] == len(RESNET18) - 0.5
+    _, axes = RESULTS["rectangular"].plot(tmp_path / "a.png")
+    assert [text.get_text() for text in axes.texts] == ["resnet18", "resnet152"]
+    assert "resnet18 against resnet152" in axes.get_title("left")
+
+
+def test_a_title_is_written_as_it_is(tmp_path):
+    _, axes = CKAResult.example().plot(tmp_path / "a.png", title="cost $5 and $6_")
+    assert axes.get_title("left") == "cost $5 and $6_"
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_files_are_written_without_pyplot(tmp_path, suffix):
+    code = f"""
+import sys
+from cka_hooks.result import CKAResult
+result = CKAResult.example(("a", "b"))
+result.plot({str(tmp_path / "map")!r} + ".{suffix}")
+result.plot_profile({str(tmp_path / "profile")!r} + ".{suffix}")
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], check=True, env={"MPLBACKEND": "TkAgg", "DISPLAY": ":99"}
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"map.{suffix}", f"profile.{suffix}"]
+
+
+@pytest.mark.parametrize("name", ["cka", "cka.docx", "cka.json"])
+def test_an_unknown_suffix_is_refused(tmp_path, name):
+    with pytest.raises(OptionError, match=r"\.png"):
+        CKAResult.example().plot(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_path_and_axes_a_notebook_shows_the_figure():
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, _ = CKAResult.example().plot()
+    assert figure.number in pyplot.get_fignums()
+    pyplot.close(figure)
+
+
+def test_axes_of_a_subfigure(tmp_path):
+    figure = Figure(figsize=(8, 4))
+    left, right = figure.subfigures(1, 2)
+    CKAResult.example().plot(ax=left.add_subplot())
+    found, _ = CKAResult.example().plot_profile(tmp_path / "both.png", ax=right.add_subplot())
+    assert found is figure
+    assert (tmp_path / "both.png").exists()
+
+
+# ---- the profile ------------------------------------------------------------------------------------
+
+
+def test_the_profile_has_each_layer_with_the_next(tmp_path):
+    result = RESULTS["two"]
+    _, axes = result.plot_profile(tmp_path / "a.png")
+    drawn = {line.get_label(): line.get_ydata() for line in axes.get_lines() if not line.get_label().startswith("_")}
+    assert drawn.keys() == {"resnet18", "resnet152"}
+    assert drawn["resnet18"].tolist() == result.matrix.diagonal(1)[: len(RESNET18) - 1].tolist()
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["resnet18", "resnet152"]
+    colours = {line.get_color() for line in axes.get_legend().get_lines()}
+    assert len(colours) == 2
+
+
+def test_the_profile_of_a_cut_has_the_best_matches(tmp_path):
+    result = result_of({"a": ["x", "y", "z"], "b": ["x", "y"]}, degenerate=("a/z",)).between("a", "b")
+    _, axes = result.plot_profile(tmp_path / "a.png")
+    assert axes.get_lines()[0].get_ydata()[:2].tolist() == result.matrix[:2].max(dim=1).values.tolist()
+    best = result.matrix[:2].argmax(dim=1).tolist()
+    assert [text.get_text() for text in axes.get_xticklabels()] == [
+        *(f"{row} → {'xy'[column]}" for row, column in zip("xy", best, strict=True)),
+        "z",
+    ]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["undefined"]
+
+
+def test_one_layer_has_no_profile(tmp_path):
+    with pytest.raises(OptionError, match="two layers"):
+        result_of(["a"]).plot_profile(tmp_path / "a.png")
+
+
+# ---- choosing the labels ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labels", [RESNET18, RESNET152, DENSENET, FLAT, ODD], ids=len)
+@pytest.mark.parametrize("gap", [0.4, 1.0, 1.5, 4.0, 7.3, 50.0, 1000.0])
+def test_written_labels_keep_their_distance_and_name_what_they_cover(labels, gap):
+    spans = thinned([""] * len(labels), labels, gap)
+    assert spans
+    assert all(b.middle - a.middle >= gap for a, b in itertools.pairwise(spans))
+    for span in spans:
+        covered = labels[span.start : span.stop]
+        assert all(label == span.name or label.startswith(span.name + ".") for label in covered)
+    if gap <= 1:
+        assert [span.name for span in spans] == labels
+
+
+def test_room_is_used():
+    for labels in (RESNET152, DENSENET, FLAT):
+        assert len(thinned([""] * len(labels), labels, len(labels) / 60)) >= 20
+
+
+def test_a_name_never_covers_two_models():
+    models = ["a"] * 40 + ["b"] * 40
+    for span in thinned(models, [f"layer.{i % 40}" for i in range(80)], 10.0):
+        assert span.stop <= 40 or span.start >= 40
+
+
+def test_stages_are_the_large_parts():
+    assert [span.name for span in stages([""] * len(RESNET18), RESNET18)] == [
+        "conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool", "fc",
+    ]  # fmt: skip
+    assert [span.name for span in stages([""] * len(DENSENET), DENSENET)] == [
+        "features.conv0", "features.norm0", "features.denseblock1", "features.denseblock2", "features.denseblock3",
+        "classifier",
+    ]  # fmt: skip
+    assert boundaries([""] * len(FLAT), FLAT) == []
