@@ -418,10 +418,10 @@ def _shortened(label: str, most: int = _LONGEST) -> str:
 
 
 def _title(result: CKAResult, what: str) -> str:
-    models = ", ".join(result.models) if len(result.models) <= 3 else f"{len(result.models)} models"
-    if len(result.models) == 2 and not result.square:
-        models = f"{result.models[0]} against {result.models[1]}"
-    return f"{models + ': ' if models else ''}{what}, {result.samples:,} samples"
+    names = [_shortened(name) for name in result.models]
+    joined = " against " if len(names) == 2 and not result.square else ", "
+    models = joined.join(names) if len(names) <= 3 else f"{len(names)} models"
+    return f"{models}: {what}, {result.samples:,} samples" if names else f"{what}, {result.samples:,} samples"
 
 
 def _set_title(axes: Axes, title: str, above_legend: bool) -> None:
