@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cka_hooks import memory
 from cka_hooks.errors import (
     CKAWarning,
     LayerError,
     NonFiniteError,
     OptionError,
+    OutOfMemoryError,
     SampleCountError,
     TooFewSamplesError,
 )
@@ -39,6 +41,34 @@ class _Observed(NamedTuple):
     grams: list[Grams]
 
 
+class Centred(NamedTuple):
+    """All layers of m minibatches of n samples, ready to be added up.
+
+    Attributes:
+        layers: l labels.
+        vectors: (l, m, p) centred Gram matrices, see :func:`cka_hooks.hsic.pack`.
+        spread: (l, m) traces of the centred linear Gram matrices.
+        size: (l, m) traces of the linear Gram matrices.
+        finite: (l, m) bool, whether the layer was finite; its vectors are 0 where it was not.
+        parts: (l, m, n) parts of the layer's own HSIC that each sample has.
+    """
+
+    layers: tuple[str, ...]
+    vectors: Tensor
+    spread: Tensor
+    size: Tensor
+    finite: Tensor
+    parts: Tensor
+
+
+class Step(NamedTuple):
+    """One batch of `samples`, of which `counted` are in `groups` of equal minibatches."""
+
+    samples: int
+    counted: int
+    groups: list[Centred]
+
+
 class CKAAccumulator:
     """Minibatch CKA of every pair of layers, one forward pass at a time.
 
@@ -50,6 +80,9 @@ class CKAAccumulator:
     CKA_ij = sum_b w_b HSIC(K_i, K_j) / sqrt(sum_b w_b HSIC(K_i, K_i) sum_b w_b HSIC(K_j, K_j)) over minibatches b
     (Nguyen, Raghu & Kornblith 2021) with the unbiased HSIC of Song et al. 2012 and w_b = n_b - 3, or the
     biased one of Kornblith et al. 2019 and w_b = n_b - 1.
+
+    ``compute`` warns where more than 25 % of a layer's own HSIC lies in pairs with one single sample: a few
+    outlying samples can decide CKA (Davari et al. 2023). `CKAResult.influence` names the sample.
 
     Args:
         kernel: "linear", "rbf", "cosine", "polynomial", or a callable (n, d) -> (n, n) on raw float64 features.
@@ -141,8 +174,10 @@ class CKAAccumulator:
         """
         if self._sums is None or self.minibatches < 3:
             return float("inf")
-        stderr = self._sums.stderr(self.minibatches, self._per_pass[0]).cpu()
-        stderr = stderr[~stderr.isnan()]
+        sums = self._sums.to("cpu")
+        left_out = self._degenerate(sums).keys() | self._irregular().keys()
+        defined = torch.tensor([layer not in left_out for layer in self._positions]) & (sums.bad == NEVER)
+        stderr = sums.stderr(self.minibatches, self._per_pass[0])[defined][:, defined]
         return float(stderr.max()) if len(stderr) else 0.0
 
     @property
@@ -160,6 +195,7 @@ class CKAAccumulator:
         Raises:
             SampleCountError: its number of samples is not that of the layers before it.
             LayerError: the layer was observed already since the last `step`.
+            OutOfMemoryError: also in smaller pieces; `discard` the minibatch and go on, or take another one.
         """
         if layer in self._pending:
             raise LayerError(
@@ -181,17 +217,41 @@ class CKAAccumulator:
             rest = samples - groups * size
             grams = []
             if size >= MIN_SAMPLES:
-                grams.append(self._kernel(rows[: groups * size], groups))
+                grams.append(self._grams(layer, rows[: groups * size], groups))
                 if rest >= MIN_SAMPLES:
-                    grams.append(self._kernel(rows[groups * size :], 1))
+                    grams.append(self._grams(layer, rows[groups * size :], 1))
         self._dtypes.setdefault(layer, activation.dtype)
         self._pending[layer] = _Observed(samples, grams)
+
+    def _grams(self, layer: str, rows: Tensor, minibatches: int) -> Grams:
+        """Gram matrices of one layer, in smaller pieces where memory does not suffice for all of them at once."""
+        try:
+            return self._kernel(rows, minibatches)
+        except memory.EXHAUSTED as error:
+            memory.raise_unless_exhausted(error)
+        # Outside of the handler, whose traceback would keep the scratch buffers of the failed attempt.
+        memory.release(rows.device)
+        try:
+            with memory.smaller_pieces():
+                parts = [self._kernel(part, 1) for part in rows.chunk(minibatches)]
+        except memory.EXHAUSTED as error:
+            memory.raise_unless_exhausted(error)
+            features = rows.shape[1] * rows.shape[2]
+            raise OutOfMemoryError(
+                f"out of memory in layer {layer!r}: {len(rows)} samples of {features:,} features "
+                f"({rows.numel() * rows.element_size() / 1e6:,.1f} MB of {str(rows.dtype).removeprefix('torch.')}) on "
+                f"{rows.device}, also in smaller pieces. Leave the layer out (layers=), average it over positions "
+                "(features='mean'), take smaller minibatches (minibatch=), or use a smaller batch_size in the loader"
+            ) from error
+        together = (None if None in column else torch.cat(column) for column in zip(*parts, strict=True))
+        return Grams(*together)
 
     def step(self) -> None:
         """The minibatch is complete: add it to the sums.
 
         Raises:
             LayerError: no layer was observed since the last `step`.
+            OutOfMemoryError: nothing was added; the accumulator goes on with the next minibatch.
         """
         if not self._pending:
             raise LayerError(
@@ -200,18 +260,20 @@ class CKAAccumulator:
             )
         pending, self._pending = self._pending, {}
         first = next(iter(pending.values()))
-        self._largest = max(self._largest, first.samples)
         counted = sum(grams.values.shape[0] * grams.values.shape[1] for grams in first.grams)
-        start = self.samples + self.left_out
-        with torch.inference_mode(False), torch.no_grad():
-            for group in range(len(first.grams)):
-                grams = {layer: observed.grams[group] for layer, observed in pending.items()}
-                m, n, _ = next(iter(grams.values())).values.shape
-                self._add(grams, start)
-                self.minibatches += m
-                start += m * n
-        self.samples += counted
-        self.left_out += first.samples - counted
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                groups = [
+                    self._centred({layer: observed.grams[group] for layer, observed in pending.items()})
+                    for group in range(len(first.grams))
+                ]
+                self._commit(Step(first.samples, counted, groups))
+        except memory.EXHAUSTED as error:
+            memory.raise_unless_exhausted(error)
+            raise OutOfMemoryError(
+                f"out of memory while comparing {len(pending)} layers of {first.samples} samples with one another, "
+                "and this minibatch was not added: choose fewer layers (layers=) or smaller minibatches (minibatch=)"
+            ) from error
 
     def discard(self) -> None:
         """Forget what was observed since the last `step`, after a forward pass that broke off."""
@@ -243,41 +305,81 @@ class CKAAccumulator:
             self._first_pass = (self.minibatches, self.samples)
         self.passes += 1
 
-    def _add(self, grams: Mapping[str, Grams], start: int) -> None:
+    def _centred(self, grams: Mapping[str, Grams]) -> Centred:
+        """Centre the Gram matrices of all layers of m minibatches, a bounded stack at a time."""
         reference = next(iter(grams.values())).values
-        if self._sums is None:
-            self._sums = Sums.zeros(len(grams), reference.device)
-            self._positions = {layer: i for i, layer in enumerate(grams)}
-        device = self._sums.moments.device
+        device = reference.device
         m, n, _ = reference.shape
-        for layer in grams:
-            self._seen[layer] += m
-        # A layer that is missing leaves zeros; `compute` leaves out every layer that was not always there.
-        absent = Grams(reference.new_zeros(m, n, n), reference.new_zeros(m), reference.new_zeros(m))
-        rows = [grams.get(layer, absent) for layer in self._positions]
+        rows = list(grams.values())
         packed: Tensor | None = None
+        rest: list[tuple[Tensor, ...]] = []
         step = max(1, _CENTRED_AT_A_TIME // (m * n * n))
         for low in range(0, len(rows), step):
             some = rows[low : low + step]
-            span = slice(low, low + len(some))
             values = torch.stack([row.values.to(device, non_blocking=True) for row in some])
             spread = torch.stack([row.spread.to(device, non_blocking=True) for row in some])
             size = torch.stack([row.size.to(device, non_blocking=True) for row in some])
             finite = torch.isfinite(values.sum((-2, -1)) + size)
             values = torch.where(finite[..., None, None], values, 0)
             centred = centre(values, self._estimator)
-            parts = sample_parts(centred, self._estimator)
-            self._sums.add_layers(span, spread, size, finite, parts, self.minibatches, start)
+            rest.append((spread, size, finite, sample_parts(centred, self._estimator)))
             vectors = pack(centred, self._estimator)
             if packed is None:
                 packed = vectors if len(some) == len(rows) else vectors.new_empty(len(rows), *vectors.shape[1:])
             if packed is not vectors:
-                packed[span] = vectors
+                packed[low : low + len(some)] = vectors
         assert packed is not None
-        hsic = all_pairs(packed)
-        self._sums.add_pairs(hsic)
-        if self._keep:
-            self._kept.append(hsic)
+        return Centred(tuple(grams), packed, *(torch.cat(parts) for parts in zip(*rest, strict=True)))
+
+    def _commit(self, step: Step) -> None:
+        """Add a batch to the sums: as a whole, since all that may fail comes before the first change."""
+        if self._sums is None and step.groups:
+            layers = step.groups[0].layers
+            self._sums = Sums.zeros(len(layers), step.groups[0].vectors.device)
+            self._positions = {layer: i for i, layer in enumerate(layers)}
+        ready = [self._aligned(group) for group in step.groups]
+        pairs = [all_pairs(group.vectors) for group in ready]
+        start = self.samples + self.left_out
+        for before, group, hsic in zip(step.groups, ready, pairs, strict=True):
+            assert self._sums is not None
+            # Sums that came from a file go to where the activations are: the other way would wait for the device.
+            self._sums = self._sums.to(hsic.device)
+            self._sums.add_layers(
+                slice(0, len(group.layers)),
+                group.spread,
+                group.size,
+                group.finite,
+                group.parts,
+                self.minibatches,
+                start,
+            )
+            self._sums.add_pairs(hsic)
+            if self._keep:
+                self._kept.append(hsic)
+            minibatches = group.finite.shape[1]
+            for layer in before.layers:
+                self._seen[layer] += minibatches
+            self.minibatches += minibatches
+            start += group.parts[0].numel()
+        self._largest = max(self._largest, step.samples)
+        self.samples += step.counted
+        self.left_out += step.samples - step.counted
+
+    def _aligned(self, group: Centred) -> Centred:
+        """The layers of the first minibatch in their order, zeros for one that is missing.
+
+        `compute` leaves out every layer that was not always there.
+        """
+        if group.layers == self.layers:
+            return group
+        rows = {layer: i for i, layer in enumerate(group.layers)}
+        index = torch.tensor([rows.get(layer, len(rows)) for layer in self._positions])
+
+        def placed(tensor: Tensor) -> Tensor:
+            absent = torch.full_like(tensor[:1], tensor.dtype is torch.bool)
+            return torch.cat([tensor, absent])[index.to(tensor.device, non_blocking=True)]
+
+        return Centred(self.layers, *map(placed, group[1:]))
 
     def merge_state(self, other: CKAAccumulator) -> None:
         """Add what another accumulator has seen, as if its minibatches came after those of this one.
@@ -307,6 +409,10 @@ class CKAAccumulator:
         self._seen.update(other._seen)
         self._dtypes = {**other._dtypes, **self._dtypes}
         self._largest = max(self._largest, other._largest)
+        if self._first_pass or other._first_pass:
+            first, second = self._per_pass, other._per_pass
+            self._first_pass = (first[0] + second[0], first[1] + second[1])
+            self.passes = max(self.passes, other.passes)
         self.minibatches += other.minibatches
         self.samples += other.samples
         self.left_out += other.left_out
@@ -334,11 +440,7 @@ class CKAAccumulator:
             )
         sums = self._sums.to("cpu")
         bad = {layer: int(sums.bad[i]) for layer, i in self._positions.items() if sums.bad[i] != NEVER}
-        irregular = {
-            layer: f"ran in {self._seen[layer]} of {self.minibatches} minibatches"
-            for layer in self._seen
-            if self._seen[layer] != self.minibatches
-        }
+        irregular = self._irregular()
         kept = [layer for layer in self._positions if layer not in bad and layer not in irregular]
         reasons = {layer: f"not finite, first in minibatch {number}" for layer, number in bad.items()}
         result = self._result(sums, kept, {**irregular, **reasons}) if kept else None
@@ -358,22 +460,34 @@ class CKAAccumulator:
             )
         return result
 
-    def _result(self, sums: Sums, layers: list[str], skipped: dict[str, str]) -> CKAResult:
-        index = torch.tensor([self._positions[layer] for layer in layers])
+    def _irregular(self) -> dict[str, str]:
+        """Layers that did not run in every minibatch, and how often they did."""
+        return {
+            layer: f"ran in {self._seen[layer]} of {self.minibatches} minibatches"
+            for layer in self._seen
+            if self._seen[layer] != self.minibatches
+        }
+
+    def _degenerate(self, sums: Sums) -> dict[str, str]:
+        """Layers for which CKA is undefined, and why."""
         degenerate = {}
-        for layer in layers:
-            i = self._positions[layer]
+        for layer, i in self._positions.items():
             eps = torch.finfo(self._dtypes[layer]).eps
             if not sums.spread[i] > (8 * eps) ** 2 * sums.size[i]:
                 degenerate[layer] = "its samples do not differ, so that CKA is undefined"
             elif not sums.moments[0, i, i] > 0:
                 degenerate[layer] = "the estimate of its own HSIC is not above 0, so that CKA is undefined"
+        return degenerate
+
+    def _result(self, sums: Sums, layers: list[str], skipped: dict[str, str]) -> CKAResult:
+        index = torch.tensor([self._positions[layer] for layer in layers])
+        degenerate = {layer: reason for layer, reason in self._degenerate(sums).items() if layer in layers}
         gone = torch.tensor([layer in degenerate for layer in layers])
         undefined = gone.unsqueeze(1) | gone
         per_pass, samples = self._per_pass
         cka = sums.cka()[index[:, None], index].masked_fill(undefined, torch.nan)
         stderr = sums.stderr(self.minibatches, per_pass)[index[:, None], index].masked_fill(undefined, torch.nan)
-        shares = sums.influence()
+        shares = sums.influence(self.minibatches / per_pass)
         influence = {
             layer: Influence(share=float(shares[i]), sample=int(sums.peak_sample[i]))
             for layer, i in self._positions.items()

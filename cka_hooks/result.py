@@ -40,8 +40,9 @@ class Influence:
     """How much a single sample weighs in one layer's own HSIC.
 
     Attributes:
-        share: the largest share that one sample has in the layer's own HSIC (1 is all of it).
-        sample: which sample that is, its 0-based position in the run.
+        share: of the layer's own HSIC, the part from pairs with the one sample for which it is largest.
+            Near 2 / samples where samples are alike, 1 where everything hangs on one; above 0.25 the run warns.
+        sample: which sample that is, its 0-based position in the run, counted on through all passes.
     """
 
     share: float
@@ -261,10 +262,10 @@ class CKAResult:
         theta_cd, errors_cd = self._linearised(self.minibatch_hsic, second)
         batches = len(errors_ab)
         stderr = math.nan
-        if batches // self.passes >= 3:
+        if self.degrees_of_freedom >= 2:
             spread = float(((errors_ab - errors_cd) ** 2).sum())
             # Passes over the same samples are not independent: what counts is the minibatches of one.
-            stderr = math.sqrt(batches / (batches - 1) * spread * self.passes)
+            stderr = math.sqrt(batches / self.degrees_of_freedom * spread)
         return Difference(theta_ab - theta_cd, stderr, self.degrees_of_freedom)
 
     def _linearised(self, hsic: torch.Tensor, pair: tuple[str, str]) -> tuple[float, torch.Tensor]:

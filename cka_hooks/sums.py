@@ -128,7 +128,8 @@ class Sums:
         """(L, L) standard errors of `cka`: sqrt(B / (B - 1) sum_b e_ij,b^2), NaN below 3 minibatches.
 
         Further passes over the same samples are not independent of the first: the variance between
-        minibatches is divided by the number in one pass.
+        minibatches is divided by the number in one pass, B1. The errors e of each pass sum to nearly the
+        same, so that what varies is B1 - 1 of them a pass: sqrt(B / (B1 - 1) sum_b e_ij,b^2).
         """
         root = self._roots()
         if minibatches_per_pass < 3:
@@ -142,13 +143,13 @@ class Sums:
         own_squares = own.diagonal()
         total = squares - cka * (cross + cross.mT)
         total += cka.square() / 4 * (own_squares.unsqueeze(1) + own_squares + 2 * own)
-        factor = minibatches / (minibatches - 1) * minibatches / minibatches_per_pass
+        factor = minibatches / (minibatches_per_pass - 1)
         stderr = (total.clamp_min(0) * factor).sqrt()
         return stderr.diagonal_scatter(torch.where(root.isnan(), root, 0.0))
 
-    def influence(self) -> Tensor:
-        """(L,) the largest share that one sample has in a layer's own HSIC."""
-        return self.peak / self._roots().square()
+    def influence(self, passes: float = 1.0) -> Tensor:
+        """(L,) the largest share that one sample has in a layer's own HSIC, of which each pass adds one part."""
+        return (self.peak * passes / self._roots().square()).clamp_max(1.0)
 
     def _roots(self) -> Tensor:
         own = self.moments[0].diagonal()
