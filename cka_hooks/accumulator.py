@@ -239,12 +239,13 @@ class CKAAccumulator:
             features = rows.shape[1] * rows.shape[2]
             raise OutOfMemoryError(
                 f"out of memory in layer {layer!r}: {len(rows)} samples of {features:,} features "
-                f"({rows.numel() * rows.element_size() / 1e6:,.1f} MB of {str(rows.dtype).removeprefix('torch.')}) on "
+                f"({rows.numel() * rows.element_size() / 1e6:,.1f} MB, {str(rows.dtype).removeprefix('torch.')}) on "
                 f"{rows.device}, also in smaller pieces. Leave the layer out (layers=), average it over positions "
                 "(features='mean'), take smaller minibatches (minibatch=), or use a smaller batch_size in the loader"
             ) from error
-        together = (None if None in column else torch.cat(column) for column in zip(*parts, strict=True))
-        return Grams(*together)
+        values, spread, size, deviation = zip(*parts, strict=True)
+        sketched = None if deviation[0] is None else torch.cat(deviation)
+        return Grams(torch.cat(values), torch.cat(spread), torch.cat(size), sketched)
 
     def step(self) -> None:
         """The minibatch is complete: add it to the sums.

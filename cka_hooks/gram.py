@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cka_hooks import memory
 from cka_hooks.precision import accumulation_device, exact_products
 
 # A more careful product is made where rounding may be more than this much per sample of the U-centred norm
@@ -34,11 +35,14 @@ class Grams(NamedTuple):
         values: (m, n, n) kernel values, float64; linear ones up to a shift of all samples by one vector.
         spread: (m,) trace of the centred linear Gram matrix: sum of squared distances from the mean sample.
         size: (m,) trace of the linear Gram matrix: sum of squared norms of the samples.
+        deviation: (m, n, n) of sketched features: half the difference of the two sketches that `values` is the
+            mean of; None where `values` are exact.
     """
 
     values: Tensor
     spread: Tensor
     size: Tensor
+    deviation: Tensor | None = None
 
 
 def linear_grams(features: Tensor, minibatches: int = 1) -> Grams:
@@ -142,13 +146,13 @@ def _plain(grouped: Tensor) -> Grams:
     # Products of T chunks are T matrices before they are added: bounded to 8 MB.
     size = CHUNK * max(1, (1 << 21) // (n * n)) if m == 1 else CHUNK
     for block in _blocks(grouped, size):
-        if block.shape[2] == 1:
-            chunk = block.squeeze(2)
-            values += torch.bmm(chunk, chunk.mT)
+        chunks = block.transpose(1, 2)
+        if m == 1 or block.shape[2] == 1:
+            _add_products(values, chunks)
         else:
             for g in range(m):
-                chunks = block[g].transpose(0, 1)
-                _add(values[g], torch.bmm(chunks, chunks.mT), 0)
+                _add_products(values[g : g + 1], chunks[g : g + 1])
+    values = _mirrored(values)
     trace = values.diagonal(dim1=-2, dim2=-1).sum(-1)
     return Grams(values, centred_trace(values), trace)
 
@@ -160,7 +164,7 @@ def _shifted(grouped: Tensor, dtype: torch.dtype | None = None) -> Grams:
     values = _zeros(grouped, m, n)
     shared = values.new_zeros(m)
     # Scratch that stays in the cache of a CPU, or is large enough to keep a GPU busy.
-    size = max(CHUNK, (1 << 20 if grouped.device.type == "cpu" else 1 << 24) // (m * n))
+    size = max(CHUNK, memory.scratch(1 << 20 if grouped.device.type == "cpu" else 1 << 24) // (m * n))
     scratch: Tensor | None = None
     for block in _blocks(grouped, size):
         widened = block.transpose(1, 2)
@@ -171,11 +175,28 @@ def _shifted(grouped: Tensor, dtype: torch.dtype | None = None) -> Grams:
             torch.sub(widened, common, out=scratch)
         else:
             scratch.copy_(widened).sub_(common)
-        chunks = scratch.flatten(0, 1)
-        _add(values, torch.bmm(chunks, chunks.mT).unflatten(0, (m, -1)), 1)
+        _add_products(values, scratch)
         _add(shared, common.square(), (1, 2, 3))
+    values = _mirrored(values)
     trace = values.diagonal(dim1=-2, dim2=-1).sum(-1)
     return Grams(values, centred_trace(values), trace + n * shared)
+
+
+def _add_products(values: Tensor, chunks: Tensor) -> None:
+    """Add the products of (m, T, n, c) chunks with their transposes to (m, n, n), bands of the lower triangle only."""
+    m, _, n, _ = chunks.shape
+    batch = chunks.flatten(0, 1)
+    # Narrow bands save arithmetic and cost efficiency; on an accelerator they cost launches too.
+    count = 1 if n < 64 or batch.device.type != "cpu" else 2 if n < 256 else 4
+    for band in range(count):
+        low, high = n * band // count, n * (band + 1) // count
+        products = torch.bmm(batch[:, low:high], batch[:, :high].mT)
+        _add(values[:, low:high, :high], products.unflatten(0, (m, -1)), 1)
+
+
+def _mirrored(values: Tensor) -> Tensor:
+    """Symmetric matrices from their lower triangles."""
+    return values.tril() + values.tril(-1).mT
 
 
 def _common(block: Tensor, dtype: torch.dtype) -> Tensor:

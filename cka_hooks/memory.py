@@ -1,0 +1,46 @@
+"""Telling that memory ran out from other errors, and giving back what can be given back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+_divisor = ContextVar("_divisor", default=1)
+
+# What may mean that memory ran out; `raise_unless_exhausted` looks closer.
+EXHAUSTED = (torch.OutOfMemoryError, RuntimeError, MemoryError)
+# On the CPU, and on some backends, it is a bare RuntimeError.
+_MESSAGES = ("out of memory", "not enough memory", "can't allocate memory", "OUT_OF_MEMORY", "ALLOC_FAILED")
+
+
+def raise_unless_exhausted(error: BaseException) -> None:
+    """Raise `error` again where it means something else than that memory ran out."""
+    exhausted = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if not exhausted and not any(message in str(error) for message in _MESSAGES):
+        raise error
+
+
+def release(device: torch.device) -> None:
+    """Give cached blocks of a device back to it, so that a smaller request finds room."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type in ("mps", "xpu"):
+        getattr(torch, device.type).empty_cache()
+
+
+@contextmanager
+def smaller_pieces() -> Iterator[None]:
+    """Inside, scratch buffers are a sixteenth of their usual size."""
+    token = _divisor.set(16)
+    try:
+        yield
+    finally:
+        _divisor.reset(token)
+
+
+def scratch(numbers: int) -> int:
+    """How many numbers a scratch buffer has that usually has `numbers`."""
+    return numbers // _divisor.get()
