@@ -41,9 +41,7 @@ def to_dataframe(result: CKAResult, *, tidy: bool = False) -> pandas.DataFrame:
     if tidy:
         return pandas.DataFrame(list(_pairs(result)), columns=list(_TIDY))
     # Copied: an edit of the frame must not reach into the result.
-    return pandas.DataFrame(
-        result.matrix.numpy().copy(), index=list(result.rows), columns=list(result.columns)
-    )
+    return pandas.DataFrame(result.matrix.numpy().copy(), index=list(result.rows), columns=list(result.columns))
 
 
 def to_csv(result: CKAResult, path: PathLike, *, tidy: bool = False) -> None:
@@ -66,9 +64,7 @@ def to_csv(result: CKAResult, path: PathLike, *, tidy: bool = False) -> None:
     writer = csv.writer(text, lineterminator="\n")
     if tidy:
         writer.writerow(_TIDY)
-        writer.writerows(
-            [row, column, _cell(cka), _cell(stderr)] for row, column, cka, stderr in _pairs(result)
-        )
+        writer.writerows([row, column, _cell(cka), _cell(stderr)] for row, column, cka, stderr in _pairs(result))
     else:
         writer.writerow(["layer", *result.columns])
         for label, values in zip(result.rows, result.matrix.tolist(), strict=True):

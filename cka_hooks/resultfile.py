@@ -97,9 +97,7 @@ def read_result(path: PathLike) -> CKAResult:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         refuse(f'it has no "format": "{FORMAT}"')
     if type(document.get("format_version")) is not int or document["format_version"] != VERSION:
-        refuse(
-            f"its format_version is {document.get('format_version')!r:.40}, and {VERSION} is the one known"
-        )
+        refuse(f"its format_version is {document.get('format_version')!r:.40}, and {VERSION} is the one known")
     names = {entry.name for entry in dataclasses.fields(CKAResult)}
     expected = names | {"format", "format_version", "sha256"}
     if document.keys() != expected:
