@@ -16,7 +16,9 @@ from cka_hooks.outputs import tensors_in
 Forward = Callable[[nn.Module, Any], Any]
 
 # Keys of a batch that are targets, not inputs: with them some models compute a loss that nobody needs.
-LABELS = frozenset({"label", "labels", "label_ids", "target", "targets"})
+LABELS = frozenset(
+    {"label", "labels", "label_ids", "target", "targets", "next_sentence_label", "start_positions", "end_positions"}
+)
 MASK = "attention_mask"
 
 
@@ -55,20 +57,25 @@ def is_image_list(value: Any) -> bool:
 
 def sample_count(*values: Any) -> int | None:
     """The number of samples in a call's arguments: the size of dimension 0 of the first tensor, None without one."""
+    shape = leading_shape(*values)
+    return shape[0] if shape else None
+
+
+def leading_shape(*values: Any) -> tuple[int, ...]:
+    """The shape of the first tensor that has one in a call's arguments, (n,) for n unbatched images, else ()."""
     for value in values:
+        shape: tuple[int, ...] = ()
         if is_image_list(value):
-            return len(value)
+            return (len(value),)
         if isinstance(value, Mapping):
-            if (count := sample_count(*value.values())) is not None:
-                return count
+            shape = leading_shape(*value.values())
         elif isinstance(value, tuple | list):
-            if (count := sample_count(*value)) is not None:
-                return count
+            shape = leading_shape(*value)
         else:
-            for tensor in tensors_in(value):
-                if tensor.ndim > 0:
-                    return tensor.shape[0]
-    return None
+            shape = next((tuple(tensor.shape) for tensor in tensors_in(value) if tensor.ndim > 0), ())
+        if shape:
+            return shape
+    return ()
 
 
 def attention_masks(batch: Any) -> Callable[[str], Tensor | None]:

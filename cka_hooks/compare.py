@@ -20,7 +20,7 @@ from cka_hooks.errors import LayerError, NonFiniteError, OptionError, TooFewSamp
 from cka_hooks.features import Reduction
 from cka_hooks.hsic import MIN_SAMPLES, Estimator
 from cka_hooks.layers import Layers, select_layers, unwrap
-from cka_hooks.recorder import LayerRecorder, nothing_ran, warn_of_padding
+from cka_hooks.recorder import LayerRecorder, nothing_ran
 from cka_hooks.result import CKAResult
 from cka_hooks.running import RandomStream, runnable, untouched
 
@@ -111,7 +111,7 @@ def compare(
         keep_minibatches=keep_minibatches,
     )
     recorders = _recorders(models, layers, accumulator, features, batch_dim)
-    run = _Run(recorders, _per_model(forward, models, "forward"), accumulator, features)
+    run = _Run(recorders, _per_model(forward, models, "forward"), accumulator)
     started = time.perf_counter()
     with ExitStack() as stack:
         stack.enter_context(RandomStream())
@@ -198,14 +198,11 @@ class _Run:
         recorders: Mapping[str, LayerRecorder],
         forwards: Mapping[str, batches.Forward | None],
         accumulator: CKAAccumulator,
-        features: Any,
     ) -> None:
         self.accumulator = accumulator
         self.shapes: dict[str, str] = {}
         self.stopped: str | None = None
         self.class_order = ClassOrder()
-        self._features = features
-        self._warned_of_padding = False
         self._recorders = recorders
         self._calls: list[Callable[[Any, int | None], None]] = []
         for name, recorder in recorders.items():
@@ -256,8 +253,6 @@ class _Run:
                         raise TooFewSamplesError("the loader yielded no batch: it is empty, or exhausted already")
 
     def _batch(self, batch: Any, limit: int | None) -> None:
-        if not self._warned_of_padding:
-            self._warned_of_padding = warn_of_padding(self._features, batches.attention_masks(batch)(""))
         self.class_order.add(batches.targets(batch))
         try:
             for forward in self._calls:

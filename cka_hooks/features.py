@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cka_hooks.axes import Layout
 from cka_hooks.errors import BatchError, OptionError
 
 Reduction = Literal["flatten", "mean", "token", "last"] | Callable[[Tensor], Tensor]
-Layout = Literal["first", "last"]
 REDUCTIONS = ("flatten", "mean", "token", "last")
 
 
@@ -78,39 +78,67 @@ def feature_rows(
         return memory_order(rows)
     if moved.ndim <= 2:
         return memory_order(moved)
-    # Averages of half-precision numbers are taken in float32; reading one token is exact as it is.
     tokens = _tokens(moved, channels)
-    fits = mask is not None and mask.shape == tokens.shape[:2]
+    kept = None if mask is None else _kept(tokens, mask)
     if features == "mean":
-        wide = tokens if tokens.dtype is torch.float64 else tokens.float()
-        if mask is not None and fits:
-            kept = (mask != 0).to(wide)
-            # Padding may hold NaN, and 0 * NaN is NaN.
-            summed = torch.where(kept.unsqueeze(-1) != 0, wide, 0).sum(1)
-            return (summed / kept.sum(1, keepdim=True).clamp_min(1)).unsqueeze(1)
-        return wide.mean(1).unsqueeze(1)
+        return _mean(tokens, kept)
     if features == "last":
-        if mask is not None and fits:
-            positions = torch.arange(tokens.shape[1], device=mask.device)
-            last = torch.where(mask != 0, positions, 0).amax(1)
-            return tokens[torch.arange(len(tokens), device=tokens.device), last].unsqueeze(1)
-        return tokens[:, -1].unsqueeze(1)
+        return _last(tokens, kept)
     position = _position(features)
     if position is None:
         check_reduction(features)
         raise OptionError(f"features={features!r} is no reduction")
-    if not -tokens.shape[1] <= position < tokens.shape[1]:
+    positions = tokens.flatten(1, -2)
+    if not -positions.shape[1] <= position < positions.shape[1]:
         raise OptionError(
             f"features={features!r} asks for a position that an activation of shape {tuple(activation.shape)} "
-            f"with {tokens.shape[1]} positions does not have"
+            f"with {positions.shape[1]} positions does not have"
         )
-    return tokens[:, position].unsqueeze(1)
+    return positions[:, position].unsqueeze(1)
 
 
 def _tokens(moved: Tensor, channels: Layout | None) -> Tensor:
-    """(n, ...) as (n, positions, channels)."""
+    """(n, ...) as (n, *positions, channels)."""
     layout = channels or ("last" if moved.ndim == 3 else "first")
-    return moved.flatten(1, -2) if layout == "last" else moved.flatten(2).mT
+    return moved if layout == "last" else moved.movedim(1, -1)
+
+
+def _kept(tokens: Tensor, mask: Tensor) -> Tensor | None:
+    """Which of the positions (n, *positions) are data: the (n, T) mask along every dimension of T positions.
+
+    Attention scores (n, heads, T, T) have two of them. None where the activation has other positions than the mask.
+    """
+    n, length = mask.shape
+    kept = None
+    for dim in range(1, tokens.ndim - 1):
+        if tokens.shape[dim] == length and tokens.shape[0] == n:
+            view = [1] * (tokens.ndim - 1)
+            view[0], view[dim] = n, length
+            along = (mask != 0).view(view)
+            kept = along if kept is None else kept & along
+    return None if kept is None else kept.expand(tokens.shape[:-1])
+
+
+def _mean(tokens: Tensor, kept: Tensor | None) -> Tensor:
+    """The average over positions, of half-precision numbers taken in float32."""
+    wide = tokens if tokens.dtype is torch.float64 else tokens.float()
+    positions = tuple(range(1, wide.ndim - 1))
+    if kept is None:
+        return wide.mean(positions).unsqueeze(1)
+    # Padding may hold NaN, and 0 * NaN is NaN.
+    summed = torch.where(kept.unsqueeze(-1), wide, 0).sum(positions)
+    count = kept.flatten(1).sum(1, keepdim=True).clamp_min(1)
+    return (summed / count).unsqueeze(1)
+
+
+def _last(tokens: Tensor, kept: Tensor | None) -> Tensor:
+    """The last position, the last one that is kept where some are not."""
+    positions = tokens.flatten(1, -2)
+    if kept is None:
+        return positions[:, -1].unsqueeze(1)
+    number = torch.arange(positions.shape[1], device=positions.device)
+    last = torch.where(kept.flatten(1), number, 0).amax(1)
+    return positions[torch.arange(len(positions), device=positions.device), last].unsqueeze(1)
 
 
 def memory_order(activation: Tensor) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from cka_hooks.errors import LayerError, ModelError, OptionError
@@ -26,6 +27,7 @@ _WRAPPERS = {
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "_fsdp_wrapped_module",
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper": "_checkpoint_wrapped_module",
 }
+_UNFLATTEN = "torch.export.unflatten(program) is an nn.Module whose layers can be hooked"
 # Containers that are never called themselves.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _CALL = re.compile(r"^(?P<pattern>.*?)(?:#(?P<call>[1-9]\d*))?$", re.DOTALL)
@@ -54,17 +56,30 @@ def check_model(model: object) -> nn.Module:
         ModelError: it is no ``nn.Module``, or a kind whose submodules Python does not call.
     """
     if not isinstance(model, nn.Module):
-        hint = ": call .module() on it first" if type(model).__name__ == "ExportedProgram" else ""
+        hint = ": torch.export.unflatten(program) is one" if type(model).__name__ == "ExportedProgram" else ""
         raise ModelError(f"expected an nn.Module, found {type(model).__module__}.{type(model).__qualname__}{hint}")
     for name, module in model.named_modules():
-        kinds = {cls.__name__ for cls in type(module).__mro__}
-        if kinds & {"ScriptModule", "RecursiveScriptModule", "TopLevelTracedModule"}:
-            where = f"its submodule {name!r}" if name else "the model"
+        where = f"its submodule {name!r}" if name else "the model"
+        if isinstance(module, torch.jit.ScriptModule):
             raise ModelError(
                 f"{where} is a ScriptModule ({type(module).__name__}), whose layers run outside of Python where "
                 "forward hooks do not see them: give the eager model it was made from"
             )
+        if _is_exported(module):
+            raise ModelError(
+                f"{where} is an exported program, one flat graph that calls none of its submodules: give the eager "
+                f"model it was made from, or unflatten it ({_UNFLATTEN})"
+            )
     return model
+
+
+def _is_exported(module: nn.Module) -> bool:
+    """Whether it is a graph of operators; the graphs of ``torch.fx.symbolic_trace`` call modules."""
+    graph = getattr(module, "graph", None)
+    if not isinstance(module, torch.fx.GraphModule) or not isinstance(graph, torch.fx.Graph):
+        return False
+    called = {node.target for node in graph.nodes if node.op == "call_module"}
+    return any(node.op == "get_attr" for node in graph.nodes) and not called - {"_guards_fn"}
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -104,6 +119,7 @@ class Selection:
         calls: numbers of the calls that are layers, counted from 1; None for all of them.
         part: which part of the output or input is the layer, as the path after the colon; "" for the default.
         named: whether the user asked for this very layer by name, so that leaving it out is an error.
+        also: other names of the same module that were asked for.
     """
 
     name: str
@@ -111,6 +127,11 @@ class Selection:
     calls: frozenset[int] | None = None
     part: str = ""
     named: bool = False
+    also: tuple[str, ...] = ()
+
+    def label(self, call: int, name: str | None = None) -> str:
+        """``name#2:part``: what one call of the layer is called."""
+        return (name or self.name) + (f"#{call}" if call > 1 else "") + (f":{self.part}" if self.part else "")
 
 
 def select_layers(model: nn.Module, layers: Layers = None) -> list[Selection]:
@@ -146,8 +167,11 @@ def select_layers(model: nn.Module, layers: Layers = None) -> list[Selection]:
             raise LayerError(_no_match(entry, candidates))
         for match in matches:
             key = (id(match.module), match.calls, match.part)
-            if key not in found or (match.named and not found[key].named):
+            before = found.get(key)
+            if before is None or (match.named and not before.named):
                 found[key] = match
+            elif match.named and match.name != before.name:
+                found[key] = replace(before, also=(*before.also, match.name))
     order = {name: i for i, name in enumerate(candidates)}
     return sorted(found.values(), key=lambda selection: order[selection.name])
 
@@ -265,3 +289,27 @@ def _no_match(entry: Any, candidates: dict[str, nn.Module]) -> str:
 def closest(name: str, names: Sequence[str]) -> list[str]:
     """Up to five of `names` that are most like `name`."""
     return difflib.get_close_matches(name, names, n=5, cutoff=0.4) or list(names[:5])
+
+
+class PerLayer:
+    """One value for all layers, or one per layer pattern: an exact name, else the first glob that matches, decides.
+
+    Raises:
+        OptionError: a pattern that matches no layer.
+    """
+
+    def __init__(self, value: Any, names: Iterable[str], option: str) -> None:
+        patterns = value if isinstance(value, Mapping) else {"**": value}
+        self._exact = dict(patterns)
+        self._globs = [(glob_regex(pattern), chosen) for pattern, chosen in patterns.items()]
+        self.values = list(patterns.values())
+        for pattern in patterns if isinstance(value, Mapping) else ():
+            regex = glob_regex(pattern)
+            if not any(pattern == name or regex.fullmatch(name) for name in names):
+                raise OptionError(f"{option}= has the layer pattern {pattern!r}, which matches no layer of the model")
+
+    def of(self, name: str, default: Any) -> Any:
+        """The value for the layer `name`, or the default where no pattern matches it."""
+        if name in self._exact:
+            return self._exact[name]
+        return next((chosen for regex, chosen in self._globs if regex.fullmatch(name)), default)

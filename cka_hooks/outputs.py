@@ -40,13 +40,12 @@ def activation_of(value: Any, part: str = "") -> Tensor:
 
 
 def activations_of(value: Any, part: str = "") -> Iterator[Tensor]:
-    """Every floating-point tensor that `activation_of` could have meant, the first one first.
+    """The tensor at `part`; without a part every one that `activation_of` could mean, the first one first.
 
     Raises:
         NotRecordable: there is none.
     """
-    first = activation_of(value, part)
-    yield first
+    yield activation_of(value, part)
     if not part:
         usable = (tensor for tensor in tensors_in(value) if _unusable(tensor) is None)
         next(usable, None)

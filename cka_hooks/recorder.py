@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from cka_hooks import batches, outputs
-from cka_hooks.errors import CKAWarning, LayerError, OptionError
-from cka_hooks.features import Layout, Reduction, check_reduction, feature_rows
+from cka_hooks import axes, batches, outputs
+from cka_hooks.errors import CKAWarning, LayerError
+from cka_hooks.features import Reduction, check_reduction, feature_rows
 from cka_hooks.layers import (
     ROOT,
     Layers,
+    PerLayer,
     Selection,
     check_model,
-    glob_regex,
     named_layers,
     select_layers,
     unwrap,
@@ -34,23 +34,6 @@ from cka_hooks.running import RandomStream, runnable, untouched
 
 Consumer = Callable[[str, Tensor], None]
 Features = Reduction | str | Mapping[str, Reduction | str]
-
-_CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.MultiheadAttention)
-# By class name, since the numbered families have no common public base.
-_CHANNELS_FIRST = (
-    "Conv",
-    "BatchNorm",
-    "InstanceNorm",
-    "GroupNorm",
-    "MaxPool",
-    "AvgPool",
-    "AdaptiveAvgPool",
-    "LayerNorm2d",
-)
-_ENCODER_DECODER = (
-    nn.TransformerEncoderLayer,
-    nn.TransformerDecoderLayer,
-)
 
 
 class LayerRecorder:
@@ -69,8 +52,8 @@ class LayerRecorder:
             is the layer's own tensor: whoever keeps it must copy it.
         features: a reduction of each activation before it is handed over, or a mapping from layer pattern
             to one; see :func:`cka_hooks.features.feature_rows`. "flatten" hands over the activation as it is.
-        batch_dim: the dimension with the samples where it cannot be told from sizes, or a mapping from layer
-            pattern to it.
+        batch_dim: the dimension with the samples where it cannot be told: for the batch and all layers, or a
+            mapping from layer pattern to it.
         forward: ``(model, batch) -> anything``, how :meth:`stream` runs the model.
 
     Raises:
@@ -107,24 +90,26 @@ class LayerRecorder:
         for selection in select_layers(model, layers):
             self._selections[id(selection.module)].append(selection)
         names = named_layers(model)
-        self._features = _Patterns(features, names, "features")
+        self._features = PerLayer(features, names, "features")
         for reduction in self._features.values:
             check_reduction(reduction)
-        self._batch_dim = _Patterns(batch_dim, names, "batch_dim")
-        self._batch_second = _batch_second(names)
+        self._dimension = axes.SampleDimension(names, batch_dim)
+        self._channels = axes.ChannelDimension()
         self._above: dict[int, set[int]] = defaultdict(set)
         for module in names.values():
             for child in module.modules():
                 if child is not module:
                     self._above[id(child)].add(id(module))
+        pools = any(reduction != "flatten" for reduction in self._features.values)
+        self._channel_modules = [m for m in {id(m): m for m in names.values()}.values() if pools and axes.matters(m)]
         self._handles: list[tuple[nn.Module, RemovableHandle]] = []
         self._entered = 0
         self._leaving = ExitStack()
         self._left_out: dict[str, str] = {}
         self._ever_ran: set[int] = set()
-        self._forwards = 0
         self._managed = False
-        self._start(None, None, None)
+        self._warned_of_padding = False
+        self._start((), None, None)
 
     # Attaching
 
@@ -152,6 +137,13 @@ class LayerRecorder:
         root = unwrap(self.model)
         start = root.register_forward_pre_hook(self._on_start, prepend=True, with_kwargs=True)
         self._leaving.callback(start.remove)
+        for module in self._dimension.sequence_first:
+            check = module.register_forward_pre_hook(self._on_sequence_first, with_kwargs=True)
+            self._leaving.callback(check.remove)
+        for module in self._channel_modules:
+            if id(module) not in self._selections:
+                follow = module.register_forward_hook(self._on_channels)
+                self._leaving.callback(follow.remove)
         for selections in self._selections.values():
             module = selections[0].module
             handle = module.register_forward_hook(self._on_output, with_kwargs=True)
@@ -174,11 +166,8 @@ class LayerRecorder:
             batch: what the loader yielded.
             limit: hand over only that many samples, the first ones.
         """
-        if isinstance(batch, tuple | list) and not batches.is_image_list(batch):
-            samples = batches.sample_count(batch[0] if batch else None) or batches.sample_count(*batch)
-        else:
-            samples = batches.sample_count(batch)
-        self._start(samples, batch, limit)
+        inputs = batch[:1] if isinstance(batch, tuple | list) and not batches.is_image_list(batch) else [batch]
+        self._start(batches.leading_shape(*inputs, batch), batch, limit)
         self._managed = True
         try:
             yield
@@ -187,16 +176,21 @@ class LayerRecorder:
 
     def _on_start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._managed:
-            self._start(batches.sample_count(*args, kwargs), kwargs, None)
+            self._start(batches.leading_shape(*args, kwargs), kwargs, None)
 
-    def _start(self, samples: int | None, batch: Any, limit: int | None) -> None:
-        self.samples = samples
+    def _on_sequence_first(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._dimension.check_input(module, axes.first_tensor(args, kwargs))
+
+    def _on_channels(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._channels.pass_through(module, output)
+
+    def _start(self, shape: tuple[int, ...], batch: Any, limit: int | None) -> None:
+        self._dimension.start(shape[0] if shape else None, shape)
         self._limit = limit
         self._masks = batches.attention_masks(batch)
         self._calls: Counter[int] = Counter()
         self._not_leaf: set[int] = set()
-        self._layout: Layout | None = None
-        self._forwards += 1
+        self._channels = axes.ChannelDimension()
         # A hook that the user added after ours may change the output: run behind it, and see what the next
         # layer gets.
         for module, handle in self._handles:
@@ -207,23 +201,23 @@ class LayerRecorder:
     def _on_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         key = id(module)
         self._ever_ran.add(key)
-        self._layout = _layout_of(module, self._layout)
+        self._channels.pass_through(module, output)
         if self._by_default:
             if key in self._not_leaf:
                 return
             self._not_leaf |= self._above[key]
         self._calls[key] += 1
         call = self._calls[key]
-        for selection in self._selections[key]:
-            if selection.calls is None or call in selection.calls:
-                self._hand_over(selection, call, args, kwargs, output)
+        # One layer may be chosen twice, as `relu#2` and by `relu`.
+        chosen = [s for s in self._selections[key] if s.calls is None or call in s.calls]
+        for label, selection in {s.label(call): s for s in sorted(chosen, key=lambda s: s.named)}.items():
+            self._hand_over(label, selection, args, kwargs, output)
 
     def _hand_over(
-        self, selection: Selection, call: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self, label: str, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        label = _label(selection, call)
         try:
-            activation, dim = self._with_batch(selection, args, kwargs, output)
+            activation, dim = self._with_samples(label, selection, args, kwargs, output)
         except outputs.NotRecordable as reason:
             if selection.named:
                 raise LayerError(
@@ -233,65 +227,62 @@ class LayerRecorder:
             return
         self._left_out.pop(label, None)
         activation = activation.detach()
+        channels = self._channels.of(activation)
         if dim != 0:
             activation = activation.movedim(dim, 0)
         if self._limit is not None:
             activation = activation[: self._limit]
-        features = self._features.of(selection.name, "flatten")
-        if features != "flatten":
-            mask = self._masks(selection.name)
-            with torch.inference_mode(False), torch.no_grad():
-                activation = feature_rows(
-                    activation,
-                    features,
-                    mask=None if mask is None else mask[: self._limit].to(activation.device, non_blocking=True),
-                    channels=self._layout if activation.ndim > 3 else None,
-                ).flatten(1)
+        reduced = self._reduced(selection.name, activation, channels)
         if self.consumer is not None:
-            self.consumer(label, activation)
+            self.consumer(label, reduced)
 
-    def _with_batch(
-        self, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    def _reduced(self, name: str, activation: Tensor, channels: axes.Layout | None) -> Tensor:
+        features = self._features.of(name, "flatten")
+        mask = self._masks(name)
+        if mask is not None:
+            mask = mask[: self._limit]
+        if features == "flatten":
+            self._warn_of_padding(activation, mask)
+            return activation
+        with torch.inference_mode(False), torch.no_grad():
+            if mask is not None:
+                mask = mask.to(activation.device, non_blocking=True)
+            return feature_rows(activation, features, mask=mask, channels=channels).flatten(1)
+
+    def _warn_of_padding(self, activation: Tensor, mask: Tensor | None) -> None:
+        """Say so once where padding is taken for data. A mask on an accelerator is not looked at: that would wait."""
+        if self._warned_of_padding or mask is None or mask.device.type != "cpu":
+            return
+        if activation.ndim > 2 and mask.shape[1] in activation.shape[1:] and not bool((mask != 0).all()):
+            self._warned_of_padding = True
+            warnings.warn(
+                "the batch's attention mask has zeros, and features='flatten' keeps what stands there as data: "
+                "use features='mean', 'token' or 'last' to leave padding out",
+                CKAWarning,
+                stacklevel=2,
+            )
+
+    def _with_samples(
+        self, label: str, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> tuple[Tensor, int]:
-        """The activation and its batch dimension; NotRecordable where there is none."""
+        """The activation and the dimension that has the samples; NotRecordable where there is none."""
         first, _, rest = selection.part.partition(":")
-        if first == outputs.INPUT:
+        is_input = first == outputs.INPUT
+        if is_input:
             found = iter([outputs.input_of(args, kwargs, rest)])
         else:
             found = outputs.activations_of(output, selection.part)
+        leading = next(outputs.tensors_in(output), None)
         problem = None
         for activation in found:
+            place: axes.Place = "input" if is_input else "output" if activation is leading else "further output"
             try:
-                return activation, self._dim_of(selection, activation)
+                shape = tuple(activation.shape)
+                return activation, self._dimension.of(selection.name, label, selection.module, shape, place)
             except outputs.NotRecordable as reason:
                 problem = problem or reason
         assert problem is not None
         raise problem
-
-    def _dim_of(self, selection: Selection, activation: Tensor) -> int:
-        shape = tuple(activation.shape)
-        given = self._batch_dim.of(selection.name, None)
-        if given is not None:
-            if not -len(shape) <= given < len(shape) or (self.samples or shape[given]) != shape[given]:
-                raise outputs.NotRecordable(
-                    f"batch_dim={given} of its shape {shape} does not have the {self.samples} samples of the batch"
-                )
-            return int(given) % len(shape)
-        if self.samples is None:
-            if not shape:
-                raise outputs.NotRecordable("returned a single number, without a batch dimension")
-            return 0
-        fitting = [dim for dim, size in enumerate(shape) if size == self.samples]
-        if 1 in fitting and id(selection.module) in self._batch_second:
-            return 1
-        if 0 in fitting:
-            return 0
-        if len(fitting) == 1:
-            return fitting[0]
-        several = "no dimension" if not fitting else f"dimensions {fitting}, and not dimension 0,"
-        raise outputs.NotRecordable(
-            f"{several} of its shape {shape} has the {self.samples} samples of the batch (batch_dim= names it)"
-        )
 
     # What was left out
 
@@ -299,6 +290,9 @@ class LayerRecorder:
     def skipped(self) -> dict[str, str]:
         """Layers that were chosen and not recorded, with the reason: label -> sentence."""
         skipped = dict(self._left_out)
+        for selection in (s for selections in self._selections.values() for s in selections):
+            for other in selection.also:
+                skipped[selection.label(1, other)] = f"is the same module as {selection.name!r}"
         if not self._ever_ran:
             return skipped
         ran = {id(m): name for name, m in reversed(named_layers(self.model).items()) if id(m) in self._ever_ran}
@@ -306,7 +300,7 @@ class LayerRecorder:
             if key in self._ever_ran:
                 for selection in selections:
                     if selection.calls is not None and not selection.calls & set(range(1, self._calls[key] + 1)):
-                        skipped[_label(selection, min(selection.calls))] = f"was called {self._calls[key]} time(s)"
+                        skipped[selection.label(min(selection.calls))] = f"was called {self._calls[key]} time(s)"
                 continue
             for selection in selections:
                 has_children = next(selection.module.children(), None) is not None
@@ -314,7 +308,7 @@ class LayerRecorder:
                     continue
                 above = [ran[other] for other in self._above[key] if other in ran and ran[other] != ROOT]
                 silent = max(above, key=len, default=None)
-                skipped[_label(selection, 1)] = "did not run" + (
+                skipped[selection.label(1)] = "did not run" + (
                     f": {silent!r} did its work without calling it" if silent is not None else " in the forward pass"
                 )
         return skipped
@@ -369,75 +363,12 @@ class _Copies(dict[str, Tensor]):
     """A consumer that keeps copies: what it was given may change behind the hook."""
 
     def take(self, layer: str, activation: Tensor) -> None:
-        self[layer] = activation.clone()
+        # A tensor made in inference mode could not be used in autograd later.
+        with torch.inference_mode(False), torch.no_grad():
+            self[layer] = activation.clone()
 
 
 def nothing_ran(skipped: Mapping[str, str]) -> str:
     """The message where a forward pass recorded no layer at all."""
     reasons = "; ".join(f"{layer!r} {reason}" for layer, reason in list(skipped.items())[:5])
     return f"none of the chosen layers was recorded: {reasons or 'the model called none of its modules'}"
-
-
-def _label(selection: Selection, call: int) -> str:
-    return (
-        selection.name
-        + (f"#{call}" if call > 1 or (selection.calls is not None and call > 1) else "")
-        + (f":{selection.part}" if selection.part else "")
-    )
-
-
-def _layout_of(module: nn.Module, before: Layout | None) -> Layout | None:
-    """Where the channels of images are after this module: known for some, for the rest as before it."""
-    name = type(module).__name__
-    if name.startswith(_CHANNELS_FIRST) or any(
-        cls.__name__.startswith(_CHANNELS_FIRST) for cls in type(module).__mro__
-    ):
-        return "first"
-    if isinstance(module, _CHANNELS_LAST):
-        return "last"
-    return None if name == "Permute" else before
-
-
-def _batch_second(names: Mapping[str, nn.Module]) -> set[int]:
-    """Modules with ``batch_first=False``, and the parts of a transformer layer whose attention is such."""
-    second: set[int] = set()
-    for module in names.values():
-        first = getattr(module, "batch_first", None)
-        if isinstance(module, _ENCODER_DECODER):
-            first = module.self_attn.batch_first
-        if first is False:
-            second |= {id(module)} | {id(child) for child in module.modules() if not hasattr(child, "batch_first")}
-            second |= {id(child) for child in module.modules() if getattr(child, "batch_first", True) is False}
-    return second
-
-
-class _Patterns:
-    """One value for all layers, or one per layer pattern: the first pattern that matches a name decides."""
-
-    def __init__(self, value: Any, names: Mapping[str, nn.Module], option: str) -> None:
-        patterns = value if isinstance(value, Mapping) else {"**": value}
-        self._patterns = [(pattern, glob_regex(pattern), chosen) for pattern, chosen in patterns.items()]
-        self.values = [chosen for _, _, chosen in self._patterns]
-        for pattern, regex, _ in self._patterns:
-            if isinstance(value, Mapping) and not any(pattern == name or regex.fullmatch(name) for name in names):
-                raise OptionError(f"{option}= has the layer pattern {pattern!r}, which matches no layer of the model")
-
-    def of(self, name: str, default: Any) -> Any:
-        exact = next((chosen for pattern, _, chosen in self._patterns if pattern == name), None)
-        if exact is not None:
-            return exact
-        return next((chosen for _, regex, chosen in self._patterns if regex.fullmatch(name)), default)
-
-
-def warn_of_padding(features: Features, mask: Tensor | None) -> bool:
-    """Warn where "flatten" takes padding for data; whether it did. Looks only at masks on the CPU."""
-    padded = mask is not None and mask.device.type == "cpu" and not bool((mask != 0).all())
-    if padded and features == "flatten":
-        warnings.warn(
-            "the batch's attention mask has zeros, and features='flatten' keeps what stands there as data: "
-            "use features='mean', 'token' or 'last' to leave padding out",
-            CKAWarning,
-            stacklevel=4,
-        )
-        return True
-    return False
