@@ -183,7 +183,7 @@ def _shifted(grouped: Tensor, dtype: torch.dtype | None = None) -> Grams:
 
 
 def _add_products(values: Tensor, chunks: Tensor) -> None:
-    """Add the products of (m, T, n, c) chunks with their transposes to (m, n, n), bands of the lower triangle only."""
+    """Add the products of (m, T, n, c) chunks with their transposes to (m, n, n), lower triangle only."""
     m, _, n, _ = chunks.shape
     batch = chunks.flatten(0, 1)
     # Narrow bands save arithmetic and cost efficiency; on an accelerator they cost launches too.
