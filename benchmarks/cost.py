@@ -1,0 +1,146 @@
+"""What a comparison costs on top of the forward pass that it needs: time and peak memory.
+
+python benchmarks/cost.py              # ResNet-18, and ResNet-50 and ViT-B/16 at reduced size: under 5 minutes
+python benchmarks/cost.py --full       # the sizes of the promises in README.md
+python benchmarks/cost.py --profile    # where the time goes, operator by operator
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import warnings
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from machine import describe_machine
+from measure import BARE, in_own_process, interleaved, peak_mib, table
+from torch import Tensor, nn
+from workload import CONFIGS, Config, forward
+
+import cka_hooks
+
+SKETCH = 2048
+# Median time over the bare forward pass: what issue 5 asks for, and what it hopes for.
+TARGETS = {
+    ("r18", "default"): "1.6, aim 1.35",
+    ("r50", "default"): "1.6, aim 1.35",
+    ("vit", "default"): "1.25",
+    ("r18", "minibatch=32"): "1.3, aim 1.15",
+    ("r50", "minibatch=32"): "1.3, aim 1.15",
+    ("r18", "blocks"): "1.1",
+    ("r50", "blocks"): "1.1",
+    ("vit", "blocks"): "1.1",
+    ("r50", f"sketch={SKETCH}"): "1.25, aim 1.15",
+}
+
+
+def options(config: Config) -> dict[str, dict[str, object]]:
+    """Name of a run -> keyword arguments of `compare`."""
+    found: dict[str, dict[str, object]] = {"default": {}}
+    if config.batch > 32:
+        found["minibatch=32"] = {"minibatch": 32}
+    found["blocks"] = {"layers": [config.blocks]}
+    if "sketch" in inspect.signature(cka_hooks.compare).parameters:
+        found[f"sketch={SKETCH}"] = {"sketch": SKETCH}
+    return found
+
+
+def compare(model: nn.Module, batches: list[Tensor], **settings: object) -> cka_hooks.CKAResult:
+    with warnings.catch_warnings():
+        # A handful of crops of two photographs: one sample may decide a layer, and that is fine here.
+        warnings.simplefilter("ignore", cka_hooks.CKAWarning)
+        return cka_hooks.compare(model, batches, progress=False, **settings)  # type: ignore[arg-type]
+
+
+def times(name: str, config: Config, args: argparse.Namespace) -> list[list[str]]:
+    model, batches = config.model(not args.random_init), config.batches(args.batches)
+    runs: dict[str, Callable[[], object]] = {BARE: partial(forward, model, batches)}
+    for run, settings in options(config).items():
+        runs[run] = partial(compare, model, batches, **settings)
+    found = interleaved(runs, args.rounds)
+    layers = {run: len(compare(model, batches[:1], **settings).layers) for run, settings in options(config).items()}
+    per_batch = min(found.seconds[BARE]) / args.batches
+    print(f"{config.title}: bare forward pass {per_batch:.2f} s a batch")
+    return [[config.title, run, str(layers[run]), found.spelled(run), TARGETS.get((name, run), "")] for run in layers]
+
+
+def memory(name: str, config: Config, args: argparse.Namespace) -> list[str]:
+    """Peak memory above the bare forward pass of each run, in the order of `options`; twice for the first."""
+
+    def peak(run: str, batches: int) -> float:
+        arguments = ["--peak", name, run, str(batches)] + (["--random-init"] if args.random_init else [])
+        return float(str(in_own_process(arguments)["mib"]))
+
+    bare = peak(BARE, 2)
+    few = [f"{peak(run, 2) - bare:.0f}" for run in options(config)]
+    few[0] += f"; {peak('default', args.many) - peak(BARE, args.many):.0f} with {args.many} batches"
+    return few
+
+
+def one_peak(name: str, run: str, count: int, random_init: bool) -> None:
+    """What `memory` starts: one run over `count` times the same batch, its peak as JSON."""
+    config = CONFIGS[name]
+    model, batches = config.model(not random_init), config.batches(1)
+    forward(model, [batch[:2] for batch in batches])
+    if run == BARE:
+        mib = peak_mib(lambda: forward(model, batches * count))
+    else:
+        compare(model, [batch[:8] for batch in batches])
+        mib = peak_mib(lambda: compare(model, batches * count, **options(config)[run]))
+    print(json.dumps({"mib": mib}))
+
+
+def profile(config: Config, args: argparse.Namespace) -> None:
+    model, batches = config.model(not args.random_init), config.batches(1)
+    for run, settings in {BARE: None, **options(config)}.items():
+        if args.runs and run not in args.runs:
+            continue
+        work = partial(forward, model, batches) if settings is None else partial(compare, model, batches, **settings)
+        work()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            work()
+        print(f"\n{config.title}, {run}")
+        by_time = {"sort_by": "self_cpu_time_total", "row_limit": args.rows, "max_name_column_width": 40}
+        print(profiler.key_averages().table(**by_time))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", nargs="+", choices=list(CONFIGS), help="which networks; default: three")
+    parser.add_argument("--full", action="store_true", help="r18, r50 and vit at full size")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds, whose median counts")
+    parser.add_argument("--batches", type=int, default=2, help="batches in a timed run")
+    parser.add_argument("--many", type=int, default=8, help="batches in the run that shows memory does not grow")
+    parser.add_argument("--random-init", action="store_true", help="leave BatchNorm's statistics as they start")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the processes that measure memory")
+    parser.add_argument("--profile", action="store_true", help="print torch.profiler tables instead")
+    parser.add_argument("--runs", nargs="+", help="with --profile: only these runs, such as default")
+    parser.add_argument("--rows", type=int, default=18, help="with --profile: rows of a table")
+    parser.add_argument("--peak", nargs=3, metavar=("CONFIG", "RUN", "BATCHES"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak:
+        one_peak(args.peak[0], args.peak[1], int(args.peak[2]), args.random_init)
+        return
+    names = args.configs or (["r18", "r50", "vit"] if args.full else ["r18", "r50-small", "vit-small"])
+    print(describe_machine())
+    weights = "random init" if args.random_init else "BatchNorm calibrated"
+    print(f"{weights}, image crops, {args.batches} batches a run, {args.rounds} interleaved rounds\n")
+    if args.profile:
+        for name in names:
+            profile(CONFIGS[name], args)
+        return
+    rows = []
+    for name in names:
+        found = times(name, CONFIGS[name], args)
+        above = [""] * len(found) if args.no_memory else memory(name, CONFIGS[name], args)
+        rows += [[*row, mib] for row, mib in zip(found, above, strict=True)]
+    print()
+    header = ["network", "run", "layers", "time, bare forward = 1", "must be under", "MiB above bare forward"]
+    print(table(header, rows))
+
+
+if __name__ == "__main__":
+    main()
