@@ -219,7 +219,9 @@ def _pair(result: CKAResult, row: int, column: int) -> str:
 
 def _value(result: CKAResult, row: int, column: int) -> str:
     value, error = float(result.matrix[row, column]), float(result.stderr[row, column])
-    return f"CKA {value:.3f}" + ("" if np.isnan(error) else f" (standard error {error:.3f})")
+    # A value just below 1 must not read as 1.
+    digits = 3 if abs(1 - value) >= 5e-4 else 6
+    return f"CKA {value:.{digits}f}" + ("" if np.isnan(error) else f" (standard error {error:.{digits}f})")
 
 
 def _of(model: str) -> str:

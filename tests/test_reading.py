@@ -49,6 +49,10 @@ def test_the_most_alike_pair_is_not_a_trivial_one():
     assert "The same but for rotation and scale: 1 pair, such as a and b." in text
 
 
+def test_a_value_just_below_1_does_not_read_as_1():
+    assert "CKA 0.999950 (standard error 0.010000)" in summary(with_values(["a", "b"], {("a", "b"): 0.99995}))
+
+
 def test_the_largest_change_is_told_for_each_model():
     labels = ["m/a", "m/b", "m/c", "n/a", "n/b", "n/c"]
     pairs = {("m/a", "m/b"): 0.9, ("m/b", "m/c"): 0.5, ("n/a", "n/b"): 0.4, ("n/b", "n/c"): 0.9}
