@@ -82,7 +82,7 @@ def by_samples(sizes: Sequence[int], rounds: int) -> list[Point]:
 def by_minibatch(sizes: Sequence[int], rounds: int) -> list[Point]:
     """The same samples in larger and larger minibatches."""
     model = chain(20, 4096)
-    return [point(size, model, batches_of(max(sizes), size, 4096), rounds) for size in sizes]
+    return [point(size, model, batches_of(512, size, 4096), rounds) for size in sizes]
 
 
 def by_features(sizes: Sequence[int], rounds: int) -> list[Point]:
@@ -128,7 +128,7 @@ SWEEPS = {
     "layers": ("layers (64 samples, 256 features)", by_layers, [10, 30, 100, 300, 1000]),
     "samples": ("samples (20 layers, minibatch 64, 4096 features)", by_samples, [64, 128, 256, 512, 1024, 2048]),
     "minibatch": (
-        "minibatch size (20 layers, the same samples, 4096 features)",
+        "minibatch size (20 layers, 512 samples, 4096 features)",
         by_minibatch,
         [16, 32, 64, 128, 256, 512],
     ),
@@ -152,6 +152,8 @@ def plot(path: Path, found: dict[str, list[Point]]) -> None:
         axis.loglog(
             x, [last.compared * size / last.x for size in x], color="0.6", linewidth=0.8, label="linear growth"
         )
+        axis.set_xticks(x, [str(size) for size in x])
+        axis.set_xticks([], minor=True)
         axis.set_xlabel(SWEEPS[name][0])
         axis.set_ylabel("seconds")
         axis.set_title(f"slope of the extra time at the end: {slope(points[-3:]):.2f}", fontsize=10)
