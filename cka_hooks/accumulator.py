@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from cka_hooks import memory
+from cka_hooks import distributed, memory
 from cka_hooks.errors import (
     CKAWarning,
     LayerError,
@@ -150,6 +152,7 @@ class CKAAccumulator:
         self._seen: Counter[str] = Counter()
         self._sums: Sums | None = None
         self._kept: list[Tensor] = []
+        self._own: dict[str, Any] | None = None
         self._largest = 0
         self._first_pass: tuple[int, int] | None = None
         self.passes = 1
@@ -252,8 +255,11 @@ class CKAAccumulator:
 
         Raises:
             LayerError: no layer was observed since the last `step`.
+            OptionError: it is synchronised; `unsync` first.
             OutOfMemoryError: nothing was added; the accumulator goes on with the next minibatch.
         """
+        if self._own is not None:
+            raise OptionError("this accumulator is synchronised: call unsync() before the next minibatch")
         if not self._pending:
             raise LayerError(
                 "no layer was observed since the last step(): pass observe to the hooks of the modules that run, "
@@ -388,12 +394,7 @@ class CKAAccumulator:
         Raises:
             OptionError: the other one has other options.
         """
-        for option, value in self._options.items():
-            if other._options[option] != value:
-                raise OptionError(
-                    f"accumulators with different options do not add up: {option} is {value!r} here and "
-                    f"{other._options[option]!r} there"
-                )
+        self._check_options(other._options)
         if other._sums is not None:
             positions = dict(self._positions)
             for layer in other._positions:
@@ -418,12 +419,99 @@ class CKAAccumulator:
         self.samples += other.samples
         self.left_out += other.left_out
 
+    def _check_options(self, other: Mapping[str, Any]) -> None:
+        for option, value in self._options.items():
+            if other[option] != value:
+                raise OptionError(
+                    f"accumulators with different options do not add up: {option} is {value!r} here and "
+                    f"{other[option]!r} there"
+                )
+
     @staticmethod
     def _placed(kept: Tensor, theirs: Mapping[str, int], ours: Mapping[str, int]) -> Tensor:
         index = torch.tensor([ours[layer] for layer in theirs], device=kept.device)
         placed = kept.new_zeros(len(kept), len(ours), len(ours))
         placed[:, index[:, None], index] = kept
         return placed
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was added, as numbers, text and float64 tensors: copies, safe to save and to send.
+
+        ``torch.save`` writes it and ``torch.load(weights_only=True)`` reads it.
+
+        Raises:
+            LayerError: a minibatch is under way.
+        """
+        if self._pending:
+            raise LayerError("a minibatch is under way: call step() or discard() before state_dict()")
+        sums = None
+        if self._sums is not None:
+            sums = {field.name: getattr(self._sums, field.name).clone() for field in fields(self._sums)}
+        return {
+            "options": dict(self._options),
+            "layers": list(self._positions),
+            "dtypes": {layer: str(dtype).removeprefix("torch.") for layer, dtype in self._dtypes.items()},
+            "seen": dict(self._seen),
+            "largest": self._largest,
+            "first_pass": None if self._first_pass is None else list(self._first_pass),
+            "passes": self.passes,
+            "minibatches": self.minibatches,
+            "samples": self.samples,
+            "left_out": self.left_out,
+            "sums": sums,
+            "kept": [hsic.clone() for hsic in self._kept],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Become what :meth:`state_dict` gave, whatever was added here before.
+
+        Raises:
+            OptionError: it is from an accumulator with other options, or not from an accumulator.
+        """
+        self._check_options(state["options"])
+        layers, sums, kept = list(state["layers"]), state["sums"], list(state["kept"])
+        dtypes = {layer: getattr(torch, dtype) for layer, dtype in state["dtypes"].items()}
+        if sums is not None:
+            sums = Sums(**{name: tensor.clone() for name, tensor in sums.items()})
+            sums.check(len(layers))
+        if (sums is None) != (not layers) or not all(isinstance(dtype, torch.dtype) for dtype in dtypes.values()):
+            raise OptionError("this is no accumulator's state: its layers, dtypes and sums do not fit together")
+        self.reset()
+        self._positions = {layer: i for i, layer in enumerate(layers)}
+        self._dtypes = dtypes
+        self._seen = Counter(state["seen"])
+        self._largest = state["largest"]
+        self._first_pass = None if state["first_pass"] is None else tuple(state["first_pass"])
+        self.passes = state["passes"]
+        self.minibatches = state["minibatches"]
+        self.samples = state["samples"]
+        self.left_out = state["left_out"]
+        self._sums = sums
+        self._kept = [hsic.clone() for hsic in kept]
+
+    def sync(self, group: dist.ProcessGroup | None = None) -> None:
+        """Become the sum of the accumulators of all ranks of a process group, on every rank.
+
+        As in torchmetrics: call it on every rank before `compute`, and `unsync` to go on with this rank's own
+        minibatches. Without a process group, or in one of a single rank, it does nothing. Ranks that hold the
+        same samples (tensor parallel) must not be in the group: name the data-parallel one.
+
+        Raises:
+            OptionError: it is synchronised already, or the ranks have different options.
+            RankError: a rank failed or does not answer.
+        """
+        if self._own is not None:
+            raise OptionError("this accumulator is synchronised already: call unsync() first")
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) < 2:
+            return
+        own = self.state_dict()
+        self.load_state_dict(distributed.added_up(own, group))
+        self._own = own
+
+    def unsync(self) -> None:
+        """Undo `sync`: this rank's own minibatches again, to go on from."""
+        if self._own is not None:
+            self.load_state_dict(self._own)
 
     def compute(self) -> CKAResult:
         """The result so far, on the CPU.

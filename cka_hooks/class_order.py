@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor
 
@@ -43,6 +45,16 @@ class ClassOrder:
         mean = share * (total - 1)
         variance = (total - 1) * share * (1 - share)
         return float((self._equal - mean) / variance**0.5) if variance > 0 else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was counted."""
+        return {"classes": dict(self._classes), "equal": self._equal, "last": self._last}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        self._classes = Counter(state["classes"])
+        self._equal = state["equal"]
+        self._last = state["last"]
 
     def warn(self) -> None:
         """Warn where classes came in runs."""

@@ -1,37 +1,35 @@
-"""The loop: models x loader x accumulator, with progress."""
+"""`compare`: models and a loader in, a result out; the loop itself is in `loop`."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from functools import partial
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from cka_hooks import batches
+from cka_hooks import batches, many
 from cka_hooks.accumulator import CKAAccumulator
+from cka_hooks.checkpoint import Keeper, of_loader, of_model, path_of_rank
 from cka_hooks.class_order import ClassOrder
-from cka_hooks.errors import LayerError, NonFiniteError, OptionError, TooFewSamplesError
+from cka_hooks.distributed import Ranks, is_sharded, told
+from cka_hooks.errors import LayerError, NonFiniteError, OptionError
 from cka_hooks.features import Reduction
 from cka_hooks.hsic import MIN_SAMPLES, Estimator
 from cka_hooks.layers import Layers, select_layers, unwrap
-from cka_hooks.recorder import LayerRecorder, nothing_ran
+from cka_hooks.loop import DONE, Bounds, Report, Run, warn_of_repetition
+from cka_hooks.recorder import LayerRecorder
 from cka_hooks.result import CKAResult
-from cka_hooks.running import RandomStream, runnable, untouched
-
-# With `tolerance`, the first look at the standard errors is after this many minibatches (a look at the third
-# one covers too little: it stops where the spread happens to be small), the next ones at this ratio.
-FIRST_LOOK = 30
-LOOK_RATIO = 1.25
+from cka_hooks.running import RandomStream
 
 
 def compare(
-    model: nn.Module | Mapping[str, nn.Module],
+    model: nn.Module | Mapping[str, nn.Module | Callable[[], nn.Module]],
     loader: Iterable[Any],
     *,
     layers: Layers | Mapping[str, Layers] = None,
@@ -47,6 +45,10 @@ def compare(
     max_samples: int | None = None,
     epochs: int = 1,
     keep_minibatches: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = 30.0,
+    distributed: bool | None = None,
+    group: dist.ProcessGroup | None = None,
     progress: bool = True,
 ) -> CKAResult:
     """CKA of every pair of layers of one or several models, in one pass over a loader.
@@ -55,7 +57,8 @@ def compare(
     random state are as they were, whether the run ended, raised or was interrupted.
 
     Args:
-        model: one model, or a mapping from names to models, whose layers are then ``name/layer``.
+        model: one model, or a mapping from names to models, whose layers are then ``name/layer``. An entry may be
+            a function that builds a model: see below.
         loader: yields ``(input, target)`` pairs, tensors, or dicts of keyword arguments; see
             :func:`cka_hooks.batches.arguments`. Shuffle it where classes are stored in order.
         layers: which layers, see :func:`cka_hooks.layers.select_layers`; or a mapping from model name to that.
@@ -68,7 +71,24 @@ def compare(
         max_samples: end the run after this many samples.
         epochs: passes over the loader. Later passes of a shuffled loader are other minibatches of the same
             samples: standard errors stay those of one pass, and `tolerance` looks at one pass's worth.
+        checkpoint: a file in which the run is kept, every `checkpoint_every` seconds and when an error or
+            Ctrl-C ends it. The same call again goes on from there, and after the end returns the result at once.
+            Several ranks keep a file each, ``NAME.rank0-of-2`` and so on.
+        distributed: None: share the work with the initialised process group, if there is one. Every rank calls
+            `compare` with its shard of the data and gets the same result. False: this rank runs alone; a call
+            that only one rank makes needs it, since it would wait for the others without end.
+        group: the process group to share with. Ranks that hold the same samples (tensor parallel) must not be in
+            one group: name the data-parallel one, or their samples count twice.
         progress: show a progress bar on stderr.
+
+    Functions in the mapping are called one after another. Each model goes over the whole loader alone and is
+    freed before the next is built, so that twenty checkpoints of a network need the memory of one of them and
+    about ``samples * (minibatch - 1) / 2 * 8`` bytes for each layer of each model: its centred Gram matrices. All
+    pairs are compared at the end. The loader has to bring the same batches each time, which is checked. An entry
+    of `layers` has to match in each of these models; `tolerance` and `checkpoint` need all models at once.
+
+    Samples that a ``DistributedSampler`` repeats so that all ranks have equally many are left out. Positions of
+    samples and numbers of minibatches count rank after rank: those of rank 1 follow those of rank 0.
 
     Returns:
         The matrix with standard errors and all that was left out.
@@ -81,6 +101,9 @@ def compare(
         SampleCountError: two models, or two layers, with different numbers of samples.
         TooFewSamplesError: an empty loader, or only batches of fewer than 4 samples.
         NonFiniteError: NaN or infinity in a layer; `.partial` is the result of all others.
+        OutOfMemoryError: in a layer, also in smaller pieces.
+        CheckpointError: the file at `checkpoint` is damaged, or of a run with another model or other options.
+        RankError: another rank failed, was stopped, or does not answer.
 
     Example:
         >>> import torch, cka_hooks
@@ -102,38 +125,158 @@ def compare(
         raise OptionError(f"max_samples={max_samples!r} must be at least {MIN_SAMPLES}")
     if not isinstance(epochs, int) or epochs < 1:
         raise OptionError(f"epochs={epochs!r} must be a whole number of passes, at least 1")
-    accumulator = CKAAccumulator(
-        kernel=kernel,
-        bandwidth=bandwidth,
-        sigma=sigma,
-        estimator=estimator,
-        minibatch=minibatch,
-        keep_minibatches=keep_minibatches,
+    options: dict[str, Any] = {
+        "kernel": kernel,
+        "bandwidth": bandwidth,
+        "sigma": sigma,
+        "estimator": estimator,
+        "minibatch": minibatch,
+        "keep_minibatches": keep_minibatches,
+    }
+    accumulator = CKAAccumulator(**options)
+    plan = _Plan(
+        models,
+        {
+            "layers": layers,
+            "features": features,
+            "batch_dim": batch_dim,
+            "forward": forward,
+            "tolerance": tolerance,
+            "max_samples": max_samples,
+            "epochs": epochs,
+        },
+        options,
     )
-    recorders = _recorders(models, layers, accumulator, features, batch_dim)
-    run = _Run(recorders, _per_model(forward, models, "forward"), accumulator)
+    ranks = Ranks.of(distributed, group)
     started = time.perf_counter()
-    with ExitStack() as stack:
-        stack.enter_context(RandomStream())
-        for recorder in recorders.values():
-            stack.enter_context(untouched(recorder.model))
-            stack.enter_context(recorder)
-        stack.enter_context(torch.no_grad())
-        run.over(loader, epochs, max_samples, tolerance, progress)
+    with told(ranks, accumulator), RandomStream(), torch.no_grad():
+        if all(isinstance(it, nn.Module) for it in models.values()):
+            ran = plan.together(loader, accumulator, ranks, checkpoint, checkpoint_every, progress)
+        else:
+            ran = plan.in_turn(loader, accumulator, ranks, checkpoint, progress)
     settings = {
-        "models": {name or "model": type(unwrap(m)).__qualname__ for name, m in models.items()},
-        "layers": _spelled(layers),
-        "features": _spelled(features),
-        "tolerance": tolerance,
-        "max_samples": max_samples,
-        "epochs": epochs,
-        "shapes": run.shapes,
+        "models": {name or "model": kind for name, kind in ran.types.items()},
+        **{name: _spelled(option) for name, option in plan.options.items() if name not in ("batch_dim", "forward")},
         "seconds": round(time.perf_counter() - started, 3),
     }
-    return _finished(accumulator, recorders, models, settings, run)
+    if ranks is not None:
+        settings["ranks"] = ranks.size
+    return _finished(ran, settings)
 
 
-def _per_model(option: Any, models: Mapping[str, nn.Module], name: str) -> dict[str, Any]:
+@dataclass
+class _Ran:
+    """What a run leaves behind."""
+
+    total: CKAAccumulator
+    reports: list[Report]
+    class_order: ClassOrder
+    types: dict[str, str]
+
+
+class _Plan:
+    """Which models are run with which options, all of them at once or one after another."""
+
+    def __init__(self, models: Mapping[str, Any], options: dict[str, Any], accumulated: dict[str, Any]) -> None:
+        self.options = options
+        self._models = models
+        self._accumulated = accumulated
+        self._layers = _per_model(options["layers"], models, "layers")
+        self._forwards = _per_model(options["forward"], models, "forward")
+        self._bounds = Bounds(options["epochs"], options["max_samples"], options["tolerance"])
+
+    def together(
+        self,
+        loader: Iterable[Any],
+        accumulator: CKAAccumulator,
+        ranks: Ranks | None,
+        checkpoint: str | os.PathLike[str] | None,
+        checkpoint_every: float,
+        progress: bool,
+    ) -> _Ran:
+        """Each batch through every model before the next batch."""
+        layers = self._layers
+        if len(self._models) > 1 and not isinstance(self.options["layers"], Mapping):
+            layers = _each_where_it_matches(self._models, self.options["layers"])
+        recorders = self._recorders(self._models, layers, accumulator)
+        if checkpoint is not None and any(is_sharded(model) for model in self._models.values()):
+            raise OptionError(
+                "checkpoint= does not work with a model whose ranks run each forward pass together (FSDP, tensor "
+                "parallel): they would have to be stopped between the same two batches. Leave it out"
+            )
+        settings = {}
+        if checkpoint is not None:
+            settings = {
+                "models": {name: of_model(model) for name, model in self._models.items()},
+                "loader": of_loader(loader),
+                **{name: _spelled(option) for name, option in (self._accumulated | self.options).items()},
+                "chosen": {
+                    name: [selection.name for selection in select_layers(model, layers[name])]
+                    for name, model in self._models.items()
+                },
+            }
+        path = checkpoint if checkpoint is None else path_of_rank(checkpoint, ranks)
+        keeper = Keeper(path, checkpoint_every, loader, settings)
+        run = Run(recorders, self._forwards, accumulator, self._bounds, keeper, ranks)
+        run.over(loader, progress=progress)
+        types = {name: type(unwrap(model)).__qualname__ for name, model in self._models.items()}
+        return _Ran(run.total, run.reports, run.class_order, types)
+
+    def in_turn(
+        self,
+        loader: Iterable[Any],
+        accumulator: CKAAccumulator,
+        ranks: Ranks | None,
+        checkpoint: object,
+        progress: bool,
+    ) -> _Ran:
+        """All batches through one model before the next model is built."""
+        if checkpoint is not None or self._bounds.tolerance is not None:
+            raise OptionError(
+                "checkpoint= and tolerance= need all models at once, and functions build them one after another: "
+                "leave these out, or pass the models themselves"
+            )
+        ran = _Ran(accumulator, [], ClassOrder(), {})
+        replayed = many.Replayed(loader)
+        collectors: dict[str, many.Collector] = {}
+        for name, model in many.built_in_turn(self._models):
+            collectors[name] = many.Collector(**self._accumulated)
+            recorders = self._recorders({name: model}, self._layers, collectors[name])
+            keeper = Keeper(None, 0, replayed, {})
+            run = Run(recorders, self._forwards, collectors[name], self._bounds, keeper, alone=ranks is None)
+            run.over(replayed.rewind(name), progress=progress, name=name)
+            ran.reports += run.reports
+            ran.class_order = run.class_order
+            ran.types[name] = type(unwrap(model)).__qualname__
+            # The next one is built when nothing holds this one any more.
+            del model, recorders, run
+        many.add_up(collectors, accumulator)
+        if ranks is not None:
+            ran.total, others, _ = ranks.meet(accumulator, stage=DONE, details=ran.reports)
+            ran.reports = [report for reports in others for report in reports]
+        return ran
+
+    def _recorders(
+        self, models: Mapping[str, nn.Module], layers: Mapping[str, Any], accumulator: CKAAccumulator
+    ) -> dict[str, LayerRecorder]:
+        recorders = {}
+        for name, model in models.items():
+            prefix = f"{name}/" if name else ""
+
+            def consumer(layer: str, activation: Tensor, prefix: str = prefix) -> None:
+                accumulator.observe(prefix + layer, activation)
+
+            recorders[name] = LayerRecorder(
+                model,
+                layers[name],
+                consumer=consumer,
+                features=self.options["features"],
+                batch_dim=self.options["batch_dim"],
+            )
+        return recorders
+
+
+def _per_model(option: Any, models: Mapping[str, Any], name: str) -> dict[str, Any]:
     """An option for each model, given once for all or as a mapping from model name."""
     if not isinstance(option, Mapping):
         return dict.fromkeys(models, option)
@@ -141,29 +284,6 @@ def _per_model(option: Any, models: Mapping[str, nn.Module], name: str) -> dict[
     if unknown:
         raise OptionError(f"{name}= names the models {unknown}, and the models are {list(models)}")
     return {key: option.get(key) for key in models}
-
-
-def _recorders(
-    models: Mapping[str, nn.Module],
-    layers: Layers | Mapping[str, Layers],
-    accumulator: CKAAccumulator,
-    features: Any,
-    batch_dim: Any,
-) -> dict[str, LayerRecorder]:
-    chosen = _per_model(layers, models, "layers")
-    if len(models) > 1 and not isinstance(layers, Mapping):
-        chosen = _each_where_it_matches(models, layers)
-    recorders = {}
-    for name, model in models.items():
-        prefix = f"{name}/" if name else ""
-
-        def consumer(layer: str, activation: Tensor, prefix: str = prefix) -> None:
-            accumulator.observe(prefix + layer, activation)
-
-        recorders[name] = LayerRecorder(
-            model, chosen[name], consumer=consumer, features=features, batch_dim=batch_dim
-        )
-    return recorders
 
 
 def _each_where_it_matches(models: Mapping[str, nn.Module], layers: Any) -> dict[str, Any]:
@@ -190,137 +310,25 @@ def _each_where_it_matches(models: Mapping[str, nn.Module], layers: Any) -> dict
     return chosen
 
 
-class _Run:
-    """One run over the loader: what it has to know between two batches."""
-
-    def __init__(
-        self,
-        recorders: Mapping[str, LayerRecorder],
-        forwards: Mapping[str, batches.Forward | None],
-        accumulator: CKAAccumulator,
-    ) -> None:
-        self.accumulator = accumulator
-        self.shapes: dict[str, str] = {}
-        self.stopped: str | None = None
-        self.class_order = ClassOrder()
-        self._recorders = recorders
-        self._calls: list[Callable[[Any, int | None], None]] = []
-        for name, recorder in recorders.items():
-            model = runnable(recorder.model)
-            device = batches.device_of(model)
-            self._calls.append(partial(self._forward, recorder, model, device, forwards[name]))
-        self._next_look = FIRST_LOOK
-
-    @staticmethod
-    def _forward(
-        recorder: LayerRecorder,
-        model: nn.Module,
-        device: torch.device | None,
-        forward: batches.Forward | None,
-        batch: Any,
-        limit: int | None,
-    ) -> None:
-        with recorder.forward_pass(batch, limit=limit):
-            batches.call(model, batches.to_device(batch, device), forward)
-
-    def over(
-        self,
-        loader: Iterable[Any],
-        epochs: int,
-        max_samples: int | None,
-        tolerance: float | None,
-        progress: bool,
-    ) -> None:
-        """Every batch through every model, until the loader or one of the bounds ends it."""
-        total = _length(loader, epochs, max_samples)
-        with tqdm(total=total, unit="sample", unit_scale=True, desc="cka", disable=not progress) as bar:
-            for epoch in range(epochs):
-                if epoch:
-                    self.accumulator.start_pass()
-                before = self.accumulator.samples + self.accumulator.left_out
-                for batch in loader:
-                    seen = self.accumulator.samples + self.accumulator.left_out - before
-                    limit = None if max_samples is None else max_samples - seen
-                    self._batch(batch, limit)
-                    now = self.accumulator.samples + self.accumulator.left_out - before
-                    bar.update(now - seen)
-                    if max_samples is not None and now >= max_samples:
-                        break
-                    if tolerance is not None and epoch == 0 and self._known_well_enough(tolerance, bar):
-                        return
-                else:
-                    if not epoch and not self.accumulator.samples + self.accumulator.left_out:
-                        raise TooFewSamplesError("the loader yielded no batch: it is empty, or exhausted already")
-
-    def _batch(self, batch: Any, limit: int | None) -> None:
-        self.class_order.add(batches.targets(batch))
-        try:
-            for forward in self._calls:
-                forward(batch, limit)
-        except BaseException:
-            self.accumulator.discard()
-            raise
-        if not self.accumulator.observing:
-            raise LayerError(
-                nothing_ran({k: v for recorder in self._recorders.values() for k, v in recorder.skipped.items()})
-            )
-        self.accumulator.step()
-
-    def _known_well_enough(self, tolerance: float, bar: Any) -> bool:
-        """A look at the standard errors, when one is due: the only place in the loop that waits for the device."""
-        if self.accumulator.minibatches < self._next_look:
-            return False
-        self._next_look = int(self.accumulator.minibatches * LOOK_RATIO) + 1
-        largest = self.accumulator.largest_stderr()
-        bar.set_postfix_str(f"largest stderr {largest:.2g}")
-        if largest < tolerance:
-            self.stopped = f"every standard error was below {tolerance} after {self.accumulator.samples} samples"
-            return True
-        return False
-
-
-def _length(loader: Iterable[Any], epochs: int, max_samples: int | None) -> int | None:
-    """How many samples a run will see, None where the loader does not say."""
-    dataset = getattr(loader, "dataset", None)
-    sampler = getattr(loader, "sampler", None)
-    try:
-        samples: int | None = len(cast(Any, sampler if sampler is not None else dataset))
-    except TypeError:
-        samples = None
-    if isinstance(loader, Sequence):
-        counts = [batches.sample_count(batch) for batch in loader]
-        samples = None if None in counts else sum(cast(list[int], counts))
-    if samples is None:
-        return None if max_samples is None else max_samples * epochs
-    return min(samples, max_samples or samples) * epochs
-
-
-def _finished(
-    accumulator: CKAAccumulator,
-    recorders: Mapping[str, LayerRecorder],
-    models: Mapping[str, nn.Module],
-    settings: dict[str, Any],
-    run: _Run,
-) -> CKAResult:
-    skipped = {
-        (f"{name}/" if name else "") + layer: reason
-        for name, recorder in recorders.items()
-        for layer, reason in recorder.skipped.items()
-    }
-    if run.stopped is not None:
-        settings["stopped"] = run.stopped
-    run.class_order.warn()
+def _finished(ran: _Ran, settings: dict[str, Any]) -> CKAResult:
+    report = Report()
+    for other in ran.reports:
+        report = report.merged(other)
+    if report.stopped is not None:
+        settings["stopped"] = report.stopped
+    ran.class_order.warn()
+    warn_of_repetition(ran.reports)
 
     def with_details(result: CKAResult) -> CKAResult:
         return dataclasses.replace(
             result,
-            skipped={**skipped, **result.skipped},
+            skipped={**report.skipped, **result.skipped},
             settings={**result.settings, **settings},
-            models=tuple(name for name in models if name),
+            models=tuple(name for name in ran.types if name),
         )
 
     try:
-        return with_details(accumulator.compute())
+        return with_details(ran.total.compute())
     except NonFiniteError as error:
         if error.partial is not None:
             error.partial = with_details(error.partial)

@@ -66,6 +66,10 @@ class CheckpointError(CKAError, ValueError):
     """A checkpoint that cannot be resumed: damaged, or written by a run with other settings."""
 
 
+class RankError(CKAError, RuntimeError):
+    """Another rank of a distributed run failed, was stopped, or does not answer."""
+
+
 class MissingExtraError(CKAError, ImportError):
     """An optional dependency that is not installed. The message has the ``pip install`` line."""
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from cka_hooks.errors import OptionError
+
 # `bad` of a layer that was finite in every minibatch.
 NEVER = torch.iinfo(torch.int64).max
 
@@ -53,6 +55,14 @@ class Sums:
             peak=vector(),
             peak_sample=torch.zeros(layers, dtype=torch.int64, device=device),
         )
+
+    def check(self, layers: int) -> None:
+        """Raise :class:`OptionError` unless these are the sums of so many layers."""
+        blank = Sums.zeros(layers, torch.device("cpu"))
+        for field in fields(self):
+            tensor, like = getattr(self, field.name), getattr(blank, field.name)
+            if not isinstance(tensor, Tensor) or tensor.shape != like.shape or tensor.dtype != like.dtype:
+                raise OptionError(f"the sums {field.name!r} are not {tuple(like.shape)} {like.dtype}")
 
     def add_pairs(self, hsic: Tensor) -> None:
         """Add the (m, L, L) weighted HSICs of m minibatches."""
