@@ -11,7 +11,7 @@ import argparse
 import inspect
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 
 import torch
@@ -37,7 +37,7 @@ TARGETS = {
 }
 
 
-def options(config: Config) -> dict[str, dict[str, object]]:
+def options(config: Config, only: Collection[str] | None = None) -> dict[str, dict[str, object]]:
     """Name of a run -> keyword arguments of `compare`."""
     found: dict[str, dict[str, object]] = {"default": {}}
     if config.batch > 32:
@@ -45,7 +45,9 @@ def options(config: Config) -> dict[str, dict[str, object]]:
     found["blocks"] = {"layers": [config.blocks]}
     if "sketch" in inspect.signature(cka_hooks.compare).parameters:
         found[f"sketch={SKETCH}"] = {"sketch": SKETCH}
-    return found
+        if config.batch > 32:
+            found[f"sketch={SKETCH}, minibatch=32"] = {"sketch": SKETCH, "minibatch": 32}
+    return {run: settings for run, settings in found.items() if only is None or run in only}
 
 
 def compare(model: nn.Module, batches: list[Tensor], **settings: object) -> cka_hooks.CKAResult:
@@ -58,46 +60,44 @@ def compare(model: nn.Module, batches: list[Tensor], **settings: object) -> cka_
 def times(name: str, config: Config, args: argparse.Namespace) -> list[list[str]]:
     model, batches = config.model(not args.random_init), config.batches(args.batches)
     runs: dict[str, Callable[[], object]] = {BARE: partial(forward, model, batches)}
-    for run, settings in options(config).items():
+    for run, settings in options(config, args.runs).items():
         runs[run] = partial(compare, model, batches, **settings)
     found = interleaved(runs, args.rounds)
-    layers = {run: len(compare(model, batches[:1], **settings).layers) for run, settings in options(config).items()}
+    layers = {
+        run: len(compare(model, batches[:1], **settings).layers)
+        for run, settings in options(config, args.runs).items()
+    }
     per_batch = min(found.seconds[BARE]) / args.batches
     print(f"{config.title}: bare forward pass {per_batch:.2f} s a batch")
     return [[config.title, run, str(layers[run]), found.spelled(run), TARGETS.get((name, run), "")] for run in layers]
 
 
-def memory(name: str, config: Config, args: argparse.Namespace) -> list[str]:
-    """Peak memory above the bare forward pass of each run, in the order of `options`; twice for the first."""
+def memory(name: str, runs: Iterable[str], args: argparse.Namespace) -> list[str]:
+    """Peak memory of each run above the bare forward pass; of the default one also over many batches."""
 
-    def peak(run: str, batches: int) -> float:
+    def above(run: str, batches: int) -> float:
         arguments = ["--peak", name, run, str(batches)] + (["--random-init"] if args.random_init else [])
         return float(str(in_own_process(arguments)["mib"]))
 
-    bare = peak(BARE, 2)
-    few = [f"{peak(run, 2) - bare:.0f}" for run in options(config)]
-    few[0] += f"; {peak('default', args.many) - peak(BARE, args.many):.0f} with {args.many} batches"
-    return few
+    return [
+        f"{above(run, 2):.0f}"
+        + (f"; {above(run, args.many):.0f} with {args.many} batches" if run == "default" else "")
+        for run in runs
+    ]
 
 
 def one_peak(name: str, run: str, count: int, random_init: bool) -> None:
-    """What `memory` starts: one run over `count` times the same batch, its peak as JSON."""
+    """In a process of its own: one run over `count` times the same batch, its peak above the forward pass as JSON."""
     config = CONFIGS[name]
     model, batches = config.model(not random_init), config.batches(1)
-    forward(model, [batch[:2] for batch in batches])
-    if run == BARE:
-        mib = peak_mib(lambda: forward(model, batches * count))
-    else:
-        compare(model, [batch[:8] for batch in batches])
-        mib = peak_mib(lambda: compare(model, batches * count, **options(config)[run]))
-    print(json.dumps({"mib": mib}))
+    below = peak_mib(partial(forward, model, batches * count))
+    peak = peak_mib(partial(compare, model, batches * count, **options(config)[run]))
+    print(json.dumps({"mib": peak - below}))
 
 
 def profile(config: Config, args: argparse.Namespace) -> None:
     model, batches = config.model(not args.random_init), config.batches(1)
-    for run, settings in {BARE: None, **options(config)}.items():
-        if args.runs and run not in args.runs:
-            continue
+    for run, settings in {BARE: None, **options(config, args.runs)}.items():
         work = partial(forward, model, batches) if settings is None else partial(compare, model, batches, **settings)
         work()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--random-init", action="store_true", help="leave BatchNorm's statistics as they start")
     parser.add_argument("--no-memory", action="store_true", help="leave out the processes that measure memory")
     parser.add_argument("--profile", action="store_true", help="print torch.profiler tables instead")
-    parser.add_argument("--runs", nargs="+", help="with --profile: only these runs, such as default")
+    parser.add_argument("--runs", nargs="+", help="only these runs, such as default")
     parser.add_argument("--rows", type=int, default=18, help="with --profile: rows of a table")
     parser.add_argument("--peak", nargs=3, metavar=("CONFIG", "RUN", "BATCHES"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -135,7 +135,7 @@ def main() -> None:
     rows = []
     for name in names:
         found = times(name, CONFIGS[name], args)
-        above = [""] * len(found) if args.no_memory else memory(name, CONFIGS[name], args)
+        above = [""] * len(found) if args.no_memory else memory(name, [row[1] for row in found], args)
         rows += [[*row, mib] for row, mib in zip(found, above, strict=True)]
     print()
     header = ["network", "run", "layers", "time, bare forward = 1", "must be under", "MiB above bare forward"]

@@ -128,7 +128,7 @@ SWEEPS = {
     "layers": ("layers (64 samples, 256 features)", by_layers, [10, 30, 100, 300, 1000]),
     "samples": ("samples (20 layers, minibatch 64, 4096 features)", by_samples, [64, 128, 256, 512, 1024, 2048]),
     "minibatch": (
-        "minibatch size (20 layers, 512 samples, 4096 features)",
+        "minibatch (20 layers, 512 samples, 4096 features)",
         by_minibatch,
         [16, 32, 64, 128, 256, 512],
     ),

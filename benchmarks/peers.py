@@ -5,8 +5,8 @@
 
 Every package gets the same model, loader and layers, and is used as its README says with its best settings: see
 the functions below. Layers are the leaf modules that run exactly once in a forward pass, since only cka_hooks tells
-several calls of one module apart. The reference is tests/oracle.py: activations cloned inside the hook, all arithmetic
-in float64. Inputs are crops of photographs; "noise" is the torch.randn of the packages' own examples.
+several calls of one module apart. The reference is tests/oracle.py: activations cloned inside the hook, arithmetic in
+float64. Inputs are crops of photographs; "noise" is the torch.randn of the packages' own examples.
 """
 
 from __future__ import annotations
@@ -155,8 +155,10 @@ CASES = {
     "cifar": Case("ResNet-18, CIFAR stem, calibrated", resnet18_cifar, 32, 128),
     "resnet50-224": Case("ResNet-50, calibrated", torchvision.models.resnet50, 224, 64),
     "vit": Case("ViT-B/16, untrained", vit_b_16, 224, 32),
+    "tiny": Case("ResNet-18, CIFAR stem, calibrated", resnet18_cifar, 16, 16),
 }
 DEFAULT = ("noise", "untrained", "calibrated", "out-of-place", "resnet50")
+FULL = (*DEFAULT, "cifar", "resnet50-224", "vit")
 
 
 def layers_of(model: nn.Module, loader: DataLoader) -> list[str]:
@@ -271,7 +273,7 @@ def plot(path: Path, rows: list[Row]) -> None:
     packages = list(dict.fromkeys(row.package for row in rows))
     panels: list[tuple[str, Callable[[Row], float], str]] = [
         ("time, bare forward pass = 1", lambda row: row.ratio, "{:.2f}"),
-        ("peak memory above the bare forward pass, MiB", lambda row: max(row.mib, 0.5), "{:.0f}"),
+        ("peak MiB above the bare forward pass", lambda row: max(row.mib, 0.5), "{:.0f}"),
         ("largest error against float64", lambda row: row.error, "{:.0e}"),
     ]
     figure, axes = plt.subplots(1, 3, figsize=(13, 0.62 * len(cases) * len(packages) ** 0.5 + 1.6), sharey=True)
@@ -284,15 +286,30 @@ def plot(path: Path, rows: list[Row]) -> None:
             axis.barh(where, value(row), height * 0.92, color=COLOURS[row.package])
             text = spelled.format(value(row)) + (f", {row.nans} NaN" if row.nans and "error" in title else "")
             axis.annotate(
-                text, (value(row), where), textcoords="offset points", xytext=(3, 0), va="center", fontsize=7.5
+                text,
+                (value(row), where),
+                textcoords="offset points",
+                xytext=(3, 0),
+                va="center",
+                fontsize=7.5,
+                bbox={"color": "white", "pad": 0.6},
             )
         axis.set_xscale("log")
         low, high = axis.get_xlim()
-        axis.set_xlim(low, high * (high / low) ** 0.22)
+        axis.set_xlim(0.95 if axis is axes[0] else low, high * (high / low) ** 0.22)
         axis.set_title(title, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[2].axvline(1e-5, color="0.4", linewidth=0.8, linestyle=":")
-    axes[0].set_yticks(range(len(cases)), [case.replace(", ", ",\n", 1) for case in cases], fontsize=9)
+    axes[2].axvline(1e-5, color="0.4", linewidth=0.8, linestyle=":", zorder=0)
+    axes[2].annotate(
+        " 1e-5",
+        (1e-5, 0),
+        xycoords=("data", "axes fraction"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        fontsize=7.5,
+    )
+    names = [case.rsplit(", ", 2) for case in cases]
+    axes[0].set_yticks(range(len(cases)), [f"{name}\n{pixels}, {batch}" for name, pixels, batch in names], fontsize=9)
     axes[0].invert_yaxis()
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[package]) for package in packages]
     figure.legend(handles, packages, loc="lower center", ncols=len(packages), frameon=False)
@@ -316,7 +333,7 @@ def main() -> None:
     if args.child:
         child(*args.child, args.batches)
         return
-    names = args.cases or (list(CASES) if args.full else list(DEFAULT))
+    names = args.cases or list(FULL if args.full else DEFAULT)
     packages = [package for package in args.packages if installed(package)]
     print(describe_machine())
     print(f"image crops, {args.batches} batches a run, {args.rounds} interleaved rounds (torch-cka: at most 2)")

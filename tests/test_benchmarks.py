@@ -1,0 +1,94 @@
+"""The benchmarks run, at tiny settings, and print what they say they print."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cka_hooks
+
+ROOT = Path(__file__).resolve().parents[1]
+
+pytest.importorskip("torchvision")
+pytest.importorskip("sklearn")
+
+
+def run(script: str, *arguments: str) -> str:
+    """Output of one benchmark, run as its user would."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        # Threads that wait by spinning make short runs on a shared machine many times slower.
+        env=os.environ | {"OMP_WAIT_POLICY": "passive", "MPLBACKEND": "Agg"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "torch " in done.stdout, "versions are printed"
+    return done.stdout
+
+
+def rows(output: str) -> list[list[str]]:
+    """Cells of every table row, headers left out."""
+    lines = [line for line in output.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
+
+
+def test_cost_prints_ratios_and_memory() -> None:
+    found = rows(
+        run("cost.py", "--configs", "tiny", "--rounds", "1", "--batches", "1", "--many", "3", "--runs", "default")
+    )
+    assert [row[1:3] for row in found] == [["default", "60"]], "every leaf call"
+    for row in found:
+        assert re.fullmatch(r"\d+\.\d\d \(\d+\.\d\d to \d+\.\d\d\)", row[3])
+        assert float(row[3].split()[0]) > 0.8, "a comparison cannot be faster than the forward pass inside it"
+    few, many = re.fullmatch(r"(-?\d+); (-?\d+) with 3 batches", found[0][5]).groups()
+    assert abs(int(few) - int(many)) < 30, "memory does not grow with the number of batches"
+
+
+def test_cost_prints_a_profile() -> None:
+    output = run("cost.py", "--configs", "tiny", "--profile", "--runs", "blocks", "--rows", "5")
+    assert "Self CPU" in output
+    assert "ResNet-18, 16 px, batch 16, blocks" in output
+
+
+def test_growth_prints_slopes_and_draws(tmp_path: Path) -> None:
+    figure = tmp_path / "growth.png"
+    settings = ["--rounds", "1", "--points", "3", "--layers", "30", "--samples", "16", "--width", "32"]
+    output = run("growth.py", *settings, "--figure", str(figure))
+    found = rows(output)
+    slopes = [row[4] for row in found if row[0].startswith("slope")]
+    assert len(slopes) == 4
+    assert all(re.fullmatch(r"-?\d+\.\d\d, -?\d+\.\d\d", slope) for slope in slopes)
+    assert any("all-pairs" in row[0] for row in found)
+    assert figure.stat().st_size > 10_000
+
+
+def test_peers_runs_with_the_packages_that_are_installed(tmp_path: Path) -> None:
+    figure = tmp_path / "peers.png"
+    settings = ["--cases", "tiny", "--rounds", "1", "--batches", "1"]
+    found = rows(run("peers.py", *settings, "--figure", str(figure)))
+    assert found[0][1] == "cka_hooks"
+    assert float(found[0][4]) < 1e-5
+    assert found[0][5:] == ["0.0%", "0"]
+    assert figure.stat().st_size > 10_000
+
+
+@pytest.mark.skipif(
+    "sketch" not in inspect.signature(cka_hooks.CKAAccumulator).parameters, reason="there is no sketch= yet"
+)
+def test_sketch_prints_bias_and_errors(tmp_path: Path) -> None:
+    figure = tmp_path / "sketch.png"
+    settings = ["--k", "256", "--seeds", "3", "--samples", "64", "--batch", "16", "--pixels", "32"]
+    output = run("sketch.py", *settings, "--config", "tiny", "--rounds", "1", "--figure", str(figure))
+    bias = rows(output)[0]
+    assert bias[0] == "256"
+    assert int(bias[1]) > 0
+    assert figure.stat().st_size > 10_000
