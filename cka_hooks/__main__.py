@@ -1,0 +1,8 @@
+"""``python -m cka_hooks`` is ``cka-hooks``."""
+
+import sys
+
+from cka_hooks.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
