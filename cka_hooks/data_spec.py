@@ -81,11 +81,8 @@ def load_data(
         dataset = _torchvision(spec, transform or imagenet_transform(), download)
     elif ".py:" in spec:
         dataset = call_function(spec)
-        if (
-            isinstance(dataset, DataLoader)
-            or not hasattr(dataset, "__getitem__")
-            or isinstance(dataset, list | tuple)
-        ):
+        indexed = hasattr(dataset, "__getitem__") and not isinstance(dataset, list | tuple)
+        if isinstance(dataset, DataLoader) or not indexed:
             if not isinstance(dataset, Iterable):
                 raise SpecError(f"{spec} returned {type(dataset).__name__}: expected a loader or a data set")
             return dataset

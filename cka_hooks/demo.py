@@ -64,12 +64,9 @@ def run(out: Path, *, epochs: int = EPOCHS, progress: bool = True, stream: TextI
 
 def require(what: str) -> None:
     """Raise :class:`MissingExtraError` unless all that the demo needs is installed."""
+    packages = {"sklearn": "scikit-learn", "torchvision": "torchvision", "matplotlib": "matplotlib"}
     missing = []
-    for module, package in (
-        ("sklearn", "scikit-learn"),
-        ("torchvision", "torchvision"),
-        ("matplotlib", "matplotlib"),
-    ):
+    for module, package in packages.items():
         try:
             __import__(module)
         except ImportError:
@@ -96,7 +93,7 @@ def small_resnet18() -> nn.Module:
     """torchvision's ResNet-18 for images of few pixels: a 3x3 stem on one channel, no max pooling."""
     from torchvision.models import resnet18
 
-    network = resnet18(num_classes=10)
+    network: nn.Module = resnet18(num_classes=10)
     network.conv1 = nn.Conv2d(1, 64, 3, padding=1, bias=False)
     network.maxpool = nn.Identity()
     return network

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 import traceback
@@ -113,7 +114,7 @@ def _torchvision(name: str, weights: str | None) -> LoadedModel:
 
 def _timm(name: str, weights: str | None) -> LoadedModel:
     try:
-        import timm
+        timm: Any = importlib.import_module("timm")
     except ImportError as error:
         raise MissingExtraError("timm models need timm: pip install timm") from error
     if not timm.is_model(name):
@@ -130,16 +131,16 @@ def _timm(name: str, weights: str | None) -> LoadedModel:
 
 def _hf(name: str, weights: str | None) -> LoadedModel:
     try:
-        from transformers import AutoConfig, AutoModel
+        transformers: Any = importlib.import_module("transformers")
     except ImportError as error:
         raise MissingExtraError("Hugging Face models need transformers: pip install transformers") from error
     if weights is not None and weights.lower() != "none":
         raise SpecError(f"weights {weights!r}: hf:{name} takes a checkpoint file or 'none'")
     try:
         if weights is None:
-            model = AutoModel.from_pretrained(name)
+            model = transformers.AutoModel.from_pretrained(name)
         else:
-            model = AutoModel.from_config(AutoConfig.from_pretrained(name))
+            model = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(name))
     except (OSError, ValueError, RuntimeError) as error:
         raise SpecError(_no_download(f"the Hugging Face model {name}", error)) from error
     short = name.rstrip("/").rpartition("/")[2]
@@ -150,10 +151,9 @@ def _hf(name: str, weights: str | None) -> LoadedModel:
 
 
 def _hf_transform(name: str) -> Transform | None:
-    from transformers import AutoImageProcessor
-
+    transformers: Any = importlib.import_module("transformers")
     try:
-        processor = AutoImageProcessor.from_pretrained(name)
+        processor = transformers.AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError, ImportError):
         return None
     return lambda image: processor(images=image, return_tensors="pt")["pixel_values"][0]
@@ -236,7 +236,8 @@ def _imported(path: Path) -> ModuleType:
     if name in sys.modules:
         return sys.modules[name]
     found = importlib.util.spec_from_file_location(name, resolved)
-    assert found is not None and found.loader is not None
+    assert found is not None
+    assert found.loader is not None
     module = importlib.util.module_from_spec(found)
     if str(resolved.parent) not in sys.path:
         sys.path.insert(0, str(resolved.parent))
