@@ -154,7 +154,8 @@ class Sums:
         total = squares - cka * (cross + cross.mT)
         total += cka.square() / 4 * (own_squares.unsqueeze(1) + own_squares + 2 * own)
         factor = minibatches / (minibatches_per_pass - 1)
-        stderr = (total.clamp_min(0) * factor).sqrt()
+        # Symmetric but for the order of roundings: made so to the bit.
+        stderr = ((total + total.mT).clamp_min(0) / 2 * factor).sqrt()
         return stderr.diagonal_scatter(torch.where(root.isnan(), root, 0.0))
 
     def influence(self, passes: float = 1.0) -> Tensor:
