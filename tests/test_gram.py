@@ -1,0 +1,215 @@
+"""Gram matrices of awkward features: CKA that they give stays within 1e-5 of the float64 oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+from cka_hooks import CKAAccumulator, gram
+from cka_hooks.features import memory_order
+from cka_hooks.gram import linear_grams
+from cka_hooks.hsic import centre
+
+pytestmark = pytest.mark.filterwarnings("ignore:one sample decides")
+
+
+def features(n: int, d: int, seed: int = 0) -> Tensor:
+    """Three directions carry what the samples share with `reference`, the rest is noise."""
+    generator = torch.Generator().manual_seed(seed)
+    signal = torch.randn(n, 3, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+    mix = torch.randn(3, d, generator=generator, dtype=torch.float64)
+    return signal @ mix + torch.randn(n, d, generator=generator, dtype=torch.float64)
+
+
+def reference(n: int) -> Tensor:
+    return features(n, 16, seed=7)
+
+
+def error(x: Tensor, minibatches: int = 1, estimator: str = "unbiased") -> float:
+    """Largest error in CKA of `x` and another layer, and of `x` and its own half, against the oracle."""
+    n = len(x) // minibatches
+    layers = [x, reference(len(x)).to(x.dtype), x.flatten(1)[:, ::2].clone()]
+    cka = CKAAccumulator(estimator=estimator, minibatch=n)
+    cka.update({str(i): layer for i, layer in enumerate(layers)})
+    grams = [[oracle.linear_gram(oracle.flatten(layer[b : b + n])) for layer in layers] for b in range(0, len(x), n)]
+    expected = oracle.cka_minibatch(grams, estimator)
+    found = cka.compute().matrix.numpy()
+    assert np.isfinite(expected).all()
+    return float(np.abs(np.nan_to_num(found, nan=9.0) - expected).max())
+
+
+@pytest.fixture(params=["cpu", "accelerator"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """On an accelerator no value may be looked at: the one path that it takes, taken here."""
+    if request.param == "accelerator":
+        monkeypatch.setattr(gram, "_can_branch", lambda tensor: False)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("shared", [0, 1e3, 1e4, 1e5, 1e6])
+@pytest.mark.parametrize("n", [4, 5, 129])
+def test_a_large_common_component(n: int, shared: float, path: str) -> None:
+    assert error((features(n, 600) + shared).float()) < 1e-5
+
+
+@pytest.mark.parametrize("factor", [100, 1000])
+@pytest.mark.parametrize("at", [0, 16, 31, 5])
+@pytest.mark.parametrize("shared", [0, 1e3])
+def test_an_outlying_sample(at: int, factor: float, shared: float) -> None:
+    x = features(32, 2000) + shared
+    x[at] = shared + (x[at] - shared) * factor
+    assert error(x.float()) < 1e-5
+
+
+@pytest.mark.parametrize("at", [0, 16, 31])
+def test_an_outlying_sample_on_an_accelerator(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gram, "_can_branch", lambda tensor: False)
+    x = features(32, 2000)
+    x[at] *= 100
+    assert error(x.float()) < 1e-5
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-12, 1e12, 1e18])
+@pytest.mark.parametrize("shared", [0, 100])
+def test_magnitude(scale: float, shared: float) -> None:
+    assert error(((features(32, 300) + shared) * scale).float()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.float16, 1e-4), (torch.bfloat16, 1e-4)]
+)
+@pytest.mark.parametrize("shared", [0, 50])
+def test_dtype(dtype: torch.dtype, limit: float, shared: float, path: str) -> None:
+    assert error((features(32, 5000) * 4 + shared).to(dtype)) < limit
+
+
+def test_float16_whose_squares_overflow() -> None:
+    x = (features(32, 5000) * 1000).half()
+    assert x.isfinite().all()
+    assert x.float().square().max() > torch.finfo(torch.float16).max
+    assert error(x) < 1e-5
+
+
+@pytest.mark.parametrize("width", [1, 4095, 4096, 4097, 8192, 8193, 3 * 4096 + 1])
+@pytest.mark.parametrize("minibatches", [1, 3])
+@pytest.mark.parametrize("shared", [0, 1e3])
+def test_chunk_boundaries(width: int, minibatches: int, shared: float, path: str) -> None:
+    """No feature is left out or counted twice where chunks end."""
+    x = (features(12, width) + shared).float()
+    grams = linear_grams(memory_order(x), minibatches)
+    wide = x.double().unflatten(0, (minibatches, -1))
+    centred = wide - wide.mean(1, keepdim=True)
+    expected = centred @ centred.mT
+    torch.testing.assert_close(
+        centre(grams.values, "biased"), expected, rtol=0, atol=2e-6 * float(expected.abs().max())
+    )
+    torch.testing.assert_close(grams.spread, centred.square().sum((1, 2)), rtol=2e-6, atol=0)
+    # `size` only tells whether samples differ at all: around a common vector it is not exact.
+    torch.testing.assert_close(grams.size, wide.square().sum((1, 2)), rtol=0.5, atol=0)
+
+
+def view(name: str, x: Tensor) -> Tensor:
+    """The numbers of x (n, 24, 6, 6) as a view with other strides."""
+    n = len(x)
+    return {
+        "contiguous": lambda: x,
+        "channels last": lambda: x.to(memory_format=torch.channels_last),
+        "batch second": lambda: x.flatten(2).permute(1, 0, 2).contiguous().transpose(0, 1),
+        "batch last": lambda: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+        "transposed": lambda: x.flatten(2).mT,
+        "every second": lambda: x[:, ::2, ::2, 1::2],
+        "cut out of a padded one": lambda: torch.nn.functional.pad(x, (1, 1, 1, 1))[:, :, 1:-1, 1:-1],
+        "every second sample": lambda: torch.stack([x, x + 1], 1).flatten(0, 1)[::2],
+        "expanded": lambda: x[:, :, :1, :1].expand(n, 24, 6, 6),
+        "flipped": lambda: x.flip(1)[:, :, :, 3:],
+        "one number": lambda: x[:, 0, 0, 0],
+        "overlapping": lambda: x.flatten(1).unfold(1, 5, 2),
+    }[name]()
+
+
+VIEWS = [
+    "contiguous",
+    "channels last",
+    "batch second",
+    "batch last",
+    "transposed",
+    "every second",
+    "cut out of a padded one",
+    "every second sample",
+    "expanded",
+    "flipped",
+    "one number",
+    "overlapping",
+]
+
+
+@pytest.mark.parametrize("shared", [0, 1e3])
+@pytest.mark.parametrize("minibatches", [1, 2])
+@pytest.mark.parametrize("name", VIEWS)
+def test_strides(name: str, minibatches: int, shared: float, path: str) -> None:
+    x = view(name, (features(20, 864) + shared).float().unflatten(1, (24, 6, 6)))
+    grams = linear_grams(memory_order(x), minibatches)
+    exact = linear_grams(memory_order(x.double().reshape(20, -1)), minibatches)
+    found, expected = centre(grams.values, "biased"), centre(exact.values, "biased")
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["contiguous", "channels last", "batch second", "transposed"])
+def test_views_are_not_copied(name: str) -> None:
+    x = view(name, torch.randn(20, 24, 6, 6))
+    rows = memory_order(x)
+    assert rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    assert rows.shape[1] * rows.shape[2] == 864
+
+
+@pytest.mark.parametrize("minibatches", [2, 5])
+@pytest.mark.parametrize("estimator", ["unbiased", "biased"])
+def test_several_minibatches_in_one_batch(minibatches: int, estimator: str, path: str) -> None:
+    assert error((features(8 * minibatches, 900) + 1e3).float(), minibatches, estimator) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1000.3])
+def test_equal_samples_are_degenerate_and_rounding_is_no_difference(
+    dtype: torch.dtype, value: float, path: str
+) -> None:
+    x = torch.full((16, 500), value, dtype=dtype)
+    x[3] = torch.nextafter(x[3], x[3] + 1) if dtype.itemsize > 2 else x[3] * (1 + torch.finfo(dtype).eps)
+    cka = CKAAccumulator()
+    cka.update({"x": x, "equal": torch.ones(16, 3), "live": reference(16).float()})
+    result = cka.compute()
+    expected = {"equal"} if value == 0.0 and dtype.itemsize > 2 else {"x", "equal"}
+    assert set(result.degenerate) - {"x"} == {"equal"}
+    if value:
+        assert set(result.degenerate) == expected
+        assert result["x", "live"] != result["x", "live"]
+
+
+def test_no_features_is_degenerate() -> None:
+    cka = CKAAccumulator()
+    cka.update({"none": torch.zeros(16, 0), "live": reference(16)})
+    assert list(cka.compute().degenerate) == ["none"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("at", [0, 4096, 9999])
+def test_a_number_that_is_not_finite_shows(bad: float, at: int, path: str) -> None:
+    x = features(8, 10_000).float()
+    x[3, at] = bad
+    assert not torch.isfinite(linear_grams(memory_order(x)).values.sum())
+
+
+def test_reduced_precision_products_are_not_used_and_the_setting_stays() -> None:
+    x = (features(32, 3000) + 3).float()
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert error(x) < 1e-5
+            assert torch.is_autocast_enabled("cpu")
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
