@@ -113,7 +113,7 @@ def test_below_three_minibatches_the_error_is_unknown_and_not_zero(count: int) -
     assert all(bound.isnan()[0, 1] for bound in result.interval())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(sizes=st.lists(st.integers(4, 12), min_size=3, max_size=9), cut=st.data(), seed=st.integers(0, 1000))
 def test_merging_carries_the_standard_errors(sizes: list[int], cut: st.DataObject, seed: int) -> None:
     minibatches = related_layers(sizes, (0, 0.3, 1), seed)
