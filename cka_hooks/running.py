@@ -44,6 +44,10 @@ def untouched(model: nn.Module) -> Iterator[None]:
             for module, name, buffer, copy, version in buffers:
                 if buffer._version != version:
                     buffer.copy_(copy)
+                elif buffer.layout is torch.strided and 0 not in buffer.stride():
+                    # What a module wrote through `.data` counts as no version, and neither does this. (Expanded
+                    # tensors cannot be written to.)
+                    buffer.data.copy_(copy)
                 if module._buffers.get(name) is not buffer:
                     module._buffers[name] = buffer
 

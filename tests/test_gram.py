@@ -107,8 +107,8 @@ def test_chunk_boundaries(width: int, minibatches: int, shared: float, path: str
         centre(grams.values, "biased"), expected, rtol=0, atol=2e-6 * float(expected.abs().max())
     )
     torch.testing.assert_close(grams.spread, centred.square().sum((1, 2)), rtol=2e-6, atol=0)
-    # `size` only tells whether samples differ at all: around a common vector it is not exact.
-    torch.testing.assert_close(grams.size, wide.square().sum((1, 2)), rtol=0.5, atol=0)
+    # `size` only tells whether samples differ at all: where a vector was taken off it is not exact.
+    assert torch.all((grams.size / wide.square().sum((1, 2))).log2().abs() < 2)
 
 
 def view(name: str, x: Tensor) -> Tensor:
