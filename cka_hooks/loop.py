@@ -154,8 +154,9 @@ class Run:
                 bar.update(self._seen)
                 stopped = not self._keeper.finished and self._passes(loader, sampler, shuffle, bar)
                 self._keeper.save(self._state(), finished=True)
-                self.reports = [self._reported()]
-                if self._ranks is not None and not stopped:
+                if self._ranks is None:
+                    self.reports = [self._reported()]
+                elif not stopped:
                     self._meet(DONE, bar)
         except BaseException as error:
             self._keeper.broke_off(error, self._state)
@@ -216,7 +217,11 @@ class Run:
         self.class_order.add(batches.targets(batch))
         try:
             for forward in self._calls:
-                forward(batch, limit)
+                # Of no sample a layer has no features: a batch that does not count runs whole and is forgotten.
+                forward(batch, limit or None)
+            if limit == 0:
+                self.accumulator.discard()
+                return 0
         except BaseException:
             self.accumulator.discard()
             raise
@@ -252,7 +257,7 @@ class Run:
                     self._report.stopped = (
                         f"every standard error was below {self._bounds.tolerance} after {self.total.samples} samples"
                     )
-                    self.reports = [*self.reports, self._report]
+                    self.reports = [*self.reports, Report(stopped=self._report.stopped)]
                     return True
             if lowest >= stage:
                 return False

@@ -106,6 +106,9 @@ def repeats_samples(loader: Any) -> str | None:
     """Why some samples may be counted twice, for loaders whose repetitions cannot be told from their samples."""
     for part in _parts(loader):
         if getattr(part, "even_batches", False) and getattr(part, "num_processes", 1) > 1:
+            together = (part.batch_size or 0) * (1 if part.split_batches else part.num_processes)
+            if together and len(loader.dataset) % together == 0:
+                return None
             return (
                 "accelerate repeats samples where they do not divide evenly into the batches of all processes, and "
                 "these count twice: prepare the loader with even_batches=False"
