@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -26,8 +26,12 @@ def exact_products(device: torch.device) -> Iterator[None]:
     if precision != "highest":
         torch.set_float32_matmul_precision("highest")
     try:
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False) if _has_autocast(device) else nullcontext():
             yield
     finally:
         if precision != "highest":
             torch.set_float32_matmul_precision(precision)
+
+
+def _has_autocast(device: torch.device) -> bool:
+    return bool(torch.amp.is_autocast_available(device.type))

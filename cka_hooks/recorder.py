@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cka_hooks import axes, batches, outputs
+from cka_hooks.describe import Description, described
 from cka_hooks.errors import CKAWarning, LayerError
 from cka_hooks.features import Reduction, check_reduction, feature_rows
 from cka_hooks.layers import (
@@ -106,6 +107,7 @@ class LayerRecorder:
         self._entered = 0
         self._leaving = ExitStack()
         self._left_out: dict[str, str] = {}
+        self._recorded: dict[str, nn.Module] = {}
         self._ever_ran: set[int] = set()
         self._managed = False
         self._warned_of_padding = False
@@ -226,6 +228,7 @@ class LayerRecorder:
             self._left_out.setdefault(label, str(reason))
             return
         self._left_out.pop(label, None)
+        self._recorded[label] = selection.module
         activation = activation.detach()
         channels = self._channels.of(activation)
         if dim != 0:
@@ -337,7 +340,6 @@ class LayerRecorder:
             >>> [activations["0"].shape for activations in LayerRecorder(model).stream(loader)]
             [torch.Size([5, 3]), torch.Size([5, 3])]
         """
-        model = runnable(self.model)
         random_stream = RandomStream()
         with random_stream:
             iterator = iter(loader)
@@ -348,15 +350,65 @@ class LayerRecorder:
                 except StopIteration:
                     return
             copies = _Copies()
-            before, self.consumer = self.consumer, copies.take
-            try:
-                with random_stream, untouched(model), self, self.forward_pass(batch), torch.no_grad():
-                    batches.call(model, batches.to_device(batch, batches.device_of(model)), self._forward)
-            finally:
-                self.consumer = before
-            if not copies:
-                raise LayerError(nothing_ran(self.skipped))
+            self._run(batch, copies.take, random_stream)
             yield dict(copies)
+
+    def describe(self, batch: Any) -> Description:
+        """The table of layers that a run over such batches would compare: see it before a long run.
+
+        One forward pass; the model, and torch's random state, are as before.
+
+        Args:
+            batch: what a loader yields.
+
+        Raises:
+            LayerError: none of the chosen layers ran.
+            BatchError: the model cannot be called with the batch.
+
+        Example:
+            >>> import torch
+            >>> from cka_hooks import LayerRecorder
+            >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten())
+            >>> print(LayerRecorder(model).describe(torch.randn(4, 3, 10, 10)))
+            layer  type     calls   output  features   cost
+            -----  -------  -----  -------  --------  -----
+            0      Conv2d       1  4x8x8x8       512  33.3%
+            1      ReLU         1  4x8x8x8       512  33.3%
+            2      Flatten      1    4x512       512  33.3%
+            3 layers, 1.5 k features per sample, 4 samples
+        """
+        shapes: dict[str, tuple[int, ...]] = {}
+
+        def take(layer: str, activation: Tensor) -> None:
+            shapes[layer] = tuple(activation.shape)
+
+        self._run(batch, take, RandomStream())
+        modules = {layer: self._recorded[layer] for layer in shapes}
+        return described(
+            shapes,
+            {layer: type(module).__name__ for layer, module in modules.items()},
+            {layer: self._calls[id(module)] for layer, module in modules.items()},
+            self.skipped,
+        )
+
+    def _run(self, batch: Any, consumer: Consumer, random_stream: RandomStream) -> None:
+        """One batch through the model, to another consumer than the recorder's own."""
+        model = runnable(self.model)
+        ran = False
+
+        def take(layer: str, activation: Tensor) -> None:
+            nonlocal ran
+            ran = True
+            consumer(layer, activation)
+
+        before, self.consumer = self.consumer, take
+        try:
+            with random_stream, untouched(model), self, self.forward_pass(batch), torch.no_grad():
+                batches.call(model, batches.to_device(batch, batches.device_of(model)), self._forward)
+        finally:
+            self.consumer = before
+        if not ran:
+            raise LayerError(nothing_ran(self.skipped))
 
 
 class _Copies(dict[str, Tensor]):

@@ -1,0 +1,269 @@
+"""Nothing in the loop waits for the device, and every tensor is where it belongs, on a pretended `cuda` device."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torchvision.models as vision
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cka_hooks
+from cka_hooks import precision
+from cka_hooks.precision import accumulation_device, exact_products
+
+# What waits for a value of the device, or has a size that depends on values.
+WAITING = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "_unique2"}
+# What launches no kernel.
+VIEWS = {
+    "device",
+    "alias",
+    "as_strided",
+    "detach",
+    "diagonal",
+    "empty",
+    "expand",
+    "permute",
+    "select",
+    "slice",
+    "split",
+}
+VIEWS |= {"squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view", "_unsafe_view"}
+
+
+class HostSync(Exception):
+    """An operator had the host wait for the device."""
+
+
+class NoHostSync(TorchDispatchMode):
+    """Refuses operators that wait for the device and copies from it; counts the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in WAITING:
+            raise HostSync(name)
+        out = func(*args, **(kwargs or {}))
+        if name in ("_to_copy", "copy_"):
+            source = args[0] if name == "_to_copy" else args[1]
+            if source.device.type == "cuda" and out.device.type != "cuda":
+                raise HostSync(f"{name} from {source.device} to {out.device}")
+        if name not in VIEWS:
+            self.launches[name] += 1
+        return out
+
+
+@pytest.fixture
+def pretended() -> Iterator[None]:
+    # Models are built inside the mode: it cannot take in tensors that are really there.
+    with FakeTensorMode():
+        yield
+
+
+def resnet() -> nn.Module:
+    with torch.device("cuda"):
+        return vision.ResNet(vision.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10).eval()
+
+
+def transformer() -> nn.Module:
+    with torch.device("cuda"):
+        layers = [nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(2)]
+        return nn.Sequential(nn.Linear(8, 16), *layers, nn.Linear(16, 4)).eval()
+
+
+def half_transformer() -> nn.Module:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return transformer()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "resnet": (resnet, lambda: torch.randn(32, 3, 64, 64, device="cuda")),
+    "transformer": (transformer, lambda: torch.randn(32, 20, 8, device="cuda")),
+    "bfloat16": (half_transformer, lambda: torch.randn(32, 20, 8, device="cuda", dtype=torch.bfloat16)),
+}
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"minibatch": 8},
+    {"minibatch": 12, "estimator": "biased"},
+    {"kernel": "rbf"},
+    {"kernel": "rbf", "sigma": 2.0, "minibatch": 8},
+    {"kernel": "cosine"},
+    {"keep_minibatches": True},
+]
+
+
+def launches(
+    model: nn.Module, inputs: Callable[[], Tensor], **options: Any
+) -> tuple[float, cka_hooks.CKAAccumulator]:
+    """Kernels launched per layer and batch beyond the model's own, over three minibatches."""
+    accumulator = cka_hooks.CKAAccumulator(**options)
+    total = 0
+    with torch.no_grad():
+        with NoHostSync() as bare:
+            model(inputs())
+        with cka_hooks.LayerRecorder(model, consumer=accumulator.observe):
+            for _ in range(3):
+                with NoHostSync() as counted:
+                    model(inputs())
+                    accumulator.step()
+                total += sum(counted.launches.values()) - sum(bare.launches.values())
+    return total / 3 / len(accumulator.layers), accumulator
+
+
+@pytest.mark.usefixtures("pretended")
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [("resnet", {}), *(("transformer", options) for options in OPTIONS), ("bfloat16", {})],
+    ids=str,
+)
+def test_accumulating_does_not_wait(case: str, options: dict[str, Any]) -> None:
+    build, inputs = CASES[case]
+    model = build()
+    each, accumulator = launches(model, inputs, **options)
+    assert accumulator.minibatches == 3 * {None: 1, 8: 4, 12: 3}[options.get("minibatch")]
+    assert accumulator._sums is not None
+    for tensor in vars(accumulator._sums).values():
+        assert tensor.device.type == "cuda"
+    # One small kernel takes some 5 microseconds to launch: 60 of them for 100 layers are 30 ms a batch. A remainder
+    # is a group of its own.
+    assert each < 60 * (2 if options.get("minibatch") == 12 else 1)
+
+
+@pytest.mark.usefixtures("pretended")
+def test_launches_of_a_wide_layer_do_not_grow_with_its_features() -> None:
+    def layer(side: int) -> float:
+        with torch.device("cuda"):
+            model = nn.Sequential(nn.Conv2d(3, 8, 1))
+        return launches(model, lambda: torch.randn(32, 3, side, side, device="cuda"))[0]
+
+    assert layer(128) <= layer(16) + 5
+
+
+@pytest.mark.usefixtures("pretended")
+@pytest.mark.parametrize("features", ["mean", "token", "last", lambda x: x.flatten(1)[:, :4]])
+def test_reductions_with_a_mask_do_not_wait(features: Any) -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(50, 16, device="cuda")
+            self.out = nn.Linear(16, 16, device="cuda")
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.out(self.embed(input_ids))
+
+    model = Tokens()
+    batch = {"input_ids": torch.zeros(8, 12, dtype=torch.long), "attention_mask": torch.ones(8, 12, dtype=torch.long)}
+    accumulator = cka_hooks.CKAAccumulator()
+    recorder = cka_hooks.LayerRecorder(model, consumer=accumulator.observe, features=features)
+    with NoHostSync(), recorder, torch.no_grad():
+        for _ in range(2):
+            with recorder.forward_pass(batch):
+                model(**{key: value.to("cuda", non_blocking=True) for key, value in batch.items()})
+            accumulator.step()
+    assert accumulator.layers == ("embed", "out")
+
+
+class Finished(Exception):
+    pass
+
+
+@pytest.mark.usefixtures("pretended")
+def test_compare_waits_for_nothing_before_it_reads_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compute(accumulator: cka_hooks.CKAAccumulator) -> None:
+        assert accumulator.samples == 2 * 32
+        raise Finished
+
+    monkeypatch.setattr(cka_hooks.CKAAccumulator, "compute", compute)
+    models = {"a": transformer(), "b": transformer()}
+    # Batches on the host: moved by `compare`.
+    loader = [(torch.randn(32, 20, 8), None) for _ in range(2)]
+    with NoHostSync(), pytest.raises(Finished):
+        cka_hooks.compare(models, loader, minibatch=8, max_samples=2 * 32, progress=False)
+
+
+@pytest.mark.usefixtures("pretended")
+def test_a_read_back_is_refused_here() -> None:
+    with NoHostSync():
+        x = torch.ones(3, device="cuda")
+        with pytest.raises(HostSync):
+            x.cpu()
+        with pytest.raises(HostSync):
+            x.sum().item()
+
+
+@pytest.mark.usefixtures("pretended")
+def test_a_model_on_two_devices() -> None:
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(8, 6, device="cuda:0")
+            self.second = nn.Linear(6, 4, device="cuda:1")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x).to("cuda:1"))
+
+    model = Split()
+    accumulator = cka_hooks.CKAAccumulator()
+    with cka_hooks.LayerRecorder(model, consumer=accumulator.observe), torch.no_grad():
+        for _ in range(2):
+            model(torch.randn(16, 8, device="cuda:0"))
+            accumulator.step()
+    assert accumulator.layers == ("first", "second")
+    assert accumulator._sums is not None
+    assert accumulator._sums.moments.device == torch.device("cuda:0")
+
+
+def test_accumulation_device() -> None:
+    assert accumulation_device(torch.device("mps")) == torch.device("cpu")
+    assert accumulation_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    assert accumulation_device(torch.device("cpu")) == torch.device("cpu")
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device whose hardware has no float64."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor) and tensor.device.type == "cuda":
+                assert tensor.dtype is not torch.float64, func
+        return out
+
+
+@pytest.mark.usefixtures("pretended")
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_device_without_float64(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(precision, "_WITHOUT_FLOAT64", frozenset({"cuda"}))
+    accumulator = cka_hooks.CKAAccumulator(**options)
+    with NoFloat64():
+        for _ in range(2):
+            x = torch.empty(16, 5, 40, device="cuda", dtype=dtype)
+            accumulator.update({"x": x, "y": x[:, 0]})
+    assert accumulator._sums is not None
+    assert accumulator._sums.moments.device.type == "cpu"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps", "meta"])
+def test_exact_products_on_any_device(device: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with exact_products(torch.device(device)):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
