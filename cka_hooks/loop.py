@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -112,6 +112,7 @@ class Run:
             self._next_look = -(-FIRST_LOOK // ranks.size)
             if bounds.max_samples is not None:
                 self._share = ranks.share(bounds.max_samples, equal=self._collective)
+        self._ran = False
         self._epoch = 0
         self._before = 0
 
@@ -230,6 +231,7 @@ class Run:
         with undisturbed():
             self.accumulator.step()
             self._keeper.seen()
+        self._ran = True
         return self._seen - seen
 
     def _look_is_due(self) -> bool:
@@ -270,7 +272,8 @@ class Run:
         }
 
     def _reported(self) -> Report:
-        return Report(skipped=self._skipped()).merged(self._report)
+        # A batch that broke off has not called every layer yet.
+        return replace(self._report, skipped=self._skipped()) if self._ran else self._report
 
     def _state(self) -> dict[str, Any]:
         return {

@@ -1,0 +1,480 @@
+"""Runs that survive: resumed equal to an uninterrupted one, refused where they do not fit, never half written."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import cka_hooks
+from cka_hooks import checkpoint as files
+
+pytestmark = pytest.mark.filterwarnings("ignore:one sample decides", "ignore:.* left out")
+
+
+class Stop(Exception):
+    pass
+
+
+def model(seed: int = 0, width: int = 8) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(12, width), nn.ReLU(inplace=True), nn.Linear(width, 3))
+
+
+class Forward:
+    """Runs the model, and breaks off in one batch; two of them look the same in a run's settings."""
+
+    def __init__(self, stop_at: int | None = None, error: BaseException | None = None) -> None:
+        self.calls = 0
+        self.stop_at = stop_at
+        self.error = error or Stop()
+
+    def __call__(self, module, batch):
+        self.calls += 1
+        if self.calls == self.stop_at:
+            raise self.error
+        return module(batch[0] if isinstance(batch, list) else batch)
+
+
+def tensors(samples: int = 100) -> torch.Tensor:
+    return torch.randn(samples, 12, generator=torch.Generator().manual_seed(5))
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Draws from all three random generators."""
+
+    def __len__(self) -> int:
+        return 60
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return tensors()[index] + torch.randn(12) + random.random() + np.random.rand()
+
+
+def shuffled(data=None, **options) -> DataLoader:
+    data = tensors() if data is None else data
+    return DataLoader(data, batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(1), **options)
+
+
+def stateful(**options):
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader")
+    return torchdata.StatefulDataLoader(tensors(), batch_size=8, **options)
+
+
+def sharded() -> DataLoader:
+    sampler = torch.utils.data.DistributedSampler(tensors(), 3, 1, shuffle=True)
+    return DataLoader(tensors(), batch_size=8, sampler=sampler)
+
+
+LOADERS = {
+    "list": lambda: list(tensors().split(8)),
+    "in order": lambda: DataLoader(tensors(), batch_size=8),
+    "shuffled": shuffled,
+    "targets": lambda: shuffled(TensorDataset(tensors(), torch.arange(100) % 7)),
+    "augmented": lambda: DataLoader(Augmented(), batch_size=8),
+    "generator": lambda: iter(list(tensors().split(8))),
+    "stateful": lambda: stateful(),
+    "stateful shuffled": lambda: stateful(shuffle=True, generator=torch.Generator().manual_seed(4)),
+    "distributed sampler": sharded,
+}
+
+
+def run(path, loader, *, net=None, stop_at=None, error=None, **options):
+    torch.manual_seed(11)
+    random.seed(11)
+    np.random.seed(11)
+    forward = Forward(stop_at, error)
+    result = cka_hooks.compare(
+        net or model(), loader, forward=forward, checkpoint=path, **{"progress": False, **options}
+    )
+    return result, forward
+
+
+def equal(ours: cka_hooks.CKAResult, expected: cka_hooks.CKAResult) -> None:
+    torch.testing.assert_close(ours.matrix, expected.matrix, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(ours.stderr, expected.stderr, rtol=0, atol=0, equal_nan=True)
+    for name in ("rows", "samples", "minibatches", "passes", "influence", "skipped", "degenerate"):
+        assert getattr(ours, name) == getattr(expected, name), name
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_resumed_again_and_again_is_equal(tmp_path: Path, kind: str, epochs: int) -> None:
+    make = LOADERS[kind]
+    if kind == "generator" and epochs == 2:
+        pytest.skip("an iterator has one pass")
+    whole, forward = run(None, make(), epochs=epochs)
+    total = forward.calls
+    path = tmp_path / "run.ckpt"
+    done = 0
+    for stop_at in (1, 4, 2, 3, 5):
+        if done + stop_at > total:
+            break
+        with pytest.raises(Stop):
+            run(path, make(), epochs=epochs, stop_at=stop_at)
+        done += stop_at - 1
+    ours, forward = run(path, make(), epochs=epochs)
+    assert forward.calls == total - done, "batches were run twice"
+    equal(ours, whole)
+    again, forward = run(path, make(), epochs=epochs)
+    assert forward.calls == 0
+    equal(again, whole)
+
+
+@pytest.mark.parametrize("options", [
+    {"max_samples": 50}, {"max_samples": 50, "epochs": 2}, {"minibatch": 4}, {"keep_minibatches": True},
+    {"estimator": "biased"}, {"kernel": "rbf"}, {"tolerance": 0.05}, {"layers": ["0", "2"]},
+], ids=str)  # fmt: skip
+def test_options_survive(tmp_path: Path, options) -> None:
+    data = tensors(800)
+    whole, _ = run(None, shuffled(data), **options)
+    path = tmp_path / "run.ckpt"
+    for stop_at in (3, 3):
+        with pytest.raises(Stop):
+            run(path, shuffled(data), stop_at=stop_at, **options)
+    ours, _ = run(path, shuffled(data), **options)
+    equal(ours, whole)
+    assert ours.settings.get("stopped") == whole.settings.get("stopped")
+    if whole.minibatch_hsic is not None:
+        torch.testing.assert_close(ours.minibatch_hsic, whole.minibatch_hsic, rtol=0, atol=0)
+
+
+def test_what_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.ckpt"
+    with pytest.raises(Stop) as stopped:
+        run(path, shuffled(), stop_at=4)
+    notes = getattr(stopped.value, "__notes__", ["the same call goes on from there"])
+    assert "the same call goes on from there" in notes[-1]
+    with pytest.raises(KeyboardInterrupt, match=r"run\.ckpt up to here: the same call goes on from there"):
+        run(path, shuffled(), stop_at=2, error=KeyboardInterrupt())
+    run(path, shuffled(), progress=True)
+    assert "has 32 samples and goes on from there" in capsys.readouterr().err
+    run(path, shuffled(), progress=True)
+    assert "has 100 samples and is finished" in capsys.readouterr().err
+
+
+def test_control_c_at_any_moment_leaves_whole_minibatches(tmp_path: Path) -> None:
+    """A real SIGINT, also into the middle of adding up."""
+    whole, _ = run(None, shuffled(tensors(800)))
+    path = tmp_path / "run.ckpt"
+    moments = random.Random(0)
+    interrupted = 0
+    before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        for _ in range(300):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, moments.uniform(0.001, 0.06))
+                run(path, shuffled(tensors(800)))
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                break
+            except KeyboardInterrupt:
+                interrupted += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 0
+    equal(run(path, shuffled(tensors(800)))[0], whole)
+
+
+def child(path: Path, pipe) -> None:
+    pipe.send("ready")
+    run(path, shuffled(tensors(4000)), checkpoint_every=0.02)
+    pipe.send("done")
+    os._exit(0)
+
+
+def test_killed_fifty_times(tmp_path: Path) -> None:
+    """SIGKILL at random moments: nothing is lost beyond the interval, no file is half written, the end is equal."""
+    torch.set_num_threads(1)
+    whole, _ = run(None, shuffled(tensors(4000)))
+    path = tmp_path / "run.ckpt"
+    context = multiprocessing.get_context("fork")
+    moments = random.Random(0)
+    killed, progress, last = 0, 0, 0
+    started = time.monotonic()
+    while killed < 50:
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=child, args=(path, theirs))
+        process.start()
+        theirs.close()
+        assert ours.recv() == "ready"
+        if ours.poll(moments.uniform(0.0, 0.12)):
+            # It came to the end: from the beginning again, until there were fifty.
+            process.join()
+            equal(run(path, shuffled(tensors(4000)))[0], whole)
+            path.unlink()
+            last = 0
+            continue
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        killed += 1
+        if path.exists():
+            content = files.read(path)
+            samples = content["run"]["accumulator"]["samples"]
+            assert samples >= last, "a later checkpoint is behind an earlier one"
+            progress += samples > last
+            last = samples
+        assert {file.name for file in tmp_path.iterdir()} <= {"run.ckpt", ".run.ckpt.part"}
+        assert time.monotonic() - started < 120
+    assert progress > 5
+    equal(run(path, shuffled(tensors(4000)))[0], whole)
+
+
+def test_saved_as_often_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that goes on by a second a look: what is not in the file is less than the interval."""
+    now = [0.0]
+    saved = []
+    write = files.write
+    monkeypatch.setattr(files, "write", lambda path, content: (saved.append(now[0]), write(path, content)))
+
+    class Clock:
+        @staticmethod
+        def monotonic() -> float:
+            now[0] += 1
+            return now[0]
+
+    monkeypatch.setattr(files, "time", Clock)
+    run(tmp_path / "run.ckpt", shuffled(tensors(800)), checkpoint_every=10.0)
+    gaps = [b - a for a, b in zip(saved, saved[1:], strict=False)]
+    assert len(saved) >= 9
+    assert max(gaps) <= 12
+
+
+def test_a_failed_write_leaves_the_file_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.ckpt"
+    with pytest.raises(Stop):
+        run(path, shuffled(), stop_at=4)
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(path, shuffled(), checkpoint_every=1e-9)
+    assert path.read_bytes() == before
+
+
+# Refused
+
+
+@pytest.mark.parametrize(
+    ("named", "change"),
+    [
+        ("models", {"net": model(1)}),
+        ("parameters", {"net": model(0, width=9)}),
+        ("layers", {"layers": ["0", "1"]}),
+        ("minibatch", {"minibatch": 4}),
+        ("estimator", {"estimator": "biased"}),
+        ("kernel", {"kernel": "rbf"}),
+        ("features", {"features": "mean"}),
+        ("epochs", {"epochs": 2}),
+        ("max_samples", {"max_samples": 20}),
+        ("tolerance", {"tolerance": 0.5}),
+        ("keep_minibatches", {"keep_minibatches": True}),
+    ],
+)
+def test_another_run_is_refused_with_the_difference(tmp_path: Path, named: str, change) -> None:
+    path = tmp_path / "run.ckpt"
+    with pytest.raises(Stop):
+        run(path, shuffled(), stop_at=4)
+    with pytest.raises(cka_hooks.CheckpointError, match=rf"another run: .*{named}.* there and .* here"):
+        run(path, shuffled(), **change)
+
+
+def test_other_data_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.ckpt"
+    with pytest.raises(Stop):
+        run(path, shuffled(), stop_at=4)
+    with pytest.raises(cka_hooks.CheckpointError, match="loader .* is"):
+        run(path, shuffled(tensors(90)))
+    with pytest.raises(cka_hooks.CheckpointError, match=r"batch 2 \(counted from 0\) of the loader is another"):
+        run(path, shuffled(tensors() + 1))
+    with pytest.raises(cka_hooks.CheckpointError, match="ended after 2"):
+        with pytest.raises(Stop):
+            run(tmp_path / "short.ckpt", iter(tensors().split(8)), stop_at=5)
+        run(tmp_path / "short.ckpt", iter(tensors().split(8)[:2]))
+
+
+@pytest.mark.parametrize("loader", [
+    lambda: DataLoader(tensors(), batch_size=8, shuffle=True),
+    lambda: DataLoader(tensors(), batch_size=8, sampler=torch.utils.data.RandomSampler(range(100))),
+    lambda: DataLoader(tensors(), batch_sampler=torch.utils.data.BatchSampler(
+        torch.utils.data.RandomSampler(range(100)), 8, False)),
+])  # fmt: skip
+def test_a_loader_that_shuffles_unseeded_is_refused_before_the_run(tmp_path: Path, loader) -> None:
+    forward = Forward()
+    with pytest.raises(cka_hooks.OptionError, match=r"generator=torch.Generator\(\).manual_seed\(0\)"):
+        cka_hooks.compare(model(), loader(), forward=forward, checkpoint=tmp_path / "run.ckpt", progress=False)
+    assert forward.calls == 0
+
+
+def test_wrong_options(tmp_path: Path) -> None:
+    with pytest.raises(cka_hooks.OptionError, match="there is no folder"):
+        run(tmp_path / "nowhere" / "run.ckpt", shuffled())
+    with pytest.raises(cka_hooks.OptionError, match="checkpoint_every"):
+        run(tmp_path / "run.ckpt", shuffled(), checkpoint_every=0)
+
+
+# Files that somebody else made
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("good") / "run.ckpt"
+    with pytest.raises(Stop):
+        run(path, shuffled(), stop_at=4)
+    return path.read_bytes()
+
+
+def refused(path: Path, data: bytes) -> str:
+    path.write_bytes(data)
+    with pytest.raises(cka_hooks.CheckpointError) as caught:
+        run(path, shuffled())
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def test_damaged_files(tmp_path: Path, good: bytes) -> None:
+    path = tmp_path / "run.ckpt"
+    for data in (b"", good[:7], good[: len(good) // 2], good[:-1], good + b"\0", os.urandom(1000), b"\xff" * 100):
+        refused(path, data)
+    refused(path, (1 << 62).to_bytes(8, "little") + good[8:])
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path}/owned",))
+
+    refused(path, pickle.dumps(Evil()))
+    torch.save({"x": torch.ones(2)}, path)
+    refused(path, path.read_bytes())
+    assert not (tmp_path / "owned").exists()
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(cka_hooks.CheckpointError, match="not a file"):
+        run(path, shuffled())
+
+
+def test_an_enormous_file_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "run.ckpt"
+    with open(path, "wb") as file:
+        file.truncate(files.MAX_BYTES + 1)
+    with pytest.raises(cka_hooks.CheckpointError, match="larger than"):
+        run(path, shuffled())
+
+
+def signed(content, tensors=None, **other) -> bytes:
+    """A file with a checksum that fits: what somebody makes who knows the format."""
+    tensors = tensors or {}
+    text = json.dumps(["dict", ["format", files.FORMAT], ["version", files.VERSION], ["content", content]])
+    text = other.get("text", text)
+    return safetensors.torch.save(tensors, {"cka_hooks": text, "sha256": files._digest(text, tensors)})
+
+
+def test_edited_files_and_other_versions(tmp_path: Path, good: bytes) -> None:
+    path = tmp_path / "run.ckpt"
+    assert "edited or damaged" in refused(path, good.replace(b'\\"samples\\", 24', b'\\"samples\\", 25'))
+    text = json.dumps(["dict", ["format", files.FORMAT], ["version", 99], ["content", ["dict"]]])
+    assert "version 99" in refused(path, signed(None, text=text))
+    assert "nested too deeply" in refused(path, signed(None, text="[" * 100000 + "]" * 100000))
+    for text in ("", "3", "null", "{}", "[]", '["tensor","t9"]', '["dict",[1]]', '["what"]', '["float","x"]', "1.5"):
+        refused(path, signed(None, text=text))
+    for content in (None, 3, ["dict"], ["dict", ["settings", 3]], ["dict", ["settings", ["dict"]]], ["list"]):
+        refused(path, signed(content))
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+FUZZ = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+
+
+@FUZZ
+@given(data=st.data())
+def test_any_changed_byte_is_noticed(tmp_path: Path, good: bytes, data) -> None:
+    position = data.draw(st.integers(0, len(good) - 1))
+    value = data.draw(st.integers(0, 255).filter(lambda value: value != good[position]))
+    changed = bytearray(good)
+    changed[position] = value
+    path = tmp_path / "run.ckpt"
+    path.write_bytes(changed)
+    try:
+        content = files.read(path)
+    except cka_hooks.CheckpointError:
+        return
+    # A byte of the header's padding may change nothing.
+    path.write_bytes(good)
+    assert repr(content) == repr(files.read(path))
+
+
+@FUZZ
+@given(data=st.data())
+def test_a_signed_file_with_other_content_is_refused(tmp_path: Path, good: bytes, data) -> None:
+    """One entry of a good file replaced by something else, with a checksum that fits."""
+    path = tmp_path / "run.ckpt"
+    path.write_bytes(good)
+    content = files.read(path)
+    where = content
+    while isinstance(where, dict):
+        key = data.draw(st.sampled_from(sorted(where)))
+        holder, where = where, where[key]
+        if data.draw(st.booleans()):
+            break
+    holder[key] = data.draw(PLAIN)
+    files.write(path, content)
+    try:
+        run(path, shuffled())
+    except cka_hooks.CKAError:
+        pass
+
+
+@FUZZ
+@given(value=PLAIN)
+def test_what_is_written_is_read(tmp_path: Path, value) -> None:
+    path = tmp_path / "x.ckpt"
+    files.write(path, {"settings": {}, "value": value})
+    assert repr(files.read(path)["value"]) == repr(value)
+
+
+# The accumulator's own state
+
+
+def test_state_dict_of_an_accumulator(tmp_path: Path) -> None:
+    cka = cka_hooks.CKAAccumulator(keep_minibatches=True)
+    other = cka_hooks.CKAAccumulator(keep_minibatches=True)
+    batches = [{"x": tensors()[i : i + 8], "y": tensors()[i : i + 8].sin()} for i in range(0, 80, 8)]
+    for batch in batches[:5]:
+        cka.update(batch)
+    torch.save(cka.state_dict(), tmp_path / "state.pt")
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for batch in batches[5:]:
+        cka.update(batch)
+        other.update(batch)
+    equal(other.compute(), cka.compute())
+    torch.testing.assert_close(other.compute().minibatch_hsic, cka.compute().minibatch_hsic, rtol=0, atol=0)
+    with pytest.raises(cka_hooks.OptionError, match="estimator is"):
+        cka_hooks.CKAAccumulator(estimator="biased").load_state_dict(cka.state_dict())
+    cka.observe("x", tensors()[:8])
+    with pytest.raises(cka_hooks.LayerError, match="under way"):
+        cka.state_dict()
