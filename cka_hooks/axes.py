@@ -95,7 +95,8 @@ class SampleDimension:
         if 1 in fitting and self._is_second(module, place):
             return 1
         if 0 in fitting:
-            if 1 in fitting and len(shape) > 2 and self.sequence_first:
+            is_known = place == "further output" and isinstance(module, nn.MultiheadAttention)
+            if 1 in fitting and len(shape) > 2 and self.sequence_first and not is_known:
                 self._warn_of_squares(label, shape)
             return 0
         samples = self.samples

@@ -103,7 +103,7 @@ class LayerRecorder:
                     self._above[id(child)].add(id(module))
         pools = any(reduction != "flatten" for reduction in self._features.values)
         self._channel_modules = [m for m in {id(m): m for m in names.values()}.values() if pools and axes.matters(m)]
-        self._handles: list[tuple[nn.Module, RemovableHandle]] = []
+        self._handles: list[RemovableHandle] = []
         self._entered = 0
         self._leaving = ExitStack()
         self._left_out: dict[str, str] = {}
@@ -148,11 +148,12 @@ class LayerRecorder:
                 self._leaving.callback(follow.remove)
         for selections in self._selections.values():
             module = selections[0].module
-            handle = module.register_forward_hook(self._on_output, with_kwargs=True)
-            self._handles.append((module, handle))
+            self._handles.append(module.register_forward_hook(self._on_output, with_kwargs=True))
+            if any(_is_input(selection) for selection in selections):
+                self._handles.append(module.register_forward_pre_hook(self._on_input, with_kwargs=True))
 
     def _detach(self) -> None:
-        for _, handle in self._handles:
+        for handle in self._handles:
             handle.remove()
         self._handles = []
 
@@ -195,10 +196,16 @@ class LayerRecorder:
         self._channels = axes.ChannelDimension()
         # A hook that the user added after ours may change the output: run behind it, and see what the next
         # layer gets.
-        for module, handle in self._handles:
-            hooks = module._forward_hooks
-            if hooks and next(reversed(hooks)) != handle.id:
+        for handle in self._handles:
+            hooks = handle.hooks_dict_ref()
+            if hooks and handle.id in hooks and next(reversed(hooks)) != handle.id:
                 hooks[handle.id] = hooks.pop(handle.id)
+
+    def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Before the module runs, since it may work in place.
+        call = self._calls[id(module)] + 1
+        for label, selection in self._chosen(module, call, is_input=True).items():
+            self._hand_over(label, selection, args, kwargs, None)
 
     def _on_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         key = id(module)
@@ -209,11 +216,17 @@ class LayerRecorder:
                 return
             self._not_leaf |= self._above[key]
         self._calls[key] += 1
-        call = self._calls[key]
-        # One layer may be chosen twice, as `relu#2` and by `relu`.
-        chosen = [s for s in self._selections[key] if s.calls is None or call in s.calls]
-        for label, selection in {s.label(call): s for s in sorted(chosen, key=lambda s: s.named)}.items():
+        for label, selection in self._chosen(module, self._calls[key], is_input=False).items():
             self._hand_over(label, selection, args, kwargs, output)
+
+    def _chosen(self, module: nn.Module, call: int, is_input: bool) -> dict[str, Selection]:
+        """The layers that one call of a module is, by label: one may be chosen twice, as `relu#2` and by `relu`."""
+        chosen = [
+            selection
+            for selection in self._selections[id(module)]
+            if (selection.calls is None or call in selection.calls) and _is_input(selection) == is_input
+        ]
+        return {selection.label(call): selection for selection in sorted(chosen, key=lambda s: s.named)}
 
     def _hand_over(
         self, label: str, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -269,10 +282,9 @@ class LayerRecorder:
         self, label: str, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> tuple[Tensor, int]:
         """The activation and the dimension that has the samples; NotRecordable where there is none."""
-        first, _, rest = selection.part.partition(":")
-        is_input = first == outputs.INPUT
+        is_input = _is_input(selection)
         if is_input:
-            found = iter([outputs.input_of(args, kwargs, rest)])
+            found = iter([outputs.input_of(args, kwargs, selection.part.removeprefix(outputs.INPUT)[1:])])
         else:
             found = outputs.activations_of(output, selection.part)
         leading = next(outputs.tensors_in(output), None)
@@ -409,6 +421,10 @@ class LayerRecorder:
             self.consumer = before
         if not ran:
             raise LayerError(nothing_ran(self.skipped))
+
+
+def _is_input(selection: Selection) -> bool:
+    return selection.part.split(":")[0] == outputs.INPUT
 
 
 class _Copies(dict[str, Tensor]):
