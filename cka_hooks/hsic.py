@@ -45,7 +45,8 @@ def pack(centred: Tensor, estimator: Estimator = "unbiased") -> Tensor:
     packed = centred.flatten(-2)[..., rows * n + columns]
     if unbiased:
         return packed.mul_((2 / n) ** 0.5)
-    weights = torch.where(rows == columns, 1 / (n - 1), 2 / (n - 1)).to(packed.dtype)
+    # In the dtype of the vectors from the start: `where` of two Python numbers is float32.
+    weights = torch.full_like(rows, 2, dtype=packed.dtype).sub_((rows == columns).to(packed.dtype)).div_(n - 1)
     return packed.mul_(weights.sqrt_())
 
 

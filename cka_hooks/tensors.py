@@ -13,6 +13,11 @@ from cka_hooks.hsic import MIN_SAMPLES, Estimator, centre, pack
 from cka_hooks.kernels import Kernel, as_kernel
 from cka_hooks.precision import accumulation_device
 
+# Where less than this of a squared trace is left of a layer's own HSIC, its formula in feature space has cancelled:
+# outlying samples do that. Up to this many samples the n x n matrix, which does not cancel, takes its place.
+_CANCELLED = 1e-9
+_GRAM_IS_CHEAP = 8192
+
 
 def cka(
     x: Tensor,
@@ -162,25 +167,29 @@ class _Side:
         self._kernel = kernel
         self._estimator = estimator
         self._packed: Tensor | None = None
-        self.narrow = is_linear and self._rows[0].numel() < len(self._rows)
+        narrow = is_linear and self._rows[0].numel() < len(self._rows)
         self.features: Tensor | None = None
         eps = torch.finfo(tensor.dtype).eps
-        if self.narrow:
+        if narrow:
             wide = self._rows.flatten(1).to(accumulation_device(tensor.device), torch.float64)
             self.features = wide - wide.mean(0)
             # Again: the rounding of a large mean is a common vector too.
             self.features -= self.features.mean(0)
-            spread, size = self.features.square().sum(), wide.square().sum()
+            spread, size = float(self.features.square().sum()), float(wide.square().sum())
             self.own = _feature_space_hsic(self.features, self.features, estimator)
-        else:
-            spread, size = self._gram()
+            rounding = _CANCELLED * spread**2
+            if self.own * len(wide) <= rounding and len(wide) <= _GRAM_IS_CHEAP:
+                self.features = None
+        if self.features is None:
+            spread, size, rounding = self._gram()
             self.own = float(self.packed.square().sum())
-        self.degenerate = not (float(spread) > (8 * eps) ** 2 * float(size) and self.own > 0)
+        self.degenerate = not (spread > (8 * eps) ** 2 * size and self.own * len(self._rows) > rounding)
 
-    def _gram(self) -> tuple[Tensor, Tensor]:
+    def _gram(self) -> tuple[float, float, float]:
         grams = self._kernel(self._rows, 1)
         self._packed = pack(centre(grams.values[0], self._estimator), self._estimator)
-        return grams.spread, grams.size
+        rounding = (16 * torch.finfo(torch.float64).eps) ** 2 * float(grams.values.square().sum())
+        return float(grams.spread), float(grams.size), rounding
 
     @property
     def packed(self) -> Tensor:
