@@ -1,0 +1,312 @@
+"""The command line: what it writes, says and exits with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cka_hooks import CKAResult
+from cka_hooks.cli import main
+
+# Few random samples: one may decide much, and the command line says so on stderr.
+pytestmark = pytest.mark.filterwarnings("ignore::cka_hooks.CKAWarning")
+
+USER_FILE = """
+import torch
+from torch import nn
+
+def net():
+    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+
+def wider():
+    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 2))
+
+def not_a_net():
+    return 3
+
+def broken():
+    raise ValueError("no such thing")
+
+def data():
+    torch.manual_seed(1)
+    return torch.utils.data.DataLoader(torch.randn(64, 6), batch_size=16, shuffle=True)
+
+def dataset():
+    return torch.utils.data.TensorDataset(torch.randn(100, 6, generator=torch.Generator().manual_seed(0)))
+
+def stream():
+    return (torch.randn(16, 6, generator=torch.Generator().manual_seed(i)) for i in range(4))
+
+def empty():
+    return []
+
+class Bad(nn.Module):
+    def forward(self, x):
+        return x / 0
+
+def bad_net():
+    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), Bad())
+
+def slow():
+    import time
+    for i in range(1000):
+        time.sleep(0.05)
+        yield torch.randn(16, 6)
+"""
+
+
+@pytest.fixture
+def nets(tmp_path):
+    path = tmp_path / "nets.py"
+    path.write_text(USER_FILE)
+    return path
+
+
+def run(nets, out, *words, model="net", data="data"):
+    return main(["run", "--model", f"{nets}:{model}", "--data", f"{nets}:{data}", "--out", str(out), *words])
+
+
+def test_model_and_data_alone(nets, tmp_path, capsys):
+    assert run(nets, tmp_path / "out") == 0
+    out = capsys.readouterr().out
+    result = CKAResult.load(tmp_path / "out" / "cka.json")
+    assert (result.layers, result.samples) == (("0", "1", "2"), 64)
+    assert result.settings["command"]["data"].endswith("nets.py:data")
+    for word in ("models ", "layers ", "data ", "cost ", "3 layers, 64 samples", str(tmp_path / "out" / "cka.json")):
+        assert word in out
+
+
+def test_a_data_set_is_drawn_from_at_random_and_the_same_way_for_the_same_seed(nets, tmp_path):
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        assert run(nets, tmp_path / name, "--samples", "48", "--seed", seed, "--quiet", data="dataset") == 0
+    a, b, c = (CKAResult.load(tmp_path / name / "cka.json") for name in "abc")
+    assert a.samples == 48
+    assert torch.equal(a.matrix, b.matrix)
+    assert not torch.equal(a.matrix, c.matrix)
+
+
+@pytest.mark.parametrize("data", ["data", "stream"])
+def test_the_plan_takes_no_sample_from_the_run(nets, tmp_path, data):
+    assert run(nets, tmp_path / "planned", data=data) == 0
+    assert run(nets, tmp_path / "quiet", "--quiet", data=data) == 0
+    planned, quiet = (CKAResult.load(tmp_path / name / "cka.json") for name in ("planned", "quiet"))
+    assert planned.samples == quiet.samples == 64
+    assert torch.equal(planned.matrix, quiet.matrix)
+
+
+def test_two_models(nets, tmp_path):
+    assert run(nets, tmp_path, "--against", f"{nets}:wider", "--layers", "?") == 0
+    result = CKAResult.load(tmp_path / "cka.json")
+    assert result.models == ("net", "wider")
+    assert result.between("net", "wider").matrix.shape == (3, 3)
+
+
+def test_two_checkpoints_of_one_model(nets, tmp_path):
+    for name, seed in (("first", 0), ("second", 1)):
+        torch.manual_seed(seed)
+        net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
+        torch.save({"state_dict": {f"module.{k}": v for k, v in net.state_dict().items()}}, tmp_path / f"{name}.pt")
+        save_file(net.state_dict(), tmp_path / f"{name}.safetensors")
+    words = ("--weights", str(tmp_path / "first.pt"), "--against", f"{nets}:net")
+    assert run(nets, tmp_path / "x", *words, "--against-weights", str(tmp_path / "second.safetensors")) == 0
+    result = CKAResult.load(tmp_path / "x" / "cka.json")
+    assert result.models == ("net-first", "net-second")
+    assert result["net-first/0", "net-second/0"] < 0.999
+    assert run(nets, tmp_path / "y", *words, "--against-weights", str(tmp_path / "first.safetensors")) == 0
+    same = CKAResult.load(tmp_path / "y" / "cka.json")
+    first, second = same.models
+    assert same[f"{first}/2", f"{second}/2"] == pytest.approx(1)
+
+
+def test_json_is_all_that_stdout_has(nets, tmp_path, capsys):
+    assert run(nets, tmp_path / "out", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["complete"]
+    assert report["samples"] == 64
+    assert report["layers"] == ["0", "1", "2"]
+    assert os.path.exists(report["files"]["result"])
+
+
+def test_an_image_folder_with_classes(tmp_path, capsys):
+    pytest.importorskip("torchvision")
+    image = pytest.importorskip("PIL.Image")
+    generator = torch.Generator().manual_seed(0)
+    for i in range(16):
+        folder = tmp_path / "photos" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(256, (40, 50, 3), generator=generator, dtype=torch.uint8).numpy()
+        image.fromarray(pixels).save(folder / f"{i}.png")
+    words = ["run", "--model", "torchvision:squeezenet1_1", "--weights", "none", "--data", str(tmp_path / "photos")]
+    words += ["--out", str(tmp_path / "out"), "--layers", "features.*", "--minibatch", "8", "--batch-size", "8"]
+    assert main(words) == 0
+    assert "16 of 16 samples" in capsys.readouterr().out
+    (tmp_path / "photos" / "a" / "broken.png").write_bytes(b"no image")
+    assert main(words) == 2
+    assert "broken.png cannot be read as an image" in capsys.readouterr().err
+
+
+def test_a_torchvision_data_set(tmp_path, capsys):
+    pytest.importorskip("torchvision")
+    words = ["run", "--model", "torchvision:squeezenet1_1", "--weights", "none", "--layers", "features.*"]
+    words += ["--samples", "8", "--minibatch", "8", "--batch-size", "8", "--out", str(tmp_path)]
+    assert main([*words, "--data", "torchvision:FakeData:"]) == 0
+    assert main([*words, "--data", f"torchvision:CIFAR10:{tmp_path / 'none'}"]) == 2
+    assert "--download gets it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--layers", "9"], "no layer matches '9'"),
+        (["--device", "nowhere"], "--device nowhere"),
+        (["--weights", "gone.pt"], "no weights file gone.pt"),
+        (["--weights", "IMAGENET1K_V1"], "takes a checkpoint file"),
+        (["--against-weights", "a.pt"], "name it with --against"),
+        (["--minibatch", "2"], "at least 4"),
+        (["--model", "resnet18"], "names no model: expected torchvision:NAME"),
+        (["--model", "gone.py:net"], "no file gone.py"),
+        (["--data", "gone/"], "is no folder and names no data"),
+        (["--features", "median"], "'median' is no reduction"),
+    ],
+)
+def test_bad_input_is_a_message_and_exit_code_2(nets, tmp_path, capsys, words, message):
+    assert run(nets, tmp_path / "out", *words) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.startswith("cka-hooks: ")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        ("not_a_net", "data", "returned int: expected an nn.Module"),
+        ("broken", "data", "raised ValueError: no such thing"),
+        ("missing", "data", "has no function 'missing'; it has"),
+        ("net", "empty", "yielded no batch"),
+        ("net", "not_a_net", "expected a loader or a data set"),
+    ],
+)
+def test_a_file_that_does_not_give_what_was_asked(nets, tmp_path, capsys, model, data, message):
+    assert run(nets, tmp_path / "out", model=model, data=data) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["run"], ["run", "--model", "a", "--data", "b", "--samples", "0"], ["nothing"], []]
+)
+def test_usage_errors_exit_with_2(words):
+    with pytest.raises(SystemExit) as error:
+        main(words)
+    assert error.value.code == 2
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(nets, tmp_path, capsys):
+    class Trap:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "sprung"),))
+
+    torch.save({"state_dict": Trap()}, tmp_path / "trap.pt")
+    assert run(nets, tmp_path / "out", "--weights", str(tmp_path / "trap.pt")) == 2
+    assert "was not loaded" in capsys.readouterr().err
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(nets, tmp_path, capsys):
+    torch.save({"other": torch.zeros(2)}, tmp_path / "other.pt")
+    assert run(nets, tmp_path / "out", "--weights", str(tmp_path / "other.pt")) == 2
+    assert "does not fit Sequential: Missing key" in capsys.readouterr().err
+
+
+def test_what_was_finite_is_saved(nets, tmp_path, capsys):
+    assert run(nets, tmp_path, model="bad_net") == 1
+    assert "layer '2' has NaN or infinity" in capsys.readouterr().err
+    assert CKAResult.load(tmp_path / "cka.json").layers == ("0", "1")
+
+
+def test_a_folder_that_cannot_be_written(nets, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run(nets, tmp_path / "file") == 2
+    assert "file" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_interrupted(nets, tmp_path):
+    words = ["run", "--model", f"{nets}:net", "--data", f"{nets}:slow", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cka_hooks", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    line = process.stdout.readline()  # the plan is out: the run is under way
+    assert line.startswith("models")
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.rstrip().endswith("cka-hooks: interrupted")
+    assert "Traceback" not in err
+
+
+def test_show_prints_and_redraws(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "cka.json"
+    CKAResult.example(models=("a", "b")).save(path)
+    assert main(["show", str(path)]) == 0
+    assert "6 layers" in capsys.readouterr().out
+    assert (tmp_path / "cka.png").exists()
+    assert main(["show", str(path), "--between", "a", "b", "--out", str(tmp_path / "x.svg"), "--values"]) == 0
+    assert (tmp_path / "x.svg").exists()
+    assert main(["show", str(path), "--profile", "--out", str(tmp_path / "p.png")]) == 0
+    assert main(["show", str(path), "--layers", "c/*"]) == 2
+    assert main(["show", str(tmp_path / "none.json")]) == 2
+    path.write_text("{}")
+    assert main(["show", str(path)]) == 2
+
+
+def test_diff(tmp_path, capsys):
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    CKAResult.example().save(first)
+    CKAResult.example().select(["conv1", "conv2"]).save(second)
+    assert main(["diff", str(first), str(second)]) == 0
+    assert "only in the first: fc" in capsys.readouterr().out
+    assert main(["diff", str(first), str(second), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["only_first"] == ["fc"]
+    assert main(["diff", str(first), str(first), "--exit-code"]) == 0
+
+
+def test_layers(nets, capsys):
+    assert main(["layers", "--model", f"{nets}:net", "--input", "6"]) == 0
+    assert "Linear" in capsys.readouterr().out
+    assert main(["layers", "--model", f"{nets}:net", "--data", f"{nets}:data"]) == 0
+    assert main(["layers", "--model", f"{nets}:net"]) == 2
+    assert "--input C,H,W or --data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["demo", "run", "layers", "show", "diff"])
+def test_help_teaches(command, capsys):
+    with pytest.raises(SystemExit) as error:
+        main([command, "--help"])
+    assert error.value.code == 0
+    out = capsys.readouterr().out
+    assert max(len(line) for line in out.splitlines()) <= 130
+    assert command == "demo" or "examples\n  cka-hooks" in out
+
+
+def test_a_closed_pipe_is_no_error(tmp_path):
+    path = tmp_path / "cka.json"
+    CKAResult.example().save(path)
+    command = f"{sys.executable} -m cka_hooks show {path} --out {tmp_path / 'x.png'} | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+
+
+def test_showing_warnings_is_put_back(nets, tmp_path):
+    before = warnings.showwarning
+    run(nets, tmp_path, "--quiet")
+    assert warnings.showwarning is before

@@ -1,0 +1,53 @@
+"""The demo: what it writes and says, and what it says where something is missing."""
+
+import sys
+
+import pytest
+
+from cka_hooks import CKAResult, MissingExtraError, demo
+
+# One pass over the images is no training, and one sample may decide much.
+pytestmark = pytest.mark.filterwarnings("ignore::cka_hooks.CKAWarning")
+
+
+def test_a_short_demo_writes_pictures_and_result(tmp_path, capsys, monkeypatch):
+    for package in ("sklearn", "torchvision", "matplotlib"):
+        pytest.importorskip(package)
+    few = [demo.TensorDataset(*(tensor[:192] for tensor in data.tensors)) for data in demo.digits()]
+    monkeypatch.setattr(demo, "digits", lambda: few)
+    result = demo.run(tmp_path / "new" / "folder", epochs=1, progress=False)
+    out = capsys.readouterr().out
+    assert len(result.rows) == 16
+    assert result.models == ("seed 0", "seed 1")
+    assert CKAResult.load(tmp_path / "new" / "folder" / "cka.json") == result
+    for name in ("cka.png", "between.png"):
+        path = tmp_path / "new" / "folder" / name
+        assert path.read_bytes()[:4] == b"\x89PNG"
+        assert str(path) in out
+    assert out.count("held-out digits right") == 2
+    assert "same or a neighbouring position" in out
+
+
+@pytest.mark.slow
+def test_each_block_is_most_alike_to_the_same_or_a_neighbouring_one(tmp_path):
+    result = demo.run(tmp_path, progress=False)
+    across = result.between("seed 0", "seed 1").matrix
+    places = (across.argmax(1) - demo.torch.arange(8)).abs()
+    assert int((places <= 1).sum()) >= 7
+
+
+def test_the_same_seed_trains_the_same_network():
+    pytest.importorskip("sklearn")
+    pytest.importorskip("torchvision")
+    train, _ = demo.digits()
+    few = demo.TensorDataset(*(tensor[:64] for tensor in train.tensors))
+    a, b, c = (demo.trained(few, seed, epochs=1, progress=False) for seed in (0, 0, 1))
+    assert demo.torch.equal(a.fc.weight, b.fc.weight)
+    assert not demo.torch.equal(a.fc.weight, c.fc.weight)
+
+
+def test_what_is_missing_is_named_with_the_line_that_installs_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtraError, match=r'scikit-learn and matplotlib.*pip install "cka-hooks\[demo\]"'):
+        demo.run(tmp_path)

@@ -1,0 +1,35 @@
+"""Every example runs on small settings, says something, and returns what it found."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+# On so few samples, one of them may well decide much, and the warning that says so is right.
+pytestmark = pytest.mark.filterwarnings("ignore::cka_hooks.CKAWarning")
+
+EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+NEEDS = {
+    "bert_with_masks": ("transformers",),
+    "own_loop": ("matplotlib",),
+    "tensors": (),
+}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs_on_small_settings(path, capsys, monkeypatch, tmp_path):
+    for package in NEEDS.get(path.stem, ("sklearn", "torchvision", "matplotlib")):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = module.main(quick=True)
+    assert found is not None
+    assert len(capsys.readouterr().out.splitlines()) >= 3
+
+
+def test_the_readme_names_every_example():
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in EXAMPLES if f"examples/{path.name}" not in readme] == []
