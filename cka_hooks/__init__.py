@@ -7,6 +7,8 @@ CKAAccumulator     minibatch CKA, one forward pass at a time
 cka, cka_matrix    CKA of tensors in hand
 """
 
+import logging
+
 from cka_hooks.accumulator import CKAAccumulator
 from cka_hooks.compare import compare
 from cka_hooks.errors import (
@@ -30,6 +32,9 @@ from cka_hooks.result import CKAResult, Difference, Influence
 from cka_hooks.tensors import cka, cka_matrix
 
 __version__ = "0.1.0"
+
+# Silent unless its user says otherwise: logging.getLogger("cka_hooks").setLevel(logging.INFO) and a handler.
+logging.getLogger("cka_hooks").addHandler(logging.NullHandler())
 
 __all__ = [
     "BatchError",
