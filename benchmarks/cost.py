@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 from machine import describe_machine
-from measure import BARE, in_own_process, interleaved, peak_mib, table
+from measure import BARE, add_clock_option, choose_clock, in_own_process, interleaved, peak_mib, table
 from torch import Tensor, nn
 from workload import CONFIGS, Config, forward
 
@@ -120,12 +120,14 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", help="only these runs, such as default")
     parser.add_argument("--rows", type=int, default=18, help="with --profile: rows of a table")
     parser.add_argument("--peak", nargs=3, metavar=("CONFIG", "RUN", "BATCHES"), help=argparse.SUPPRESS)
+    add_clock_option(parser)
     args = parser.parse_args()
     if args.peak:
         one_peak(args.peak[0], args.peak[1], int(args.peak[2]), args.random_init)
         return
     names = args.configs or (["r18", "r50", "vit"] if args.full else ["r18", "r50-small", "vit-small"])
     print(describe_machine())
+    choose_clock(args.cpu_time)
     weights = "random init" if args.random_init else "BatchNorm calibrated"
     print(f"{weights}, image crops, {args.batches} batches a run, {args.rounds} interleaved rounds\n")
     if args.profile:

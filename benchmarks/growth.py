@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 from machine import describe_machine
-from measure import BARE, interleaved, table, timed
+from measure import BARE, add_clock_option, choose_clock, interleaved, table, timed
 from torch import Tensor, nn
 from workload import forward
 
@@ -172,9 +172,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256, help="of the last table")
     parser.add_argument("--width", type=int, default=512, help="of the last table")
     parser.add_argument("--figure", type=Path, default=None, help="where to write the figure")
+    add_clock_option(parser)
     args = parser.parse_args()
     warnings.simplefilter("ignore", cka_hooks.CKAWarning)
     print(describe_machine())
+    choose_clock(args.cpu_time)
     print(f"chains of x + c, one forward pass over all samples a run, {args.rounds} interleaved rounds, medians\n")
     found: dict[str, list[Point]] = {}
     rows = []

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torchvision
 from machine import describe_machine
-from measure import BARE, in_own_process, interleaved, peak_mib, table
+from measure import BARE, add_clock_option, choose_clock, in_own_process, interleaved, peak_mib, table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -328,6 +328,7 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--figure", type=Path, default=None, help="where to write the figure")
     parser.add_argument("--child", nargs=2, metavar=("CASE", "PACKAGE"), help=argparse.SUPPRESS)
+    add_clock_option(parser)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     if args.child:
@@ -336,6 +337,7 @@ def main() -> None:
     names = args.cases or list(FULL if args.full else DEFAULT)
     packages = [package for package in args.packages if installed(package)]
     print(describe_machine())
+    choose_clock(args.cpu_time)
     print(f"image crops, {args.batches} batches a run, {args.rounds} interleaved rounds (torch-cka: at most 2)")
     missing = [package for package in args.packages if package not in packages]
     if missing:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from machine import describe_machine
-from measure import BARE, interleaved, table
+from measure import BARE, add_clock_option, choose_clock, interleaved, table
 from torch import Tensor, nn
 from workload import CONFIGS, calibrate, forward, image_crops
 
@@ -147,11 +147,13 @@ def main() -> None:
     parser.add_argument("--config", choices=list(CONFIGS), default="r50-small", help="network of the cost table")
     parser.add_argument("--no-cost", action="store_true")
     parser.add_argument("--figure", type=Path, default=None, help="where to write the scatter plot")
+    add_clock_option(parser)
     args = parser.parse_args()
     if "sketch" not in inspect.signature(cka_hooks.CKAAccumulator).parameters:
         raise SystemExit("this cka_hooks has no sketch= option")
     warnings.simplefilter("ignore", cka_hooks.CKAWarning)
     print(describe_machine())
+    choose_clock(args.cpu_time)
     print(
         f"ResNet-18, BatchNorm calibrated, {args.samples} image crops of {args.pixels} px, minibatches of "
         f"{args.batch}, every leaf layer, {args.seeds} seeds\n"
