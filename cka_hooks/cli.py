@@ -216,6 +216,12 @@ def _run_words(run: argparse.ArgumentParser) -> None:
     where.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images; default: 0")
     where.add_argument("--download", action="store_true", help="let torchvision download the data set")
     where.add_argument("--out", type=Path, default=Path("cka"), metavar="DIR", help="default: %(default)s")
+    where.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="keep the run in a file: the same command again goes on from there",
+    )
     where.add_argument("--json", action="store_true", help="print one JSON object, and the rest on stderr")
     where.add_argument("--quiet", action="store_true", help="neither plan nor progress")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
 import json
 import sys
 import time
@@ -54,7 +53,11 @@ def run(arguments: argparse.Namespace) -> int:
         torch.manual_seed(arguments.seed)
         return compare(models, loader, layers=arguments.layers, progress=progress, **options, **bounds)
 
-    bounds = {"max_samples": _samples(arguments), "tolerance": arguments.tolerance}
+    bounds = {
+        "max_samples": _samples(arguments),
+        "tolerance": arguments.tolerance,
+        "checkpoint": arguments.checkpoint,
+    }
     if not arguments.quiet:
         say(_plan(arguments, loaded, loader, batch, device, measured))
     code = 0
@@ -144,11 +147,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     options: dict[str, Any] = {
         name: getattr(arguments, name) for name in ("minibatch", "kernel", "estimator", "features")
     }
-    if arguments.sketch is not None:
-        if "sketch" not in inspect.signature(compare).parameters:
-            raise OptionError("--sketch: this version of cka_hooks cannot sketch")
-        options["sketch"] = arguments.sketch
-    return options
+    return {**options, "sketch": arguments.sketch, "seed": arguments.seed}
 
 
 def _plan(

@@ -101,6 +101,19 @@ def test_the_plan_takes_no_sample_from_the_run(nets, tmp_path, data):
     assert torch.equal(planned.matrix, quiet.matrix)
 
 
+def test_a_finished_checkpoint_gives_its_result_again(nets, tmp_path):
+    for name in ("a", "b"):
+        words = ("--checkpoint", str(tmp_path / "run.ckpt"), "--quiet")
+        assert run(nets, tmp_path / name, *words, data="dataset") == 0
+    a, b = (CKAResult.load(tmp_path / name / "cka.json") for name in "ab")
+    assert torch.equal(a.matrix, b.matrix)
+
+
+def test_a_sketch(nets, tmp_path):
+    assert run(nets, tmp_path, "--sketch", "8", "--quiet") == 0
+    assert CKAResult.load(tmp_path / "cka.json").settings["sketch"] == 8
+
+
 def test_two_models(nets, tmp_path):
     assert run(nets, tmp_path, "--against", f"{nets}:wider", "--layers", "?") == 0
     result = CKAResult.load(tmp_path / "cka.json")
