@@ -57,6 +57,10 @@ class LayerRecorder:
             mapping from layer pattern to it.
         forward: ``(model, batch) -> anything``, how :meth:`stream` runs the model.
 
+    Attributes:
+        only_in_passes: record nothing outside of :meth:`forward_pass`, so that of several recorders on one module
+            each sees the passes that were made for it.
+
     Raises:
         ModelError: a ``ScriptModule`` or something else that hooks cannot see into.
         LayerError: an entry of `layers` that matches nothing.
@@ -109,6 +113,7 @@ class LayerRecorder:
         self._left_out: dict[str, str] = {}
         self._recorded: dict[str, nn.Module] = {}
         self._ever_ran: set[int] = set()
+        self.only_in_passes = False
         self._managed = False
         self._warned_of_padding = False
         self._start((), None, None)
@@ -182,7 +187,8 @@ class LayerRecorder:
             self._start(batches.leading_shape(*args, kwargs), kwargs, None)
 
     def _on_sequence_first(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._dimension.check_input(module, axes.first_tensor(args, kwargs))
+        if not self._is_ignored():
+            self._dimension.check_input(module, axes.first_tensor(args, kwargs))
 
     def _on_channels(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._channels.pass_through(module, output)
@@ -202,12 +208,16 @@ class LayerRecorder:
                 hooks[handle.id] = hooks.pop(handle.id)
 
     def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._is_ignored():
+            return
         # Before the module runs, since it may work in place.
         call = self._calls[id(module)] + 1
         for label, selection in self._chosen(module, call, is_input=True).items():
             self._hand_over(label, selection, args, kwargs, None)
 
     def _on_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._is_ignored():
+            return
         key = id(module)
         self._ever_ran.add(key)
         self._channels.pass_through(module, output)
@@ -218,6 +228,9 @@ class LayerRecorder:
         self._calls[key] += 1
         for label, selection in self._chosen(module, self._calls[key], is_input=False).items():
             self._hand_over(label, selection, args, kwargs, output)
+
+    def _is_ignored(self) -> bool:
+        return self.only_in_passes and not self._managed
 
     def _chosen(self, module: nn.Module, call: int, is_input: bool) -> dict[str, Selection]:
         """The layers that one call of a module is, by label: one may be chosen twice, as `relu#2` and by `relu`."""
