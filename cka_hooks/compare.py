@@ -278,6 +278,8 @@ class _Plan:
                 features=self.options["features"],
                 batch_dim=self.options["batch_dim"],
             )
+            # Two names may stand for one model, or for models that share a part.
+            recorders[name].only_in_passes = True
         return recorders
 
 
