@@ -157,7 +157,11 @@ def select_layers(model: nn.Module, layers: Layers = None) -> list[Selection]:
                 seen.add(id(module))
                 chosen.append(Selection(name, module))
         return chosen
-    entries = [layers] if isinstance(layers, str | type) or callable(layers) else list(layers)
+    entries = (
+        [layers]
+        if isinstance(layers, str | type) or not isinstance(layers, Iterable) or callable(layers)
+        else list(layers)
+    )
     if not entries:
         raise LayerError("layers is empty: name at least one layer, or pass None for every leaf module that runs")
     found: dict[tuple[int, frozenset[int] | None, str], Selection] = {}

@@ -19,7 +19,7 @@ from cka_hooks.accumulator import CKAAccumulator
 from cka_hooks.checkpoint import Keeper, undisturbed
 from cka_hooks.class_order import ClassOrder
 from cka_hooks.distributed import Ranks, is_sharded
-from cka_hooks.errors import CKAWarning, LayerError, TooFewSamplesError
+from cka_hooks.errors import CKAWarning, LayerError, SampleCountError, TooFewSamplesError
 from cka_hooks.recorder import LayerRecorder, nothing_ran
 from cka_hooks.running import runnable, untouched
 
@@ -217,9 +217,13 @@ class Run:
             self._report.first = replay.fingerprint(batch)
         self.class_order.add(batches.targets(batch))
         try:
-            for forward in self._calls:
+            for (name, recorder), forward in zip(self._recorders.items(), self._calls, strict=True):
+                before = len(self.accumulator._pending)
                 # Of no sample a layer has no features: a batch that does not count runs whole and is forgotten.
                 forward(batch, limit or None)
+                if 0 < before == len(self.accumulator._pending):
+                    # Else the result would compare the other models only, as if this one had not been asked for.
+                    raise SampleCountError(f"of the model {name!r} {nothing_ran(recorder.skipped)}")
             if limit == 0:
                 self.accumulator.discard()
                 return 0

@@ -12,6 +12,7 @@ from torch import nn
 from cka_hooks import replay
 from cka_hooks.accumulator import Centred, CKAAccumulator, Step
 from cka_hooks.errors import BatchError, ModelError, OptionError, SampleCountError
+from cka_hooks.layers import check_model
 
 Builder = nn.Module | Callable[[], nn.Module]
 
@@ -84,8 +85,11 @@ def built_in_turn(models: Mapping[str, Builder]) -> Iterator[tuple[str, nn.Modul
     """Each model, built when it is its turn. Whoever takes it must let go of it before the next.
 
     Raises:
-        ModelError: a function returned something else.
+        ModelError: something is neither a model nor a function, or a function returned something else.
     """
+    for given in models.values():
+        if not callable(given):
+            check_model(given)
     for name, given in models.items():
         model = given if isinstance(given, nn.Module) else given()
         if not isinstance(model, nn.Module):

@@ -38,7 +38,7 @@ class Counting(SmallNet):
         (nn.LSTM, cka_hooks.LayerError, "LSTM.*Conv2d"),
         (lambda name, module: False, cka_hooks.LayerError, "no module matches"),
         ([], cka_hooks.LayerError, "empty"),
-        (3, Exception, ""),
+        (3, cka_hooks.OptionError, "expected a name, a glob"),
         ([3], cka_hooks.OptionError, "expected a name, a glob"),
         (int, cka_hooks.OptionError, "no subclass of nn.Module"),
     ],
@@ -83,9 +83,9 @@ def test_options(options: dict[str, Any], message: str) -> None:
     assert model.passes == 0
 
 
-@pytest.mark.parametrize("model", [lambda x: x, "resnet18", None])
+@pytest.mark.parametrize("model", ["resnet18", None, {"a": SmallNet(), "b": "resnet18"}, lambda: "resnet18"])
 def test_no_module(model: Any) -> None:
-    with pytest.raises(cka_hooks.ModelError, match=r"expected an nn\.Module"):
+    with pytest.raises(cka_hooks.ModelError, match=r"an nn\.Module"):
         compare(model, image_batches(), progress=False)
 
 
