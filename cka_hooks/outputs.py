@@ -109,7 +109,10 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def _unusable(tensor: Tensor) -> str | None:
     if tensor.is_nested:
-        return "a nested tensor, whose samples differ in their number of features"
+        return (
+            "a nested tensor, whose samples differ in their number of features (nn.TransformerEncoder makes them of "
+            "padded batches unless built with enable_nested_tensor=False; its use_nested_tensor = False stops it)"
+        )
     if tensor.is_quantized:
         return "a quantised tensor: dequantise it, or choose a layer behind it"
     if tensor.layout is not torch.strided:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.hooks import RemovableHandle
 
 from cka_hooks import axes, batches, outputs
@@ -113,10 +114,12 @@ class LayerRecorder:
         self._left_out: dict[str, str] = {}
         self._recorded: dict[str, nn.Module] = {}
         self._ever_ran: set[int] = set()
+        self._started = False
         self.only_in_passes = False
         self._managed = False
         self._warned_of_padding = False
         self._start((), None, None)
+        self._started = False
 
     # Attaching
 
@@ -194,6 +197,7 @@ class LayerRecorder:
         self._channels.pass_through(module, output)
 
     def _start(self, shape: tuple[int, ...], batch: Any, limit: int | None) -> None:
+        self._started = True
         self._dimension.start(shape[0] if shape else None, shape)
         self._limit = limit
         self._masks = batches.attention_masks(batch)
@@ -321,7 +325,7 @@ class LayerRecorder:
         for selection in (s for selections in self._selections.values() for s in selections):
             for other in selection.also:
                 skipped[selection.label(1, other)] = f"is the same module as {selection.name!r}"
-        if not self._ever_ran:
+        if not self._started:
             return skipped
         ran = {id(m): name for name, m in reversed(named_layers(self.model).items()) if id(m) in self._ever_ran}
         for key, selections in self._selections.items():
@@ -334,12 +338,20 @@ class LayerRecorder:
                 has_children = next(selection.module.children(), None) is not None
                 if self._by_default and (has_children or selection.name == ROOT):
                     continue
-                above = [ran[other] for other in self._above[key] if other in ran and ran[other] != ROOT]
-                silent = max(above, key=len, default=None)
-                skipped[selection.label(1)] = "did not run" + (
-                    f": {silent!r} did its work without calling it" if silent is not None else " in the forward pass"
-                )
+                skipped[selection.label(1)] = self._why_it_did_not_run(selection, ran)
         return skipped
+
+    def _why_it_did_not_run(self, selection: Selection, ran: Mapping[int, str]) -> str:
+        above = [ran[other] for other in self._above[id(selection.module)] if ran.get(other, ROOT) != ROOT]
+        silent = max(above, key=len, default=None)
+        parent, _, own = selection.name.rpartition(".")
+        if silent is None and own == "out_proj" and isinstance(selection.module, NonDynamicallyQuantizableLinear):
+            silent = parent
+        return (
+            f"did not run: {silent!r} did its work without calling it"
+            if silent
+            else "did not run in the forward pass"
+        )
 
     # Running a loader
 

@@ -268,29 +268,48 @@ def test_no_module() -> None:
 # Fast paths
 
 
-def test_fused_transformer_encoder() -> None:
-    """A hook on a layer's parts turns PyTorch's fused path off; where it stays on, the parts are named as skipped."""
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+def encoder() -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    return nn.TransformerEncoder(layer, 2).eval()
+
+
+def test_a_hook_on_a_part_turns_the_fused_path_off() -> None:
     x = torch.randn(8, 5, 16)
+    parts = cka_hooks.compare(encoder(), [x], progress=False)
+    assert [layer for layer in parts.layers if layer.startswith("layers.0")] == [
+        f"layers.0.{part}"
+        for part in "self_attn dropout1 norm1 linear1 dropout linear2 dropout2 norm2".split()  # noqa: SIM905
+    ]
     with torch.no_grad():
-        result = cka_hooks.compare(encoder, [x], layers=["layers.*", "**.linear1", "**.out_proj"], progress=False)
-        whole = cka_hooks.compare(encoder, [x], progress=False)
-    for name in ("layers.0", "layers.1"):
-        assert name in result.layers
-        for part in ("linear1", "self_attn.out_proj"):
-            label = f"{name}.{part}"
-            assert label in result.layers or "did its work without calling it" in result.skipped[label]
-    assert any(layer.startswith("layers.0") for layer in whole.layers)
-    parts = {name for name, module in encoder.named_modules() if name and not list(module.children())}
-    assert parts <= set(whole.layers) | set(whole.skipped)
+        fused = next(iter(cka_hooks.LayerRecorder(encoder(), "layers.1").stream([x])))["layers.1"]
+        slow = next(iter(cka_hooks.LayerRecorder(encoder(), ["layers.1", "**.linear1"]).stream([x])))["layers.1"]
+    torch.testing.assert_close(fused, slow)
 
 
 def test_out_proj_is_named_as_skipped() -> None:
-    attention = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, batch_first=True)})
-    attention.forward = lambda x: attention["attention"](x, x, x)[0]  # type: ignore[method-assign]
-    result = cka_hooks.compare(attention, [torch.randn(8, 3, 8)], progress=False)
-    assert result.layers == ("attention",)
-    assert "'attention' did its work without calling it" in result.skipped["attention.out_proj"]
+    x = torch.randn(8, 5, 16)
+    reason = "did not run: 'layers.0.self_attn' did its work without calling it"
+    for layers in (None, ["**.out_proj", "layers.0.self_attn"], ["**.out_proj", "layers.1"]):
+        skipped = cka_hooks.compare(encoder(), [x], layers=layers, progress=False).skipped
+        assert skipped["layers.0.self_attn.out_proj"] == reason
+    with pytest.raises(cka_hooks.LayerError, match=f"none of the chosen layers.*{reason}"):
+        cka_hooks.compare(encoder(), [x], layers="**.out_proj", progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+def test_nested_tensors_of_the_fused_path() -> None:
+    model, x = encoder(), torch.randn(8, 5, 16)
+    mask = torch.zeros(8, 5, dtype=torch.bool)
+    mask[0, 3:] = True
+
+    def masked(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch, src_key_padding_mask=mask)
+
+    with pytest.raises(cka_hooks.LayerError, match="use_nested_tensor = False stops it"):
+        cka_hooks.compare(model, [x], forward=masked, progress=False)
+    model.use_nested_tensor = False
+    assert len(cka_hooks.compare(model, [x], forward=masked, progress=False).layers) == 16
 
 
 # Several recorders, the user's hooks, errors
