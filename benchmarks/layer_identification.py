@@ -42,13 +42,16 @@ class Digits:
         order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
         self._images = torch.tensor(digits.images / 16, dtype=torch.float32)[order]
         self._targets = torch.tensor(digits.target)[order]
-        self._photos = [torch.tensor(photo).permute(2, 0, 1) / 255 for photo in load_sample_images().images]
+        photos = [torch.tensor(photo).permute(2, 0, 1) / 255 for photo in load_sample_images().images]
+        self._photos = torch.stack(photos)
 
     def draw(self, samples: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
         """Images and classes, of digits that networks are trained on or of the others."""
         low, high = (TRAINED_ON, len(self._images)) if held_out else (0, TRAINED_ON)
         index = torch.randint(low, high, (samples,), generator=self._generator)
-        return (self._backgrounds(samples) - self._moved(self._images[index])).abs(), self._targets[index]
+        return (self._backgrounds(samples, mixed=held_out) - self._moved(self._images[index])).abs(), self._targets[
+            index
+        ]
 
     def _uniform(self, low: float, high: float, samples: int) -> Tensor:
         return low + (high - low) * torch.rand(samples, generator=self._generator)
@@ -62,15 +65,17 @@ class Digits:
         grid = functional.affine_grid(maps, [n, 1, SIDE, SIDE], align_corners=False)
         return functional.grid_sample(images.unsqueeze(1), grid, align_corners=False)
 
-    def _backgrounds(self, samples: int) -> Tensor:
-        photo = self._photos[int(torch.randint(len(self._photos), (), generator=self._generator))]
+    def _backgrounds(self, samples: int, mixed: bool) -> Tensor:
+        """Crops of one photograph (a training step), or of both (samples that are independent of each other)."""
+        shape = (samples if mixed else 1, 1, 1)
+        photo = torch.randint(len(self._photos), shape, generator=self._generator)
         # Every second pixel, so that a crop of 16 shows something.
         steps = 2 * torch.arange(SIDE)
         down, right = (
             torch.randint(side - 2 * SIDE, (samples, 1), generator=self._generator) + steps
-            for side in photo.shape[1:]
+            for side in self._photos.shape[2:]
         )
-        return photo[:, down.unsqueeze(2), right.unsqueeze(1)].transpose(0, 1)
+        return self._photos[photo, :, down.unsqueeze(2), right.unsqueeze(1)].movedim(-1, 1)
 
 
 def network(seed: int, width: int = 24) -> nn.Sequential:
@@ -181,17 +186,18 @@ def regression_and_cca(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """R^2 of each layer predicted linearly from each other one, and their mean squared canonical correlation."""
     bases, sizes = [], []
     for x in features:
-        u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
-        rank = int((s > 1e-4 * s[0]).sum())
-        bases.append(u[:, :rank])
-        sizes.append(s[:rank])
+        centred = (x - x.mean(0)).double()
+        squares, directions = torch.linalg.eigh(centred.mT @ centred)
+        kept = squares > 1e-8 * squares[-1]
+        sizes.append(squares[kept])
+        bases.append((centred @ directions[:, kept] / squares[kept].sqrt()).float())
     r2 = torch.zeros(len(features), len(features), dtype=torch.float64)
     cca = torch.zeros_like(r2)
     for i, (x, size) in enumerate(zip(bases, sizes, strict=True)):
         for j, y in enumerate(bases):
-            # ||Q_y' X||^2 / ||X||^2 with X = Q_x S V', and ||Q_y' Q_x||^2 / min(p_x, p_y).
+            # ||Q_y' X||^2 / ||X||^2 with X = Q_x S V' and S^2 = size, and ||Q_y' Q_x||^2 / min(p_x, p_y).
             product = (y.mT @ x).square().sum(0)
-            r2[i, j] = (product * size.square()).sum() / size.square().sum()
+            r2[i, j] = (product * size).sum() / size.sum()
             cca[i, j] = product.sum() / min(x.shape[1], y.shape[1])
     return r2, cca
 
@@ -237,7 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", type=int, default=10)
     parser.add_argument("--steps", type=int, default=500, help="of training, 64 images each")
-    parser.add_argument("--samples", type=int, default=2048, help="that layers are compared on")
+    parser.add_argument("--samples", type=int, default=1024, help="that layers are compared on")
     parser.add_argument("--figure", type=Path, help="draw to this file")
     options = parser.parse_args()
     started = time.perf_counter()
