@@ -49,7 +49,7 @@ def off_diagonal(matrix: Tensor) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=24)
     parser.add_argument("--samples", type=int, default=1024, help="of each repetition")
     parser.add_argument("--truth", type=int, default=32768, help="samples that the truth is made from")
     parser.add_argument("--steps", type=int, default=500, help="of training")
