@@ -91,9 +91,15 @@ class SampleDimension:
         )
 
     def _told(self, label: str, module: nn.Module, shape: tuple[int, ...], place: Place) -> int:
-        fitting = [dim for dim, size in enumerate(shape) if size == self.samples]
+        channels = _channel_dim(module, shape) if place == "output" else None
+        fitting = [dim for dim, size in enumerate(shape) if size == self.samples and dim != channels]
         if 1 in fitting and self._is_second(module, place):
             return 1
+        if 0 in fitting and self._may_be_positions(module, shape):
+            raise NotRecordable(
+                f"may be an embedding of positions, of which the batch of shape {self._batch} has as many as samples "
+                "(batch_dim= says that these are samples; so does a batch of another size)"
+            )
         if 0 in fitting:
             is_known = place == "further output" and isinstance(module, nn.MultiheadAttention)
             if 1 in fitting and len(shape) > 2 and self.sequence_first and not is_known:
@@ -123,6 +129,10 @@ class SampleDimension:
             # Hidden states are (layers, n, d) whatever batch_first says; attention weights are (n, ...) always.
             return isinstance(module, nn.RNNBase)
         return id(module) in self._second
+
+    def _may_be_positions(self, module: nn.Module, shape: tuple[int, ...]) -> bool:
+        """Whether an embedding's (T, d) may belong to the T positions of an (n, T) batch with T = n."""
+        return isinstance(module, nn.Embedding) and len(shape) == 2 and self._batch[1:2] == (self.samples,)
 
     def _is_folded(self, shape: tuple[int, ...]) -> bool:
         """Whether dimension 0 looks like the samples, so that a fitting size further on is most likely chance.
@@ -203,6 +213,14 @@ def layout_of(module: nn.Module) -> Layout | None:
     if isinstance(module, _CHANNELS_LAST) or type(module).__name__ == "Conv1D":
         return "last"
     return None
+
+
+def _channel_dim(module: nn.Module, shape: tuple[int, ...]) -> int | None:
+    """The dimension of a module's output that has its channels for certain, and so cannot have the samples."""
+    layout = layout_of(module)
+    if layout is None or len(shape) < 2 + (layout == "first"):
+        return None
+    return 1 if layout == "first" else len(shape) - 1
 
 
 def matters(module: nn.Module) -> bool:

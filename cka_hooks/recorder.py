@@ -43,7 +43,11 @@ class LayerRecorder:
 
     Inside ``with`` every forward pass of the model calls ``consumer(layer, activation)`` for each layer, in
     order of execution. The model is not changed: its mode and gradients are its user's, its output is its
-    own, and when the block ends the hooks are gone. :meth:`stream` runs a loader and yields copies instead.
+    own, and when the block ends the hooks are gone. :meth:`stream` runs a loader and yields copies instead,
+    :meth:`describe` shows which layers there are.
+
+    A forward pass begins when the model is called. Where only parts of it are called, as Lightning does in its
+    ``validation_step``, say so: ``with recorder.forward_pass(batch): ...``.
 
     Args:
         model: any ``nn.Module``. Wrappers (``DistributedDataParallel``, ``DataParallel``, ``torch.compile``) are

@@ -229,3 +229,19 @@ def test_as_many_samples_as_positions_leaves_position_embeddings_out() -> None:
     result = cka_hooks.compare(gpt2(), tokens(11, 11), progress=False)
     assert "transformer.wpe" in result.skipped
     assert "transformer.wte" in result.layers
+
+
+def test_an_embedding_of_as_many_positions_as_samples() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens = nn.Embedding(50, 8)
+            self.positions = nn.Embedding(32, 8)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
+
+    for length in (8, 11):
+        result = cka_hooks.compare(Positions(), tokens(8, length), progress=False)
+        assert result.layers == ("tokens",)
+        assert "positions" in result.skipped

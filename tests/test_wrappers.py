@@ -204,6 +204,16 @@ def test_peft() -> None:
     assert {attention, f"{attention}.lora_A.default", "base_model.model.transformer.ln_f"} <= set(result.layers)
 
 
+def test_weights_that_accelerate_brings_when_they_are_needed() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    expected_result = cka_hooks.compare(net(), [X], progress=False)
+    model = accelerate.cpu_offload(net(), execution_device=torch.device("cpu"))
+    assert next(model.parameters()).device.type == "meta"
+    result = cka_hooks.compare(model, [X], progress=False)
+    assert result.layers == expected_result.layers
+    assert torch.equal(result.matrix, expected_result.matrix)
+
+
 def test_parametrized_modules() -> None:
     model = nn.Sequential(
         parametrizations.weight_norm(nn.Linear(4, 4)), parametrizations.orthogonal(nn.Linear(4, 4, bias=False))
