@@ -117,7 +117,7 @@ def plot(path: Path, exact: cka_hooks.CKAResult, results: dict[int, list[cka_hoo
         axis.set_title(f"k = {k}", fontsize=10)
         axis.set_xlabel("standard error of the exact run")
     axes[0][0].set_ylabel(f"rms error added by the sketch\n({len(next(iter(results.values())))} seeds)")
-    axes[0][0].annotate("equal", (high, high), textcoords="offset points", xytext=(-30, -4), fontsize=8)
+    axes[0][0].annotate("equal", (low, low), textcoords="offset points", xytext=(10, 2), fontsize=8)
     figure.savefig(path, dpi=150)
 
 
