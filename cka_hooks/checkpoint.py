@@ -78,11 +78,8 @@ class Keeper:
         if not every > 0:
             raise OptionError(f"checkpoint_every={every!r} must be above 0: it is a number of seconds")
         self._stateful = _is_stateful(loader)
-        if not self._stateful and replay.shuffles_unseeded(loader):
-            raise OptionError(
-                "checkpoint= needs a loader that can be gone over again, and this one shuffles without a seeded "
-                "generator: DataLoader(..., shuffle=True, generator=torch.Generator().manual_seed(0))"
-            )
+        if not self._stateful:
+            self._check_order()
         folder = self.path.absolute().parent
         if not folder.is_dir():
             raise OptionError(f"checkpoint={str(self.path)!r}: there is no folder {str(folder)!r}")
@@ -91,6 +88,13 @@ class Keeper:
         self._next_save = time.monotonic() + every
         if self.path.exists():
             self._saved = self._read(self.path)
+
+    def _check_order(self) -> None:
+        if replay.shuffles_unseeded(self._loader):
+            raise OptionError(
+                "checkpoint= needs a loader that can be gone over again, and this one shuffles without a seeded "
+                "generator: DataLoader(..., shuffle=True, generator=torch.Generator().manual_seed(0))"
+            )
 
     # Going on
 
@@ -134,7 +138,14 @@ class Keeper:
 
     def _place_now(self, start: dict[str, Any], batches: int, fingerprint: str | None) -> dict[str, Any]:
         """Where the loader is; taken after each batch, since a loader that has gone on cannot tell."""
-        loader = copy.deepcopy(self._loader.state_dict()) if self._stateful else None  # type: ignore[attr-defined]
+        loader = None
+        if self._stateful:
+            try:
+                loader = copy.deepcopy(self._loader.state_dict())  # type: ignore[attr-defined]
+            except (AttributeError, NotImplementedError):
+                # Some wrappers have the method and only pass it on to a loader that may not.
+                self._stateful = False
+                self._check_order()
         return {
             "start": start,
             "batches": batches,
@@ -381,9 +392,9 @@ def of_loader(loader: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """Ctrl-C inside takes effect at the end: sums must not be left with a part of a minibatch."""
-    if threading.current_thread() is not threading.main_thread():
+def undisturbed(needed: bool = True) -> Iterator[None]:
+    """Ctrl-C inside takes effect at the end: sums that are kept must not have a part of a minibatch."""
+    if not needed or threading.current_thread() is not threading.main_thread():
         yield
         return
     arrived: list[Any] = []

@@ -176,7 +176,7 @@ class Run:
             if sampler is not None:
                 sampler.set_epoch(shuffle + epoch)
             stream = self._keeper.batches()
-            with undisturbed():
+            with undisturbed(self._keeper.path is not None):
                 self._start(epoch)
             for batch in stream:
                 left = self._left(own)
@@ -232,7 +232,7 @@ class Run:
             raise
         if not self.accumulator.observing:
             raise LayerError(nothing_ran(self._skipped()))
-        with undisturbed():
+        with undisturbed(self._keeper.path is not None):
             self.accumulator.step()
             self._keeper.seen()
         self._ran = True

@@ -323,6 +323,27 @@ def test_a_loader_that_shuffles_unseeded_is_refused_before_the_run(tmp_path: Pat
     assert forward.calls == 0
 
 
+def test_a_wrapper_whose_loader_has_no_state(tmp_path: Path) -> None:
+    class Wrapper:
+        def __init__(self, **options):
+            self.loader = DataLoader(tensors(), batch_size=8, **options)
+            self.sampler = self.loader.sampler
+
+        def __iter__(self):
+            return iter(self.loader)
+
+        def state_dict(self):
+            raise AttributeError("the loader has no state")
+
+        load_state_dict = state_dict
+
+    with pytest.raises(Stop):
+        run(tmp_path / "run.ckpt", Wrapper(), stop_at=4)
+    equal(run(tmp_path / "run.ckpt", Wrapper())[0], run(None, Wrapper())[0])
+    with pytest.raises(cka_hooks.OptionError, match="seeded generator"):
+        run(tmp_path / "other.ckpt", Wrapper(shuffle=True))
+
+
 def test_wrong_options(tmp_path: Path) -> None:
     with pytest.raises(cka_hooks.OptionError, match="there is no folder"):
         run(tmp_path / "nowhere" / "run.ckpt", shuffled())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import runpy
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,6 +139,17 @@ def test_what_a_function_may_return() -> None:
         cka_hooks.compare({"a": dict}, loader(), progress=False)
     with pytest.raises(cka_hooks.OptionError, match="gone over once for each"):
         cka_hooks.compare({"a": lambda: model(0)}, iter(loader()), progress=False)
+
+
+def test_the_example_of_a_training_run(tmp_path, capsys) -> None:
+    pytest.importorskip("sklearn")
+    path = Path(__file__).parents[1] / "examples" / "training_run.py"
+    example = runpy.run_path(str(path))
+    result = example["main"](tmp_path, epochs=2)
+    assert result.models == ("epoch00", "epoch01", "epoch02")
+    assert "to initialisation" in capsys.readouterr().out
+    # The first layer changes less than the last.
+    assert result["epoch00/0", "epoch02/0"] > result["epoch00/8", "epoch02/8"]
 
 
 def test_random_state_is_untouched() -> None:

@@ -1,0 +1,94 @@
+"""Follow a training run: how alike every layer is, at every checkpoint, to the final network and to initialisation.
+
+    python examples/training_run.py FOLDER
+
+trains a small network on scikit-learn's digits, keeps a state dict of every epoch in FOLDER, and compares all
+checkpoints. They are loaded one after another: `compare` takes functions that build a model, so that twenty
+checkpoints need the memory of one. With checkpoints of your own, replace `train` and `network`.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import cka_hooks
+
+
+def network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.Linear(32 * 16, 64),
+        nn.ReLU(inplace=True),
+        nn.Linear(64, 10),
+    )
+
+
+def digits() -> tuple[TensorDataset, TensorDataset]:
+    """Training and test images of handwritten digits, 8 x 8."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    images = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 16
+    classes = torch.tensor(found.target)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    held_out, rest = order[:512], order[512:]
+    return TensorDataset(images[rest], classes[rest]), TensorDataset(images[held_out], classes[held_out])
+
+
+def train(data: TensorDataset, folder: Path, epochs: int) -> list[Path]:
+    """Train, and keep what the network is before the first epoch and after each."""
+    torch.manual_seed(0)
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    loader = DataLoader(data, batch_size=64, shuffle=True, generator=torch.Generator().manual_seed(1))
+    paths = [folder / f"epoch{epoch:02}.pt" for epoch in range(epochs + 1)]
+    torch.save(model.state_dict(), paths[0])
+    for path in paths[1:]:
+        for images, classes in loader:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images), classes).backward()
+            optimizer.step()
+        torch.save(model.state_dict(), path)
+    return paths
+
+
+def load(path: Path) -> nn.Module:
+    model = network()
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model
+
+
+def main(folder: Path, epochs: int = 8) -> cka_hooks.CKAResult:
+    folder.mkdir(parents=True, exist_ok=True)
+    training, held_out = digits()
+    paths = train(training, folder, epochs)
+    # A seeded generator: every checkpoint has to see the same minibatches.
+    loader = DataLoader(held_out, batch_size=64, shuffle=True, generator=torch.Generator().manual_seed(2))
+    checkpoints = {path.stem: partial(load, path) for path in paths}
+    result = cka_hooks.compare(checkpoints, loader, layers=[nn.Conv2d, nn.Linear])
+    result.save(folder / "training_run.json")
+
+    first, last = paths[0].stem, paths[-1].stem
+    layers = [label.partition("/")[2] for label in result.layers if label.startswith(f"{first}/")]
+    for title, reference in (("to the final network", last), ("to initialisation", first)):
+        print(f"\nSimilarity of each layer {title}")
+        print("checkpoint".ljust(12) + "".join(f"layer {layer}".rjust(10) for layer in layers))
+        for name in checkpoints:
+            values = (result[f"{name}/{layer}", f"{reference}/{layer}"] for layer in layers)
+            print(name.ljust(12) + "".join(f"{value:10.3f}" for value in values))
+    return result
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "training_run"))
