@@ -195,3 +195,13 @@ def test_keep_minibatches() -> None:
     total = result.minibatch_hsic.sum(0)
     root = total.diagonal().sqrt()
     torch.testing.assert_close(result.matrix, total / (root[:, None] * root), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_left_out_of_the_sums(bad: float) -> None:
+    batches = minibatches(3)
+    batches[1]["b"][2, 0] = bad
+    cka = accumulated(batches)
+    assert bool(cka._sums.moments.isfinite().all())
+    without = accumulated([batches[0], batches[2]])
+    torch.testing.assert_close(cka._sums.moments[0, 1, 1], without._sums.moments[0, 1, 1], rtol=1e-12, atol=0)
