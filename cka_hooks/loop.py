@@ -160,6 +160,8 @@ class Run:
                 elif not stopped:
                     self._meet(DONE, bar)
         except BaseException as error:
+            # Ctrl-C may have come between a forward pass and the sums.
+            self.accumulator.discard()
             self._keeper.broke_off(error, self._state)
             raise
         finally:
