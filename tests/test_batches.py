@@ -145,8 +145,7 @@ def test_sample_counts() -> None:
     assert batches.leading_shape((X, Y)) == (24, 5)
 
 
-@pytest.mark.parametrize("as_tensors", [True, False])
-def test_max_samples_of_a_padded_batch(as_tensors: bool) -> None:
+def test_max_samples_of_a_padded_batch() -> None:
     mask = torch.ones(8, 6, dtype=torch.long)
     mask[2, 3:] = 0
     batch = {"input_ids": torch.randint(0, 50, (8, 6), generator=GENERATOR), "attention_mask": mask}
