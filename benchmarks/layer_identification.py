@@ -193,12 +193,13 @@ def regression_and_cca(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         bases.append((centred @ directions[:, kept] / squares[kept].sqrt()).float())
     r2 = torch.zeros(len(features), len(features), dtype=torch.float64)
     cca = torch.zeros_like(r2)
-    for i, (x, size) in enumerate(zip(bases, sizes, strict=True)):
-        for j, y in enumerate(bases):
+    for i, x in enumerate(bases):
+        for j, y in enumerate(bases[: i + 1]):
             # ||Q_y' X||^2 / ||X||^2 with X = Q_x S V' and S^2 = size, and ||Q_y' Q_x||^2 / min(p_x, p_y).
-            product = (y.mT @ x).square().sum(0)
-            r2[i, j] = (product * size).sum() / size.sum()
-            cca[i, j] = product.sum() / min(x.shape[1], y.shape[1])
+            product = (y.mT @ x).square().double()
+            r2[i, j] = (product.sum(0) * sizes[i]).sum() / sizes[i].sum()
+            r2[j, i] = (product.sum(1) * sizes[j]).sum() / sizes[j].sum()
+            cca[i, j] = cca[j, i] = product.sum() / min(product.shape)
     return r2, cca
 
 
@@ -218,7 +219,7 @@ def draw_figure(path: Path, matrix: Tensor, shares: Mapping[str, Tensor], networ
     depth = len(LAYERS)
     blocks = matrix.unflatten(0, (networks, depth)).unflatten(2, (networks, depth)).transpose(1, 2)
     mean = blocks[~torch.eye(networks, dtype=torch.bool)].mean(0)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained", width_ratios=(1, 1.5))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 4.8), layout="constrained", width_ratios=(1.2, 1.4))
     image = left.imshow(
         mean, origin="lower", cmap="magma", vmin=0, vmax=1, extent=(0.5, depth + 0.5, 0.5, depth + 0.5)
     )
@@ -226,15 +227,15 @@ def draw_figure(path: Path, matrix: Tensor, shares: Mapping[str, Tensor], networ
     left.plot(best, range(1, depth + 1), "o", color="#1b9e77", ms=5, label="most similar layer")
     left.set(xlabel="layer of another network", ylabel="layer of one network", title="linear CKA, mean over pairs")
     left.set(xticks=range(1, depth + 1), yticks=range(1, depth + 1))
-    left.legend(loc="upper left", fontsize=8)
-    figure.colorbar(image, ax=left, shrink=0.85)
+    left.legend(loc="lower right", fontsize=8)
+    figure.colorbar(image, ax=left, shrink=0.8)
     for (name, share), style in zip(shares.items(), ("o-", "s--", "^-", "v-", "d:"), strict=False):
         right.plot(range(1, depth + 1), 100 * share, style, ms=5, lw=1.5, label=f"{name}: {100 * share.mean():.1f} %")
     right.set(xlabel="layer", ylabel="identified in another network, %", ylim=(-3, 103), xticks=range(1, depth + 1))
     right.set_title(f"{networks} networks, {networks * (networks - 1)} ordered pairs")
     right.spines[["top", "right"]].set_visible(False)
     right.grid(alpha=0.3)
-    figure.legend(*right.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
@@ -255,25 +256,26 @@ def main() -> None:
     print(f"{count} networks, held-out accuracy {100 * right.min():.1f} to {100 * right.max():.1f} %\n")
     batches = Digits(1).draw(options.samples, held_out=True)[0].split(256)
 
-    linear = cka(models, batches)
-    overwritten = cka_of_overwritten(models, batches)
-    features = pooled_features(models, batches)
-    r2, cca = regression_and_cca(features)
-    matrices = {
-        "linear CKA": linear,
-        "RBF CKA, bandwidth 1": cka(models, batches, kernel="rbf"),
-        "RBF CKA, bandwidth 0.4": cka(models, batches, kernel="rbf", bandwidth=0.4),
-        "linear CKA, 2 x 2 pooled": cka_hooks.cka_matrix(features),
-        "linear regression (R2), 2 x 2 pooled": r2,
-        "mean CCA (R2), 2 x 2 pooled": cca,
-        "linear CKA, untrained networks": cka(untrained, batches),
-        "linear CKA, activations overwritten in place": overwritten,
-    }
-    shares = {name: identified(matrix, count) for name, matrix in matrices.items()}
     print(f"| {'index':<44} | identified % | by layer 1..{len(LAYERS)}, % |")
     print(f"|{'-' * 46}|{'-' * 14}|{'-' * 24}|")
-    for name, share in shares.items():
-        print(f"| {name:<44} | {100 * share.mean():.1f} | {' '.join(f'{100 * layer:.0f}' for layer in share)} |")
+    shares: dict[str, Tensor] = {}
+
+    def show(name: str, matrix: Tensor) -> Tensor:
+        shares[name] = share = identified(matrix, count)
+        layers = " ".join(f"{100 * layer:.0f}" for layer in share)
+        print(f"| {name:<44} | {100 * share.mean():.1f} | {layers} |", flush=True)
+        return matrix
+
+    linear = show("linear CKA", cka(models, batches))
+    show("RBF CKA, bandwidth 1", cka(models, batches, kernel="rbf"))
+    show("RBF CKA, bandwidth 0.4", cka(models, batches, kernel="rbf", bandwidth=0.4))
+    show("linear CKA, untrained networks", cka(untrained, batches))
+    overwritten = show("linear CKA, activations overwritten in place", cka_of_overwritten(models, batches))
+    features = pooled_features(models, batches)
+    show("linear CKA, 2 x 2 pooled", cka_hooks.cka_matrix(features))
+    r2, cca = regression_and_cca(features)
+    show("linear regression (R2), 2 x 2 pooled", r2)
+    show("mean CCA (R2), 2 x 2 pooled", cca)
     wrong = (overwritten - linear).abs()
     print(
         f"\nOverwritten in place: {100 * (wrong > 0.01).double().mean():.0f} % of the entries are off by more than "
@@ -281,8 +283,8 @@ def main() -> None:
     )
     print(f"{time.perf_counter() - started:.0f} s")
     if options.figure:
-        drawn = ("linear CKA", "RBF CKA, bandwidth 1", *list(shares)[4:7])
-        draw_figure(options.figure, linear, {name: shares[name] for name in drawn}, count)
+        names = [name for name in shares if "0.4" not in name and "overwritten" not in name and "CKA, 2" not in name]
+        draw_figure(options.figure, linear, {name: shares[name] for name in names}, count)
 
 
 if __name__ == "__main__":
