@@ -91,6 +91,8 @@ def rank_main(rank: int, folder: Path, dies: bool, answers: multiprocessing.Queu
         answers.put((rank, result.matrix.tolist()))
     except cka_hooks.RankError as error:
         answers.put((rank, str(error)))
+    answers.close()
+    answers.join_thread()
     os._exit(0)
 
 
