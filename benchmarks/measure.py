@@ -114,14 +114,17 @@ def peak_mib(run: Callable[[], object]) -> float:
 
 
 def in_own_process(arguments: Sequence[str], timeout: float | None = None) -> dict[str, object]:
-    """Run this script again with other arguments and read the JSON of its last line."""
+    """Run this script again with other arguments and read the JSON of its last line.
+
+    glibc is told to give freed tensors back at once: how much it keeps differs by tens of MiB from run to run.
+    """
     script = Path(sys.modules["__main__"].__file__ or "").resolve()
     done = subprocess.run(
         [sys.executable, str(script), *arguments],
         capture_output=True,
         text=True,
         timeout=timeout,
-        env=os.environ | {"PYTHONWARNINGS": "ignore"},
+        env=os.environ | {"PYTHONWARNINGS": "ignore", "MALLOC_MMAP_THRESHOLD_": str(1 << 18)},
     )
     if done.returncode:
         raise RuntimeError(f"{script.name} {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
