@@ -21,7 +21,7 @@ from cka_hooks.result import CKAResult
 
 BLOCKS = "layer*.?"
 HELD_OUT = 599
-EPOCHS = 8
+EPOCHS = 6
 
 
 def run(out: Path, *, epochs: int = EPOCHS, progress: bool = True, stream: TextIO | None = None) -> CKAResult:
@@ -78,11 +78,11 @@ def require(what: str) -> None:
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
-    """Scikit-learn's 1797 handwritten digits, (n, 1, 8, 8) from -1 to 1: for training, and held out."""
+    """Scikit-learn's 1797 handwritten digits, (n, 1, 8, 8) from 0 to 1: for training, and held out."""
     from sklearn.datasets import load_digits
 
     images, classes = load_digits(return_X_y=True)
-    x = torch.from_numpy(images).float().reshape(-1, 1, 8, 8) / 8 - 1
+    x = torch.from_numpy(images).float().reshape(-1, 1, 8, 8) / 16
     y = torch.from_numpy(classes).long()
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     train, held_out = order[HELD_OUT:], order[:HELD_OUT]
