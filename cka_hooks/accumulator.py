@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cka_hooks import distributed, memory
+from cka_hooks import distributed, memory, schema
 from cka_hooks.errors import (
     CKAWarning,
     LayerError,
@@ -30,9 +30,25 @@ from cka_hooks.result import CKAResult, Influence
 from cka_hooks.sketch import sketch_key, sketched_grams
 from cka_hooks.sums import NEVER, Sums
 
-# Above this share of a layer's own HSIC in pairs of one single sample, `compute` warns. In well-behaved
-# runs the share is near 2 / samples.
+# Above this share of a layer's own HSIC in pairs of one single sample, `compute` warns, and not below this many
+# times the 2 / samples that alike samples have: in a small run the largest share is large by chance.
 INFLUENCE_WARNING = 0.25
+INFLUENCE_TIMES_EVEN = 10
+# The form of `state_dict`.
+_STATE: dict[str, Any] = {
+    "options": {str: object},
+    "layers": [str],
+    "dtypes": {str: str},
+    "seen": {str: schema.COUNT},
+    "largest": schema.COUNT,
+    "first_pass": (None, [schema.COUNT]),
+    "passes": schema.COUNT,
+    "minibatches": schema.COUNT,
+    "samples": schema.COUNT,
+    "left_out": schema.COUNT,
+    "sums": (None, {str: Tensor}),
+    "kept": [Tensor],
+}
 # Numbers of the (layers, minibatches, n, n) stack that are centred at a time: 32 MB.
 _CENTRED_AT_A_TIME = 1 << 22
 
@@ -87,8 +103,9 @@ class CKAAccumulator:
     (Nguyen, Raghu & Kornblith 2021) with the unbiased HSIC of Song et al. 2012 and w_b = n_b - 3, or the
     biased one of Kornblith et al. 2019 and w_b = n_b - 1.
 
-    ``compute`` warns where more than 25 % of a layer's own HSIC lies in pairs with one single sample: a few
-    outlying samples can decide CKA (Davari et al. 2023). `CKAResult.influence` names the sample.
+    ``compute`` warns where more than 25 % of a layer's own HSIC (20 / samples in runs of fewer than 80) lies in
+    pairs with one single sample: a few outlying samples can decide CKA (Davari et al. 2023).
+    `CKAResult.influence` names the sample.
 
     Args:
         kernel: "linear", "rbf", "cosine", "polynomial", or a callable (n, d) -> (n, n) on raw float64 features.
@@ -511,17 +528,22 @@ class CKAAccumulator:
         Raises:
             OptionError: it is from an accumulator with other options, or not from an accumulator.
         """
+        schema.check(state, _STATE, "the accumulator's state")
         self._check_options(state["options"])
         layers, sums, kept = list(state["layers"]), state["sums"], list(state["kept"])
-        dtypes = {layer: getattr(torch, dtype) for layer, dtype in state["dtypes"].items()}
         if sums is not None:
             sums = Sums(**{name: tensor.clone() for name, tensor in sums.items()})
             sums.check(len(layers))
-        if (sums is None) != (not layers) or not all(isinstance(dtype, torch.dtype) for dtype in dtypes.values()):
+        if (
+            (sums is None) != (not layers)
+            or not all(isinstance(getattr(torch, name, None), torch.dtype) for name in state["dtypes"].values())
+            or (state["first_pass"] is not None and len(state["first_pass"]) != 2)
+            or (sums is not None and not state["minibatches"])
+        ):
             raise OptionError("this is no accumulator's state: its layers, dtypes and sums do not fit together")
         self.reset()
         self._positions = {layer: i for i, layer in enumerate(layers)}
-        self._dtypes = dtypes
+        self._dtypes = {layer: getattr(torch, name) for layer, name in state["dtypes"].items()}
         self._seen = Counter(state["seen"])
         self._largest = state["largest"]
         self._first_pass = None if state["first_pass"] is None else tuple(state["first_pass"])
@@ -625,7 +647,7 @@ class CKAAccumulator:
             for layer, i in self._positions.items()
             if layer in layers and layer not in degenerate
         }
-        self._warn(influence)
+        self._warn(influence, samples)
         kept = None
         if self._keep:
             whole = [
@@ -650,7 +672,7 @@ class CKAAccumulator:
             settings={**self._options, "samples_left_out": self.left_out, "torch": torch.__version__},
         )
 
-    def _warn(self, influence: Mapping[str, Influence]) -> None:
+    def _warn(self, influence: Mapping[str, Influence], samples: int) -> None:
         if self.left_out:
             warnings.warn(
                 f"{self.left_out} samples at the end of batches were left out: fewer than {MIN_SAMPLES} of them were "
@@ -658,7 +680,8 @@ class CKAAccumulator:
                 CKAWarning,
                 stacklevel=4,
             )
-        heavy = {layer: found for layer, found in influence.items() if found.share > INFLUENCE_WARNING}
+        level = max(INFLUENCE_WARNING, INFLUENCE_TIMES_EVEN * 2 / samples)
+        heavy = {layer: found for layer, found in influence.items() if found.share > level}
         if heavy:
             layer, found = max(heavy.items(), key=lambda item: item[1].share)
             warnings.warn(

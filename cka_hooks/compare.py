@@ -330,7 +330,7 @@ def _finished(ran: _Ran, settings: dict[str, Any]) -> CKAResult:
         return dataclasses.replace(
             result,
             skipped={**report.skipped, **result.skipped},
-            settings={**result.settings, **settings},
+            settings={**result.settings, **settings, "shapes": report.shapes},
             models=tuple(name for name in ran.types if name),
         )
 

@@ -34,7 +34,8 @@ class Grams(NamedTuple):
     Attributes:
         values: (m, n, n) kernel values, float64; linear ones up to a shift of all samples by one vector.
         spread: (m,) trace of the centred linear Gram matrix: sum of squared distances from the mean sample.
-        size: (m,) trace of the linear Gram matrix: sum of squared norms of the samples.
+        size: (m,) trace of the linear Gram matrix: sum of squared norms of the samples. Where a common vector was
+            taken off, of the samples shifted plus of the vector: as good to tell whether samples differ at all.
         deviation: (m, n, n) of sketched features: half the difference of the two sketches that `values` is the
             mean of; None where `values` are exact.
     """

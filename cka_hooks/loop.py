@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from cka_hooks import batches, replay
+from cka_hooks import batches, replay, schema
 from cka_hooks.accumulator import CKAAccumulator
 from cka_hooks.checkpoint import Keeper, undisturbed
 from cka_hooks.class_order import ClassOrder
@@ -29,6 +29,22 @@ FIRST_LOOK = 30
 LOOK_RATIO = 1.25
 # How far a rank is: in the first pass over its loader, through with it, through with all passes.
 LOOKING, LOOKED, DONE = range(3)
+
+# The form of a run's state in a file; the accumulator checks its own part.
+_STATE: dict[str, Any] = {
+    "accumulator": {str: object},
+    "class_order": {"classes": {int: schema.COUNT}, "equal": schema.COUNT, "last": (None, int)},
+    "report": {
+        "skipped": {str: str},
+        "shapes": {str: [schema.COUNT]},
+        "stopped": (None, str),
+        "first": (None, str),
+        "repeats": (None, str),
+    },
+    "epoch": schema.COUNT,
+    "before": schema.COUNT,
+    "next_look": schema.COUNT,
+}
 
 
 @dataclass(frozen=True)
@@ -46,12 +62,14 @@ class Report:
 
     Attributes:
         skipped: layer -> why it was not recorded.
+        shapes: layer -> the shape of one sample.
         stopped: why the run ended before its loader did.
         first: fingerprint of the first batch.
         repeats: why samples may have been counted twice.
     """
 
     skipped: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, list[int]] = field(default_factory=dict)
     stopped: str | None = None
     first: str | None = None
     repeats: str | None = None
@@ -60,6 +78,7 @@ class Report:
         """Both, the words of this one where they speak of the same layer."""
         return Report(
             {**other.skipped, **self.skipped},
+            {**other.shapes, **self.shapes},
             self.stopped or other.stopped,
             self.first or other.first,
             self.repeats or other.repeats,
@@ -219,13 +238,16 @@ class Run:
             self._report.first = replay.fingerprint(batch)
         self.class_order.add(batches.targets(batch))
         try:
+            silent = None
             for (name, recorder), forward in zip(self._recorders.items(), self._calls, strict=True):
                 before = len(self.accumulator._pending)
                 # Of no sample a layer has no features: a batch that does not count runs whole and is forgotten.
                 forward(batch, limit or None)
-                if 0 < before == len(self.accumulator._pending):
-                    # Else the result would compare the other models only, as if this one had not been asked for.
-                    raise SampleCountError(f"of the model {name!r} {nothing_ran(recorder.skipped)}")
+                if len(self.accumulator._pending) == before:
+                    silent = silent or (name, recorder)
+            if silent is not None and self.accumulator.observing:
+                # Else the result would compare the other models only, as if this one had not been asked for.
+                raise SampleCountError(f"of the model {silent[0]!r} {nothing_ran(silent[1].skipped)}")
             if limit == 0:
                 self.accumulator.discard()
                 return 0
@@ -271,15 +293,24 @@ class Run:
                 return False
 
     def _skipped(self) -> dict[str, str]:
+        return self._labelled({name: recorder.skipped for name, recorder in self._recorders.items()})
+
+    @staticmethod
+    def _labelled(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """What the recorder of each model says of its layers, under the layers' labels."""
         return {
-            (f"{name}/" if name else "") + layer: reason
-            for name, recorder in self._recorders.items()
-            for layer, reason in recorder.skipped.items()
+            (f"{name}/" if name else "") + layer: value
+            for name, layers in found.items()
+            for layer, value in layers.items()
         }
 
     def _reported(self) -> Report:
         # A batch that broke off has not called every layer yet.
-        return replace(self._report, skipped=self._skipped()) if self._ran else self._report
+        if not self._ran:
+            return self._report
+        shapes = self._labelled({name: recorder.shapes for name, recorder in self._recorders.items()})
+        shapes = {layer: list(shape) for layer, shape in shapes.items()}
+        return replace(self._report, skipped=self._skipped(), shapes=shapes or self._report.shapes)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -292,6 +323,7 @@ class Run:
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
+        schema.check(state, _STATE, "the run")
         self.accumulator.load_state_dict(state["accumulator"])
         self.class_order.load_state_dict(state["class_order"])
         self._report = Report(**state["report"])

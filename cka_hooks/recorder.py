@@ -66,6 +66,9 @@ class LayerRecorder:
         only_in_passes: record nothing outside of :meth:`forward_pass`, so that of several recorders on one module
             each sees the passes that were made for it.
 
+    Attributes:
+        shapes: label -> the shape of one sample, (...) of (n, ...), when the layer was first recorded.
+
     Raises:
         ModelError: a ``ScriptModule`` or something else that hooks cannot see into.
         LayerError: an entry of `layers` that matches nothing.
@@ -117,6 +120,7 @@ class LayerRecorder:
         self._leaving = ExitStack()
         self._left_out: dict[str, str] = {}
         self._recorded: dict[str, nn.Module] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self._ever_ran: set[int] = set()
         self._started = False
         self.only_in_passes = False
@@ -267,6 +271,7 @@ class LayerRecorder:
         channels = self._channels.of(activation)
         if dim != 0:
             activation = activation.movedim(dim, 0)
+        self.shapes.setdefault(label, tuple(activation.shape[1:]))
         if self._limit is not None:
             activation = activation[: self._limit]
         reduced = self._reduced(selection.name, activation, channels)

@@ -41,7 +41,8 @@ class Influence:
 
     Attributes:
         share: of the layer's own HSIC, the part from pairs with the one sample for which it is largest.
-            Near 2 / samples where samples are alike, 1 where everything hangs on one; above 0.25 the run warns.
+            Near 2 / samples where samples are alike, 1 where everything hangs on one; above 0.25 (20 / samples in
+            runs of fewer than 80 samples) the run warns.
         sample: which sample that is, its 0-based position in the run, counted on through all passes.
     """
 

@@ -69,7 +69,8 @@ def load(path: Path) -> nn.Module:
     return model
 
 
-def main(folder: Path, epochs: int = 8) -> cka_hooks.CKAResult:
+def main(folder: Path = Path("training_run"), epochs: int = 8, quick: bool = False) -> cka_hooks.CKAResult:
+    epochs = 2 if quick else epochs
     folder.mkdir(parents=True, exist_ok=True)
     training, held_out = digits()
     paths = train(training, folder, epochs)
@@ -91,4 +92,5 @@ def main(folder: Path, epochs: int = 8) -> cka_hooks.CKAResult:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "training_run"))
+    folders = [argument for argument in sys.argv[1:] if argument != "--quick"]
+    main(Path(folders[0] if folders else "training_run"), quick="--quick" in sys.argv)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,5 +86,16 @@ def batches() -> list[Tensor]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """`slow` tests are left out unless asked for with ``-m slow``."""
-    config.addinivalue_line("markers", "slow: minutes on two cores")
+    """One thread for each of several workers, and their children: with more, they wait for one another."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _leaves_gradients_on() -> Iterator[None]:
+    """A test that leaves torch's grad mode off would fail others, far from the cause."""
+    yield
+    left_on = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert left_on, "gradients are off after this test"

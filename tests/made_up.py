@@ -61,7 +61,7 @@ def result_of(
         samples=32 * minibatches,
         minibatches=minibatches,
         degrees_of_freedom=minibatches - 1,
-        degenerate={label: "its output is the same for every sample" for label in degenerate},
+        degenerate=dict.fromkeys(degenerate, "its output is the same for every sample"),
         models=tuple(name for name in named if name),
         settings={"kernel": "linear", "seeds": [0, 1], "tolerance": None},
         influence={label: Influence(0.05, i) for i, label in enumerate(labels)},

@@ -158,9 +158,7 @@ def hsic_pairs(grams: Sequence[Array], estimator: str = "unbiased") -> Array:
     rows = stack.sum(axis=2)
     totals = rows.sum(axis=1)
     traces = flat @ flat.T
-    return (traces + np.outer(totals, totals) / ((n - 1) * (n - 2)) - 2 / (n - 2) * (rows @ rows.T)) / (
-        n * (n - 3)
-    )
+    return (traces + np.outer(totals, totals) / ((n - 1) * (n - 2)) - 2 / (n - 2) * (rows @ rows.T)) / (n * (n - 3))
 
 
 # CKA over minibatches
@@ -226,9 +224,7 @@ def stderr_minibatch(values: Array) -> Array:
     return stderr
 
 
-def traces(
-    activation: torch.Tensor, features: Callable[[torch.Tensor], Array] = flatten
-) -> tuple[float, float]:
+def traces(activation: torch.Tensor, features: Callable[[torch.Tensor], Array] = flatten) -> tuple[float, float]:
     """(tr(H X X^T H), tr(X X^T)): how much the samples differ, and how large they are."""
     x = features(activation)
     return float(np.sum(centre_columns(x) ** 2)), float(np.sum(x**2))
@@ -238,9 +234,7 @@ def _is_degenerate(centred: float, raw: float, dtype: torch.dtype) -> bool:
     return centred <= (8 * torch.finfo(dtype).eps) ** 2 * raw
 
 
-def degenerate(
-    activations: Sequence[torch.Tensor], features: Callable[[torch.Tensor], Array] = flatten
-) -> bool:
+def degenerate(activations: Sequence[torch.Tensor], features: Callable[[torch.Tensor], Array] = flatten) -> bool:
     """Whether the samples of a layer do not differ: sum_b tr(H K_b H) <= (8 eps)^2 sum_b tr(K_b).
 
     K_b is the linear Gram matrix of minibatch b (whatever kernel is compared) and eps that of the
@@ -456,7 +450,5 @@ def cka_of_model(
     """
     if call is not None and forward is not None:
         raise ValueError("give call or forward, not both")
-    labels, grams, flags = grams_of_model(
-        model, batches, kernel, minibatch, features, call or forward, layers
-    )
+    labels, grams, flags = grams_of_model(model, batches, kernel, minibatch, features, call or forward, layers)
     return labels, *cka_of_grams(grams, flags, estimator)

@@ -306,4 +306,5 @@ def test_settings_say_what_was_run(net: SmallNet, batches: list[Tensor]) -> None
     assert settings["layers"][0] == "conv1"
     assert "Linear" in settings["layers"][1]
     assert settings["torch"] == torch.__version__
+    assert settings["shapes"] == {"conv1": [8, 8, 8], "fc": [5]}
     assert {"kernel", "estimator", "minibatch", "features", "tolerance", "max_samples", "epochs"} <= set(settings)

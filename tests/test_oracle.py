@@ -99,8 +99,7 @@ def test_cosine_and_polynomial_by_hand():
 def test_unbiased_is_the_average_over_4_tuples(rng, n):
     k, el = random_grams(rng, n)
     terms = [
-        k[i, j] * (el[i, j] + el[q, r] - 2 * el[i, q])
-        for i, j, q, r in permutations(range(n), oracle.MIN_SAMPLES)
+        k[i, j] * (el[i, j] + el[q, r] - 2 * el[i, q]) for i, j, q, r in permutations(range(n), oracle.MIN_SAMPLES)
     ]
     assert oracle.hsic_unbiased(k, el) == pytest.approx(np.mean(terms), rel=1e-10)
 
@@ -298,17 +297,13 @@ def test_in_place_relu_does_not_change_what_was_recorded(net, batches):
 
 
 def test_chosen_layers_and_batches_of_pairs(net, batches):
-    labels, recorded = oracle.record(
-        net, [(batch, torch.zeros(12)) for batch in batches], layers=["fc", "bn"]
-    )
+    labels, recorded = oracle.record(net, [(batch, torch.zeros(12)) for batch in batches], layers=["fc", "bn"])
     assert labels == ["bn", "fc"]
     assert recorded[0]["bn"].shape == (12, 4, 6, 6)
 
 
 def test_own_call(net, batches):
-    labels, recorded = oracle.record(
-        net, [{"image": b} for b in batches], call=lambda m, b: m(b["image"] * 0)
-    )
+    labels, recorded = oracle.record(net, [{"image": b} for b in batches], call=lambda m, b: m(b["image"] * 0))
     assert labels == LABELS
     assert oracle.degenerate([seen["fc"] for seen in recorded])
 
