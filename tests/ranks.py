@@ -308,6 +308,8 @@ def check_checkpoints_of_ranks() -> None:
         cka_hooks.compare(model(), Broken(), checkpoint=path, **QUIET)
     dist.barrier()
     names = sorted(file.name for file in path.parent.iterdir())
+    # A rank that went on would put the temporary file of its next checkpoint there before all have looked.
+    dist.barrier()
     assert names == [f"run.ckpt.rank{rank}-of-{SIZE}" for rank in range(SIZE)]
     ran = []
 
