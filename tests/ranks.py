@@ -311,13 +311,6 @@ def check_checkpoints_of_ranks() -> None:
     # A rank that went on would put the temporary file of its next checkpoint there before all have looked.
     dist.barrier()
     assert names == [f"run.ckpt.rank{rank}-of-{SIZE}" for rank in range(SIZE)]
-    ran = []
-
-    def forward(module, batch):
-        ran.append(len(batch))
-        return module(batch)
-
-    del forward
     ours = cka_hooks.compare(model(), Whole(), checkpoint=path, **QUIET)
     same(ours, alone(every_batch([5] * SIZE)))
     # Finished: nobody reads a batch.
