@@ -8,13 +8,14 @@ are added up in float64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cka_hooks import memory
+from cka_hooks import memory, native
 from cka_hooks.precision import accumulation_device, exact_products
 
 # A more careful product is made where rounding may be more than this much per sample of the U-centred norm
@@ -24,8 +25,12 @@ NOISE_TOLERANCE = 2e-6
 # plain product is tried first: it needs no subtraction and no scratch buffer.
 PLAIN_SPREAD = 0.05
 PROBED_RUNS, PROBED_RUN = 16, 64
+# Products of up to this many multiplications cost less than the look.
+CHEAP = 1 << 22
 # Features in one float32 product before the partial sums go on in float64.
 CHUNK = 4096
+# Mean squared norms below this came near the end of float32's range, where squares lose their digits.
+TINY = 1e-30
 
 
 class Grams(NamedTuple):
@@ -59,29 +64,39 @@ def linear_grams(features: Tensor, minibatches: int = 1) -> Grams:
     with exact_products(features.device):
         if not _can_branch(features):
             return _shifted(grouped)
-        if features.dtype in (torch.float32, torch.float64) and _looks_spread(grouped):
+        return _on_cpu(grouped, width)
+
+
+def _on_cpu(grouped: Tensor, width: int) -> Grams:
+    """The cheapest product first, a more careful one where the Gram matrix shows that rounding may matter."""
+    dtype, n = grouped.dtype, grouped.shape[1]
+    if native.takes(grouped) and n <= native.MAX_SAMPLES:
+        grams, measured = _compiled(grouped)
+        chunk = native.BLOCK
+    else:
+        chunk = CHUNK
+        cheap = grouped.numel() * n <= CHEAP
+        if dtype in (torch.float32, torch.float64) and (cheap or _looks_spread(grouped)):
             grams = _plain(grouped)
-            if bool(_is_precise(grams, width).all()):
+            if all(_is_precise(of_one, n, width, chunk) for of_one in _measured(grams)):
                 return grams
         grams = _shifted(grouped)
-        if features.dtype is torch.float64:
+        if dtype is torch.float64:
             return grams
-        # Samples that are equal to within rounding have no signal that a better product could save.
-        equal = grams.spread <= (4 * torch.finfo(features.dtype).eps) ** 2 * grams.size
-        if bool((_is_precise(grams, width) | (equal & ~_is_tiny(grams))).all()):
-            return grams
-        return _shifted(grouped, torch.float64)
+        measured = _measured(grams)
+    # Samples that are equal to within rounding have no signal that a better product could save.
+    level = (4 * torch.finfo(dtype).eps) ** 2
+    if all(
+        _is_precise(of_one, n, width, chunk) or (of_one.spread <= level * of_one.size and of_one.trace >= n * TINY)
+        for of_one in measured
+    ):
+        return grams
+    return _shifted(grouped, torch.float64)
 
 
 def _can_branch(tensor: Tensor) -> bool:
     """Whether looking at a value is free. On an accelerator it would wait for the device."""
     return tensor.device.type == "cpu"
-
-
-def centred_trace(values: Tensor) -> Tensor:
-    """Trace of H K H, H = I - 11'/n, for each of (..., n, n)."""
-    n = values.shape[-1]
-    return values.diagonal(dim1=-2, dim2=-1).sum(-1) - values.sum((-2, -1)) / n
 
 
 def _looks_spread(grouped: Tensor) -> bool:
@@ -99,29 +114,55 @@ def _looks_spread(grouped: Tensor) -> bool:
     return bool((size - shared >= PLAIN_SPREAD * size).all())
 
 
-def _is_precise(grams: Grams, width: int) -> Tensor:
-    """(m,) whether float32 rounding in these Gram matrices of `width` features is below what 1e-5 in CKA allows.
+class Measured(NamedTuple):
+    """Numbers that tell how precise an (n, n) Gram matrix K is.
 
-    Rounding while a sum grows is relative to what it has grown to: to K_ij where products have one sign,
-    and to a part of |x_i| |x_j| that falls with the number of chunks where they do not. What counts is this
-    against the norm of the U-centred matrix: a shared component, an outlying sample and overflow all show there.
+    Attributes:
+        spread: as in `Grams`.
+        size: as in `Grams`.
+        whole: sum of all K_ij^2.
+        own: sum of the K_ii^2.
+        rows: sum over i of (sum over j other than i of K_ij)^2.
+        total: sum of all K_ij.
+        trace: sum of the K_ii.
     """
+
+    spread: float
+    size: float
+    whole: float
+    own: float
+    rows: float
+    total: float
+    trace: float
+
+
+def _measured(grams: Grams) -> list[Measured]:
+    """Of each of m Gram matrices."""
     values = grams.values
-    n = values.shape[-1]
     diagonal = values.diagonal(dim1=-2, dim2=-1)
-    rows = values.sum(-1) - diagonal
+    sums = values.sum(-1)
+    whole, own, rows = (
+        torch.linalg.vector_norm(part, dim=-1).square() for part in (values.flatten(1), diagonal, sums - diagonal)
+    )
+    found = [grams.spread, grams.size, whole, own, rows, sums.sum(-1), diagonal.sum(-1)]
+    return [Measured(*numbers) for numbers in torch.stack(found, -1).tolist()]
+
+
+def _is_precise(measured: Measured, n: int, width: int, chunk: int) -> bool:
+    """Whether float32 rounding in a Gram matrix of `width` features is below what 1e-5 in CKA allows.
+
+    `chunk` features were added up in float32 at a time. Rounding while a sum grows is relative to what it has grown
+    to: to K_ij where products have one sign, and to a part of |x_i| |x_j| that falls with the number of chunks where
+    they do not. What counts is this against the norm of the U-centred matrix: a shared component, an outlying sample
+    and overflow all show there.
+    """
+    _, _, whole, own, rows, total, trace = measured
     # |U-centred|^2 = |K|^2 - 2/(n-2) |K1|^2 + (1'K1)^2 / ((n-1)(n-2)), zero diagonal (Székely & Rizzo 2014).
-    off_diagonal = values.square().sum((-2, -1)) - diagonal.square().sum(-1)
-    norm = off_diagonal - 2 / (n - 2) * rows.square().sum(-1) + rows.sum(-1).square() / ((n - 1) * (n - 2))
-    growth = off_diagonal.sqrt() + diagonal.sum(-1) * min(1.0, CHUNK / max(width, 1)) ** 0.5
+    off_diagonal, off_total = whole - own, total - trace
+    centred = off_diagonal - 2 / (n - 2) * rows + off_total * off_total / ((n - 1) * (n - 2))
+    growth = math.sqrt(max(off_diagonal, 0.0)) + trace * min(1.0, chunk / max(width, 1)) ** 0.5
     noise = torch.finfo(torch.float32).eps * growth
-    precise: Tensor = (noise.square() <= (NOISE_TOLERANCE * n) ** 2 * norm) & ~_is_tiny(grams)
-    return precise
-
-
-def _is_tiny(grams: Grams) -> Tensor:
-    """(m,) whether squares came near the end of float32's range, where they lose their digits."""
-    return grams.values.diagonal(dim1=-2, dim2=-1).mean(-1) < 1e-30
+    return noise * noise <= (NOISE_TOLERANCE * n) ** 2 * centred and trace >= n * TINY
 
 
 def _blocks(features: Tensor, size: int) -> Iterator[Tensor]:
@@ -140,22 +181,30 @@ def _blocks(features: Tensor, size: int) -> Iterator[Tensor]:
         yield features[:, :, p : p + step]
 
 
+def _compiled(grouped: Tensor) -> tuple[Grams, list[Measured]]:
+    """As `_shifted`, in one pass over the features."""
+    values, measures = native.grams(grouped.flatten(0, 1), len(grouped))
+    return Grams(values, measures[:, 0], measures[:, 1]), [Measured(*numbers) for numbers in measures.tolist()]
+
+
 def _plain(grouped: Tensor) -> Grams:
     """K = X X', straight from views of the activation."""
     m, n, _, _ = grouped.shape
     values = _zeros(grouped, m, n)
     # Products of T chunks are T matrices before they are added: bounded to 8 MB.
-    size = CHUNK * max(1, (1 << 21) // (n * n)) if m == 1 else CHUNK
-    for block in _blocks(grouped, size):
+    for block in _blocks(grouped, CHUNK * max(1, (1 << 21) // (n * n))):
         chunks = block.transpose(1, 2)
-        if m == 1 or block.shape[2] == 1:
+        count = chunks.shape[1]
+        # One batched product takes either all minibatches or all chunks: no stride leads through both.
+        if m == 1 or count == 1:
             _add_products(values, chunks)
-        else:
+        elif m < count:
             for g in range(m):
                 _add_products(values[g : g + 1], chunks[g : g + 1])
-    values = _mirrored(values)
-    trace = values.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return Grams(values, centred_trace(values), trace)
+        else:
+            for t in range(count):
+                _add_products(values, chunks[:, t : t + 1])
+    return _finished(values, grouped.device)
 
 
 def _shifted(grouped: Tensor, dtype: torch.dtype | None = None) -> Grams:
@@ -178,26 +227,36 @@ def _shifted(grouped: Tensor, dtype: torch.dtype | None = None) -> Grams:
             scratch.copy_(widened).sub_(common)
         _add_products(values, scratch)
         _add(shared, common.square(), (1, 2, 3))
-    values = _mirrored(values)
-    trace = values.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return Grams(values, centred_trace(values), trace + n * shared)
+    return _finished(values, grouped.device, n * shared)
 
 
 def _add_products(values: Tensor, chunks: Tensor) -> None:
-    """Add the products of (m, T, n, c) chunks with their transposes to (m, n, n), lower triangle only."""
-    m, _, n, _ = chunks.shape
+    """Add the products of (m, T, n, c) chunks with their transposes to (m, n, n), lower bands only."""
+    m, count, n, _ = chunks.shape
     batch = chunks.flatten(0, 1)
-    # Narrow bands save arithmetic and cost efficiency; on an accelerator they cost launches too.
-    count = 1 if n < 64 or batch.device.type != "cpu" else 2 if n < 256 else 4
-    for band in range(count):
-        low, high = n * band // count, n * (band + 1) // count
+    for low, high in _bands(n, batch.device):
         products = torch.bmm(batch[:, low:high], batch[:, :high].mT)
-        _add(values[:, low:high, :high], products.unflatten(0, (m, -1)), 1)
+        if count > 1:
+            _add(values[:, low:high, :high], products.unflatten(0, (m, -1)), 1)
+        else:
+            values[:, low:high, :high] += products.to(values.device)
 
 
-def _mirrored(values: Tensor) -> Tensor:
-    """Symmetric matrices from their lower triangles."""
-    return values.tril() + values.tril(-1).mT
+def _bands(n: int, device: torch.device) -> list[tuple[int, int]]:
+    """Rows low to high of a symmetric matrix, to be made in columns 0 to high.
+
+    Narrow bands save arithmetic and cost efficiency; on an accelerator they cost launches too.
+    """
+    count = 1 if n < 64 or device.type != "cpu" else 2 if n < 256 else 4
+    return [(n * band // count, n * (band + 1) // count) for band in range(count)]
+
+
+def _finished(values: Tensor, device: torch.device, taken_off: Tensor | float = 0.0) -> Grams:
+    """Lower bands of (m, n, n) made on a device to whole matrices; `taken_off`, the trace of what they lack."""
+    for low, high in _bands(values.shape[-1], device)[1:]:
+        values[:, :low, low:high] = values[:, low:high, :low].mT
+    trace = values.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return Grams(values, trace - values.sum((-2, -1)) / values.shape[-1], trace + taken_off)
 
 
 def _common(block: Tensor, dtype: torch.dtype) -> Tensor:

@@ -26,12 +26,12 @@ def exact_products(device: torch.device) -> Iterator[None]:
     if precision != "highest":
         torch.set_float32_matmul_precision("highest")
     try:
-        with torch.autocast(device.type, enabled=False) if _has_autocast(device) else nullcontext():
+        with torch.autocast(device.type, enabled=False) if _in_autocast(device) else nullcontext():
             yield
     finally:
         if precision != "highest":
             torch.set_float32_matmul_precision(precision)
 
 
-def _has_autocast(device: torch.device) -> bool:
-    return bool(torch.amp.is_autocast_available(device.type))
+def _in_autocast(device: torch.device) -> bool:
+    return bool(torch.amp.is_autocast_available(device.type)) and torch.is_autocast_enabled(device.type)

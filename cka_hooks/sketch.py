@@ -15,11 +15,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from cka_hooks import native
 from cka_hooks.gram import Grams, linear_grams
 
 # Up to this many times k features a layer is as cheap to take exactly.
 EXACT_UP_TO = 4
-_COPIES = 2
+_COPIES = native.COPIES
 # Numbers in a product of features and signs on an accelerator, 64 MB: few launches, bounded memory.
 _AT_A_TIME = 1 << 24
 
@@ -39,10 +40,12 @@ def sketched_grams(features: Tensor, minibatches: int, columns: int, keys: list[
     width = features.shape[1] * features.shape[2]
     if width <= EXACT_UP_TO * columns:
         return linear_grams(features, minibatches)
-    grouped = features.unflatten(0, (minibatches, -1))
-    sketches = torch.stack([_sketch(group, columns, key) for group, key in zip(grouped, keys, strict=True)])
-    # (m, n, copies, k) -> the copies one after another, each m minibatches of n samples.
-    both = linear_grams(sketches.movedim(2, 0).flatten(0, 2).unsqueeze(1), _COPIES * minibatches)
+    if native.takes(features):
+        sketches = native.sketch(features, minibatches, columns, [_signed(key) for key in keys])
+    else:
+        grouped = features.unflatten(0, (minibatches, -1))
+        sketches = torch.stack([_sketch(group, columns, key) for group, key in zip(grouped, keys, strict=True)], 1)
+    both = linear_grams(sketches.flatten(0, 2).unsqueeze(1), _COPIES * minibatches)
     values, spread, size = (part.unflatten(0, (_COPIES, minibatches)) for part in both[:3])
     return Grams(values.mean(0), spread.mean(0), size.mean(0), (values[0] - values[1]) / 2)
 
@@ -54,15 +57,17 @@ def sketch_key(*parts: int | str) -> int:
 
 
 def _sketch(group: Tensor, columns: int, key: int) -> Tensor:
-    """(n, P, C) features to (n, copies, k)."""
+    """(n, P, C) features to (copies, n, k)."""
     n, positions, channels = group.shape
     dtype = group.dtype if group.dtype is torch.float64 else torch.float32
-    signs = random_signs(_COPIES * positions * channels, key, group.device, dtype).view(_COPIES, -1)
-    sketch = torch.zeros(n, _COPIES, columns, dtype=dtype, device=group.device)
+    # Each copy from the start of a word of 64 signs on.
+    words = (positions * channels + 63) // 64
+    signs = random_signs(_COPIES * words * 64, key, group.device, dtype).view(_COPIES, 1, -1)
+    sketch = torch.zeros(_COPIES, n, columns, dtype=dtype, device=group.device)
     start = 0
     for blocks in _blocks(group, columns):
         _, count, width = blocks.shape[0], blocks.shape[1], blocks.shape[2:].numel()
-        own = signs[:, start : start + count * width].unflatten(1, (count, *blocks.shape[2:]))
+        own = signs[..., start : start + count * width].unflatten(2, (count, *blocks.shape[2:]))
         start += count * width
         target = sketch[..., :width].unflatten(2, blocks.shape[2:])
         # On a CPU a block at a time stays in the cache; on an accelerator a launch costs more than memory.
@@ -70,9 +75,9 @@ def _sketch(group: Tensor, columns: int, key: int) -> Tensor:
         for low in range(0, count, step):
             some = blocks[:, low : low + step].to(dtype)
             if step == 1:
-                target.addcmul_(some[:, 0].unsqueeze(1), own[:, low])
+                target.addcmul_(some[:, 0], own[:, :, low])
             else:
-                target += (some.unsqueeze(1) * own[:, low : low + step]).sum(2)
+                target += (some * own[:, :, low : low + step]).sum(2)
     return sketch
 
 

@@ -1,0 +1,396 @@
+/* Gram matrices and sketches of wide float32 features on a CPU: what BLAS has no routine for.
+ *
+ * A matrix product packs both of its operands, makes both halves of a symmetric matrix, and accumulates in float32.
+ * Here a block of features of all samples is packed once, less a common vector; only tiles on and below the diagonal
+ * are made; and each block is added up in float64. Memory is read once, and nothing grows with the number of features.
+ *
+ * A sketch adds the features up in a few columns with random signs. The signs are a bit each, made here from a key and
+ * not read from memory, and so are those of the same key in sketch.py.
+ *
+ * Built where a C compiler with OpenMP and GCC's vector types is at hand, used on processors with AVX2; see native.py
+ * for the callers and gram.py for what runs elsewhere.
+ */
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+
+#include <immintrin.h>
+#include <omp.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Features in a block: its sums are float32, sums over blocks float64. A multiple of every vector width below. */
+#define BLOCK 1024
+/* Multiplications, and features of a sketch, that are worth a further thread. */
+#define PER_THREAD (1 << 20)
+#define SKETCHED_PER_THREAD (1 << 16)
+/* Sketches of one layer. */
+#define COPIES 2
+
+/* Where the features of m groups of n samples are: (m * n, positions, channels) with these strides, in floats. */
+typedef struct {
+    const float *data;
+    ptrdiff_t groups, samples, positions, channels;
+    ptrdiff_t sample_stride, position_stride, channel_stride;
+} Features;
+
+/* Buffers of one thread, kept from call to call: fresh memory would cost more than filling it. */
+typedef struct {
+    float *panel, *common;
+    double *sums, *edges;
+    uint8_t *signs;
+    size_t size, signs_size;
+} Buffers;
+
+static _Thread_local Buffers buffers;
+
+static void *aligned(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
+
+/* Buffers for panels of `rows` rows, NULL when memory runs out. */
+static Buffers *take_buffers(ptrdiff_t rows) {
+    Buffers *own = &buffers;
+    if (own->size < (size_t)rows) {
+        free(own->panel), free(own->common), free(own->sums), free(own->edges);
+        own->panel = aligned(rows * BLOCK * sizeof(float));
+        own->common = aligned(BLOCK * sizeof(float));
+        own->sums = aligned(rows * rows * sizeof(double));
+        own->edges = aligned(2 * rows * rows * sizeof(double));
+        own->size = own->panel && own->common && own->sums && own->edges ? rows : 0;
+    }
+    return own->size ? own : NULL;
+}
+
+/* The signs of `features` features in each copy of the sketch with this key, a bit each: words of SplitMix64 (Steele, Lea
+ * & Flood 2014), each copy at the start of a word. Behind them lie bytes that a vector's worth of bits may reach into.
+ * NULL when memory runs out.
+ */
+static const uint8_t *take_signs(uint64_t key, ptrdiff_t features) {
+    Buffers *own = &buffers;
+    const size_t words = COPIES * ((features + 63) / 64), bytes = words * sizeof(uint64_t) + sizeof(uint64_t);
+    if (own->signs_size < bytes) {
+        free(own->signs);
+        own->signs = aligned(bytes);
+        own->signs_size = own->signs ? bytes : 0;
+    }
+    if (own->signs)
+        for (size_t word = 0; word < words; word++) {
+            uint64_t state = (word + 1) * 0x9E3779B97F4A7C15u + key;
+            state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9u;
+            state = (state ^ state >> 27) * 0x94D049BB133111EBu;
+            state ^= state >> 31;
+            memcpy(own->signs + word * sizeof state, &state, sizeof state);
+        }
+    return own->signs;
+}
+
+/* The 16 bits from `bit` on. */
+static inline uint32_t bits_at(const uint8_t *bits, size_t bit) {
+    uint32_t word;
+    memcpy(&word, bits + bit / 8, sizeof word);
+    return word >> bit % 8;
+}
+
+/* Floats of a row of `width` features that products run over: up to a multiple of every vector width. */
+static inline ptrdiff_t padded(ptrdiff_t width) { return (width + 15) / 16 * 16; }
+
+/* The features [start, start + width) of a group, less a common vector, to rows of BLOCK floats with zeros behind them.
+ *
+ * The common vector is the elementwise median of three samples: near the mean, and one outlier does not move it.
+ * Returns its squared norm. Inlined into each variant below, and so compiled for its instructions.
+ */
+static inline __attribute__((always_inline)) double pack(const Features *x, const float *group, ptrdiff_t start,
+                                                         ptrdiff_t width, const Buffers *own) {
+    const ptrdiff_t n = x->samples, step = x->channel_stride;
+    float *restrict common = own->common;
+    double norm = 0;
+    ptrdiff_t done = 0;
+    while (done < width) {
+        const ptrdiff_t position = (start + done) / x->channels, channel = (start + done) % x->channels;
+        const ptrdiff_t left = x->channels - channel, run = left < width - done ? left : width - done;
+        const float *from = group + position * x->position_stride + channel * step;
+        const float *first = from, *middle = from + n / 2 * x->sample_stride, *last = from + (n - 1) * x->sample_stride;
+        float squares = 0;
+        for (ptrdiff_t k = 0; k < run; k++) {
+            const float a = first[k * step], b = middle[k * step], c = last[k * step];
+            const float low = a < b ? a : b, high = a < b ? b : a, most = high < c ? high : c;
+            common[done + k] = low > most ? low : most;
+        }
+        for (ptrdiff_t k = 0; k < run; k++)
+            squares += common[done + k] * common[done + k];
+        norm += squares;
+        for (ptrdiff_t i = 0; i < n; i++) {
+            const float *row = from + i * x->sample_stride;
+            float *restrict to = own->panel + i * BLOCK + done;
+            if (step == 1)
+                for (ptrdiff_t k = 0; k < run; k++)
+                    to[k] = row[k] - common[done + k];
+            else
+                for (ptrdiff_t k = 0; k < run; k++)
+                    to[k] = row[k * step] - common[done + k];
+        }
+        done += run;
+    }
+    for (ptrdiff_t i = 0; i < n; i++)
+        memset(own->panel + i * BLOCK + width, 0, (padded(width) - width) * sizeof(float));
+    return norm;
+}
+
+#define VARIANT avx512
+#define TARGET "avx512f,avx512vl,avx512dq,avx512bw,fma"
+#define LANES 16
+#define TALL 4
+#include "_native_tiles.h"
+
+#define VARIANT avx2
+#define TARGET "avx2,fma"
+#define LANES 8
+#define TALL 3
+#include "_native_tiles.h"
+
+/* `tile`: a number of rows has to be a multiple of it. */
+typedef struct {
+    const char *name;
+    ptrdiff_t tile;
+    double (*add_block)(const Features *, const float *, ptrdiff_t, ptrdiff_t, ptrdiff_t, const Buffers *);
+    void (*add_signed)(const float *, size_t, const uint8_t *const *, size_t, float *const *);
+} Variant;
+
+static const Variant variants[] = {{"avx512", 4, add_block_avx512, add_signed_avx512},
+                                   {"avx2", 12, add_block_avx2, add_signed_avx2}};
+
+static int runs_here(int variant) {
+    __builtin_cpu_init();
+    return variant == 0 ? __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")
+                        : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+/* What gram.py wants to know of each Gram matrix: see `Measured` there. */
+enum { SPREAD, SIZE, WHOLE, OWN, ROWS, TOTAL, TRACE, MEASURES };
+
+/* Of one (n, n) Gram matrix of samples from which a vector of squared norm `norm` was taken off. */
+static void measure(const double *values, ptrdiff_t n, double norm, double *found) {
+    double whole = 0, own = 0, rows = 0, total = 0, trace = 0;
+    for (ptrdiff_t i = 0; i < n; i++) {
+        const double diagonal = values[i * n + i];
+        double row = 0, squares = 0;
+#pragma omp simd reduction(+ : row, squares)
+        for (ptrdiff_t j = 0; j < n; j++) {
+            row += values[i * n + j];
+            squares += values[i * n + j] * values[i * n + j];
+        }
+        trace += diagonal;
+        total += row;
+        whole += squares;
+        own += diagonal * diagonal;
+        rows += (row - diagonal) * (row - diagonal);
+    }
+    found[SPREAD] = trace - total / n;
+    found[SIZE] = trace + n * norm;
+    found[WHOLE] = whole, found[OWN] = own, found[ROWS] = rows, found[TOTAL] = total, found[TRACE] = trace;
+}
+
+/* Lower triangle of rows x rows to n x n, both halves, added to what is there. */
+static void add_symmetric(const double *sums, ptrdiff_t rows, double *out, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i++)
+        for (ptrdiff_t j = 0; j <= i; j++) {
+            out[i * n + j] += sums[i * rows + j];
+            if (j < i)
+                out[j * n + i] += sums[i * rows + j];
+        }
+}
+
+/* The Gram matrices of all groups to (m, n, n) `out`, zeros before, and what they measure to (m, MEASURES) `measures`.
+ *
+ * Every thread takes a run of blocks. A group that lies in one thread's run goes to `out` from there; at the ends of a
+ * run, where groups are shared, sums are put aside and added in the order of threads, so that results repeat to the bit.
+ * Returns 0 when memory ran out.
+ */
+static int grams(const Features *x, const Variant *variant, int threads, double *out, double *measures) {
+    const ptrdiff_t n = x->samples, rows = (n + variant->tile - 1) / variant->tile * variant->tile;
+    const ptrdiff_t features = x->positions * x->channels, blocks = (features + BLOCK - 1) / BLOCK;
+    const ptrdiff_t items = x->groups * blocks;
+    const double work = (double)x->groups * n * n * features / 2;
+    if (threads > items)
+        threads = (int)items;
+    if (threads > 1 + work / PER_THREAD)
+        threads = 1 + (int)(work / PER_THREAD);
+    int failed = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        const ptrdiff_t team = omp_get_num_threads(), self = omp_get_thread_num();
+        const ptrdiff_t from = items * self / team, to = items * (self + 1) / team;
+        Buffers *own = take_buffers(rows);
+        ptrdiff_t edge_groups[2] = {-1, -1};
+        double edge_norms[2] = {0, 0};
+        if (!own) {
+#pragma omp atomic write
+            failed = 1;
+        } else {
+            // Rows that fill up the last tiles.
+            memset(own->panel + n * BLOCK, 0, (rows - n) * BLOCK * sizeof(float));
+            for (ptrdiff_t item = from; item < to;) {
+                const ptrdiff_t group = item / blocks, end = (group + 1) * blocks < to ? (group + 1) * blocks : to;
+                const int is_shared = item % blocks != 0 || end != (group + 1) * blocks;
+                const float *data = x->data + group * n * x->sample_stride;
+                double norm = 0;
+                memset(own->sums, 0, rows * rows * sizeof(double));
+                for (; item < end; item++) {
+                    const ptrdiff_t start = item % blocks * BLOCK, left = features - start;
+                    norm += variant->add_block(x, data, start, left < BLOCK ? left : BLOCK, rows, own);
+                }
+                if (is_shared) {
+                    const int edge = edge_groups[0] >= 0;
+                    edge_groups[edge] = group;
+                    edge_norms[edge] = norm;
+                    memcpy(own->edges + edge * rows * rows, own->sums, rows * rows * sizeof(double));
+                } else {
+                    add_symmetric(own->sums, rows, out + group * n * n, n);
+                    measures[group * MEASURES] = norm;
+                }
+            }
+        }
+        for (ptrdiff_t turn = 0; turn < team; turn++) {
+#pragma omp barrier
+            if (turn == self && own)
+                for (int edge = 0; edge < 2 && edge_groups[edge] >= 0; edge++) {
+                    add_symmetric(own->edges + edge * rows * rows, rows, out + edge_groups[edge] * n * n, n);
+                    measures[edge_groups[edge] * MEASURES] += edge_norms[edge];
+                }
+        }
+#pragma omp barrier
+#pragma omp for
+        for (ptrdiff_t group = 0; group < x->groups; group++)
+            measure(out + group * n * n, n, measures[group * MEASURES], measures + group * MEASURES);
+    }
+    return !failed;
+}
+
+/* One sample's features, signed, to its `columns` columns in each copy.
+ *
+ * Where a position has more channels than there are columns, channel c goes to column c mod `columns`. Else as many whole
+ * positions as fit go side by side. So does sketch.py, in views of the activation.
+ */
+static void sketch_row(const Features *x, const Variant *variant, const float *row,
+                       const uint8_t *const signs[COPIES], ptrdiff_t columns, float *const sums[COPIES]) {
+    const ptrdiff_t step = x->channel_stride, features = x->positions * x->channels;
+    const int is_wide = x->channels > columns;
+    const ptrdiff_t modulus = is_wide ? columns : columns / x->channels * x->channels;
+    float gathered[BLOCK];
+    for (ptrdiff_t feature = 0, run; feature < features; feature += run) {
+        const ptrdiff_t position = feature / x->channels, channel = feature % x->channels;
+        const ptrdiff_t column = (is_wide ? channel : feature) % modulus;
+        const float *from = row + position * x->position_stride + channel * step;
+        run = x->channels - channel < modulus - column ? x->channels - channel : modulus - column;
+        if (step != 1) {
+            run = run < BLOCK ? run : BLOCK;
+            for (ptrdiff_t k = 0; k < run; k++)
+                gathered[k] = from[k * step];
+            from = gathered;
+        }
+        float *to[COPIES];
+        for (int copy = 0; copy < COPIES; copy++)
+            to[copy] = sums[copy] + column;
+        variant->add_signed(from, run, signs, feature, to);
+    }
+}
+
+/* Sketches of all groups, `keys` (m,), to zeros (copies, m, n, columns). Returns 0 when memory ran out. */
+static int sketch(const Features *x, const Variant *variant, int threads, const uint64_t *keys, ptrdiff_t columns,
+                  float *out) {
+    const ptrdiff_t features = x->positions * x->channels, items = x->groups * x->samples;
+    const ptrdiff_t bytes_of_copy = (features + 63) / 64 * 8, work = items * features;
+    if (threads > items)
+        threads = (int)items;
+    if (threads > 1 + work / SKETCHED_PER_THREAD)
+        threads = 1 + (int)(work / SKETCHED_PER_THREAD);
+    int failed = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        const ptrdiff_t team = omp_get_num_threads(), self = omp_get_thread_num();
+        const uint8_t *signs = NULL;
+        ptrdiff_t of = -1;
+        for (ptrdiff_t item = items * self / team; item < items * (self + 1) / team; item++) {
+            if (of != item / x->samples) {
+                of = item / x->samples;
+                signs = take_signs(keys[of], features);
+            }
+            if (!signs) {
+#pragma omp atomic write
+                failed = 1;
+                break;
+            }
+            const uint8_t *bits[COPIES];
+            float *to[COPIES];
+            for (ptrdiff_t copy = 0; copy < COPIES; copy++) {
+                bits[copy] = signs + copy * bytes_of_copy;
+                to[copy] = out + (copy * items + item) * columns;
+            }
+            sketch_row(x, variant, x->data + item * x->sample_stride, bits, columns, to);
+        }
+    }
+    return !failed;
+}
+
+static PyObject *py_grams(PyObject *self, PyObject *args) {
+    Py_ssize_t data, out, measures;
+    Features x;
+    int threads, variant;
+    if (!PyArg_ParseTuple(args, "nnnnnnnnnnii", &data, &x.groups, &x.samples, &x.positions, &x.channels,
+                          &x.sample_stride, &x.position_stride, &x.channel_stride, &out, &measures, &threads, &variant))
+        return NULL;
+    x.data = (const float *)data;
+    int done;
+    Py_BEGIN_ALLOW_THREADS
+    done = grams(&x, &variants[variant], threads, (double *)out, (double *)measures);
+    Py_END_ALLOW_THREADS
+    if (!done)
+        return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_sketch(PyObject *self, PyObject *args) {
+    Py_ssize_t data, keys, columns, out;
+    Features x;
+    int threads, variant;
+    if (!PyArg_ParseTuple(args, "nnnnnnnnnnnii", &data, &x.groups, &x.samples, &x.positions, &x.channels,
+                          &x.sample_stride, &x.position_stride, &x.channel_stride, &keys, &columns, &out, &threads,
+                          &variant))
+        return NULL;
+    x.data = (const float *)data;
+    int done;
+    Py_BEGIN_ALLOW_THREADS
+    done = sketch(&x, &variants[variant], threads, (const uint64_t *)keys, columns, (float *)out);
+    Py_END_ALLOW_THREADS
+    if (!done)
+        return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_variants(PyObject *self, PyObject *args) {
+    PyObject *found = PyList_New(0);
+    for (int i = 0; found && i < (int)(sizeof(variants) / sizeof(*variants)); i++)
+        if (runs_here(i)) {
+            PyObject *entry = Py_BuildValue("(si)", variants[i].name, i);
+            if (!entry || PyList_Append(found, entry) < 0)
+                Py_CLEAR(found);
+            Py_XDECREF(entry);
+        }
+    return found;
+}
+
+static PyMethodDef methods[] = {
+    {"grams", py_grams, METH_VARARGS,
+     "grams(data, m, n, P, C, sample_stride, position_stride, channel_stride, out, measures, threads, variant)"},
+    {"sketch", py_sketch, METH_VARARGS,
+     "sketch(data, m, n, P, C, sample_stride, position_stride, channel_stride, keys, columns, out, threads, variant)"},
+    {"variants", py_variants, METH_NOARGS, "Names and numbers of the variants that this processor can run, best first."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {
+    .m_base = PyModuleDef_HEAD_INIT, .m_name = "_native", .m_size = 0, .m_methods = methods};
+
+PyMODINIT_FUNC PyInit__native(void) { return PyModuleDef_Init(&module); }
