@@ -192,14 +192,19 @@ static void measure(const double *values, ptrdiff_t n, double norm, double *foun
     found[WHOLE] = whole, found[OWN] = own, found[ROWS] = rows, found[TOTAL] = total, found[TRACE] = trace;
 }
 
-/* Lower triangle of rows x rows to n x n, both halves, added to what is there. */
-static void add_symmetric(const double *sums, ptrdiff_t rows, double *out, ptrdiff_t n) {
+/* Lower triangle of rows x rows, added to that of n x n. */
+static void add_lower(const double *sums, ptrdiff_t rows, double *out, ptrdiff_t n) {
     for (ptrdiff_t i = 0; i < n; i++)
-        for (ptrdiff_t j = 0; j <= i; j++) {
+        for (ptrdiff_t j = 0; j <= i; j++)
             out[i * n + j] += sums[i * rows + j];
-            if (j < i)
-                out[j * n + i] += sums[i * rows + j];
-        }
+}
+
+/* The upper triangle of n x n from the lower one, a cache line's worth of columns at a time. */
+static void mirror(double *out, ptrdiff_t n) {
+    for (ptrdiff_t low = 0; low < n; low += 8)
+        for (ptrdiff_t j = 0; j < n; j++)
+            for (ptrdiff_t i = low > j ? low : j + 1; i < low + 8 && i < n; i++)
+                out[j * n + i] = out[i * n + j];
 }
 
 /* The Gram matrices of all groups to (m, n, n) `out`, zeros before, and what they measure to (m, MEASURES) `measures`.
@@ -210,8 +215,12 @@ static void add_symmetric(const double *sums, ptrdiff_t rows, double *out, ptrdi
  */
 static int grams(const Features *x, const Variant *variant, int threads, double *out, double *measures) {
     const ptrdiff_t n = x->samples, rows = (n + variant->tile - 1) / variant->tile * variant->tile;
-    const ptrdiff_t features = x->positions * x->channels, blocks = (features + BLOCK - 1) / BLOCK;
-    const ptrdiff_t items = x->groups * blocks;
+    const ptrdiff_t features = x->positions * x->channels;
+    // Smaller blocks where else there were none for some threads.
+    ptrdiff_t block = BLOCK;
+    while (block > 64 && x->groups * ((features + block - 1) / block) < threads)
+        block /= 2;
+    const ptrdiff_t blocks = (features + block - 1) / block, items = x->groups * blocks;
     const double work = (double)x->groups * n * n * features / 2;
     if (threads > items)
         threads = (int)items;
@@ -238,8 +247,8 @@ static int grams(const Features *x, const Variant *variant, int threads, double 
                 double norm = 0;
                 memset(own->sums, 0, rows * rows * sizeof(double));
                 for (; item < end; item++) {
-                    const ptrdiff_t start = item % blocks * BLOCK, left = features - start;
-                    norm += variant->add_block(x, data, start, left < BLOCK ? left : BLOCK, rows, own);
+                    const ptrdiff_t start = item % blocks * block, left = features - start;
+                    norm += variant->add_block(x, data, start, left < block ? left : block, rows, own);
                 }
                 if (is_shared) {
                     const int edge = edge_groups[0] >= 0;
@@ -247,7 +256,7 @@ static int grams(const Features *x, const Variant *variant, int threads, double 
                     edge_norms[edge] = norm;
                     memcpy(own->edges + edge * rows * rows, own->sums, rows * rows * sizeof(double));
                 } else {
-                    add_symmetric(own->sums, rows, out + group * n * n, n);
+                    add_lower(own->sums, rows, out + group * n * n, n);
                     measures[group * MEASURES] = norm;
                 }
             }
@@ -256,14 +265,16 @@ static int grams(const Features *x, const Variant *variant, int threads, double 
 #pragma omp barrier
             if (turn == self && own)
                 for (int edge = 0; edge < 2 && edge_groups[edge] >= 0; edge++) {
-                    add_symmetric(own->edges + edge * rows * rows, rows, out + edge_groups[edge] * n * n, n);
+                    add_lower(own->edges + edge * rows * rows, rows, out + edge_groups[edge] * n * n, n);
                     measures[edge_groups[edge] * MEASURES] += edge_norms[edge];
                 }
         }
 #pragma omp barrier
 #pragma omp for
-        for (ptrdiff_t group = 0; group < x->groups; group++)
+        for (ptrdiff_t group = 0; group < x->groups; group++) {
+            mirror(out + group * n * n, n);
             measure(out + group * n * n, n, measures[group * MEASURES], measures + group * MEASURES);
+        }
     }
     return !failed;
 }

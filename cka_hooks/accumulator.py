@@ -49,8 +49,10 @@ _STATE: dict[str, Any] = {
     "sums": (None, {str: Tensor}),
     "kept": [Tensor],
 }
-# Numbers of the (layers, minibatches, n, n) stack that are centred at a time: 32 MB.
+# Numbers of the (layers, minibatches, n, n) stack that are centred at a time: 32 MB, and 8 MB on a CPU, whose
+# allocator would ask the system for anew what is larger.
 _CENTRED_AT_A_TIME = 1 << 22
+_CENTRED_AT_A_TIME_ON_CPU = 1 << 20
 
 
 class _Observed(NamedTuple):
@@ -367,18 +369,19 @@ class CKAAccumulator:
         rows = list(grams.values())
         packed: Tensor | None = None
         rest: list[tuple[Tensor, ...]] = []
-        step = max(1, _CENTRED_AT_A_TIME // (m * n * n))
+        at_a_time = _CENTRED_AT_A_TIME_ON_CPU if device.type == "cpu" else _CENTRED_AT_A_TIME
+        step = max(1, at_a_time // (m * n * n))
         for low in range(0, len(rows), step):
             some = rows[low : low + step]
             values = torch.stack([row.values.to(device, non_blocking=True) for row in some])
             spread = torch.stack([row.spread.to(device, non_blocking=True) for row in some])
             size = torch.stack([row.size.to(device, non_blocking=True) for row in some])
             finite = torch.isfinite(values.sum((-2, -1)) + size)
-            values = torch.where(finite[..., None, None], values, 0)
+            bad = ~finite.unsqueeze(-1)
             centred = centre(values, self._estimator)
-            parts = sample_parts(centred, self._estimator)
+            parts = sample_parts(centred, self._estimator).masked_fill_(bad, 0)
             rest.append((spread, size, finite, parts, self._excess(some, finite)))
-            vectors = pack(centred, self._estimator)
+            vectors = pack(centred, self._estimator).masked_fill_(bad, 0)
             if packed is None:
                 packed = vectors if len(some) == len(rows) else vectors.new_empty(len(rows), *vectors.shape[1:])
             if packed is not vectors:

@@ -23,10 +23,10 @@ def centre(grams: Tensor, estimator: Estimator = "unbiased") -> Tensor:
     if estimator == "biased":
         means = grams.mean(-1)
         offset = means - means.mean(-1, keepdim=True) / 2
-        return grams - offset.unsqueeze(-1) - offset.unsqueeze(-2)
+        return (grams - offset.unsqueeze(-1)).sub_(offset.unsqueeze(-2))
     sums = grams.sum(-1) - grams.diagonal(dim1=-2, dim2=-1)
     offset = sums / (n - 2) - sums.sum(-1, keepdim=True) / (2 * (n - 1) * (n - 2))
-    centred = grams - offset.unsqueeze(-1) - offset.unsqueeze(-2)
+    centred = (grams - offset.unsqueeze(-1)).sub_(offset.unsqueeze(-2))
     centred.diagonal(dim1=-2, dim2=-1).zero_()
     return centred
 
@@ -56,8 +56,9 @@ def sample_parts(centred: Tensor, estimator: Estimator = "unbiased") -> Tensor:
     A pair counts for both of its samples, so that a sample on which everything hangs has all of it.
     """
     n = centred.shape[-1]
-    squares = centred.square()
-    parts = 2 * squares.sum(-1) - squares.diagonal(dim1=-2, dim2=-1)
+    # Of each row in one pass, without a matrix of squares.
+    squares = torch.linalg.vector_norm(centred, dim=-1).square()
+    parts = 2 * squares - centred.diagonal(dim1=-2, dim2=-1).square()
     return parts / (n if estimator == "unbiased" else n - 1)
 
 

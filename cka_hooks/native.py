@@ -31,9 +31,16 @@ MAX_SAMPLES = 256
 
 
 def takes(features: Tensor) -> bool:
-    """Whether the functions below can be used for these features."""
+    """Whether the functions below can be used for these features.
+
+    Subclasses of tensors may have no memory of their own to be read.
+    """
     return (
-        bool(VARIANTS) and features.device.type == "cpu" and features.dtype is torch.float32 and features.numel() > 0
+        bool(VARIANTS)
+        and type(features) is Tensor
+        and features.device.type == "cpu"
+        and features.dtype is torch.float32
+        and features.numel() > 0
     )
 
 

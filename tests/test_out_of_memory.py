@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import cka_hooks
-from cka_hooks import gram, memory
+from cka_hooks import gram, memory, native
 
 pytestmark = pytest.mark.filterwarnings("ignore:one sample decides")
 
@@ -113,6 +113,7 @@ def test_in_compare(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(gram, "_plain", plain)
     monkeypatch.setattr(gram, "_shifted", plain)
+    monkeypatch.setattr(native, "grams", plain)
     with pytest.raises(cka_hooks.OutOfMemoryError, match="layer '0'"):
         cka_hooks.compare(net, batches(), progress=False)
     assert not any(module._forward_hooks for module in net.modules())
