@@ -23,7 +23,8 @@ def centre(grams: Tensor, estimator: Estimator = "unbiased") -> Tensor:
     if estimator == "biased":
         means = grams.mean(-1)
         offset = means - means.mean(-1, keepdim=True) / 2
-        return (grams - offset.unsqueeze(-1)).sub_(offset.unsqueeze(-2))
+        centred = grams - offset.unsqueeze(-1)
+        return centred.sub_(offset.unsqueeze(-2))
     sums = grams.sum(-1) - grams.diagonal(dim1=-2, dim2=-1)
     offset = sums / (n - 2) - sums.sum(-1, keepdim=True) / (2 * (n - 1) * (n - 2))
     centred = (grams - offset.unsqueeze(-1)).sub_(offset.unsqueeze(-2))
@@ -58,7 +59,7 @@ def sample_parts(centred: Tensor, estimator: Estimator = "unbiased") -> Tensor:
     n = centred.shape[-1]
     # Of each row in one pass, without a matrix of squares.
     squares = torch.linalg.vector_norm(centred, dim=-1).square()
-    parts = 2 * squares - centred.diagonal(dim1=-2, dim2=-1).square()
+    parts: Tensor = 2 * squares - centred.diagonal(dim1=-2, dim2=-1).square()
     return parts / (n if estimator == "unbiased" else n - 1)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cka_hooks import CKAAccumulator, gram
+from cka_hooks import CKAAccumulator, gram, native
 from cka_hooks.features import memory_order
 from cka_hooks.gram import linear_grams
 from cka_hooks.hsic import centre
@@ -41,16 +41,25 @@ def error(x: Tensor, minibatches: int = 1, estimator: str = "unbiased") -> float
     return float(np.abs(np.nan_to_num(found, nan=9.0) - expected).max())
 
 
-@pytest.fixture(params=["cpu", "accelerator"])
+@pytest.fixture(params=["cpu", "cpu, nothing compiled", "accelerator"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """On an accelerator no value may be looked at: the one path that it takes, taken here."""
     if request.param == "accelerator":
         monkeypatch.setattr(gram, "_can_branch", lambda tensor: False)
+    elif request.param != "cpu":
+        monkeypatch.setattr(native, "VARIANTS", {})
     return str(request.param)
 
 
+@pytest.fixture(params=[True, False], ids=["compiled", "plain"])
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both paths of a CPU."""
+    if not request.param:
+        monkeypatch.setattr(native, "VARIANTS", {})
+
+
 @pytest.mark.parametrize("shared", [0, 1e3, 1e4, 1e5, 1e6])
-@pytest.mark.parametrize("n", [4, 5, 129])
+@pytest.mark.parametrize("n", [4, 5, 129, 300])
 def test_a_large_common_component(n: int, shared: float, path: str) -> None:
     assert error((features(n, 600) + shared).float()) < 1e-5
 
@@ -58,7 +67,7 @@ def test_a_large_common_component(n: int, shared: float, path: str) -> None:
 @pytest.mark.parametrize("factor", [100, 1000])
 @pytest.mark.parametrize("at", [0, 16, 31, 5])
 @pytest.mark.parametrize("shared", [0, 1e3])
-def test_an_outlying_sample(at: int, factor: float, shared: float) -> None:
+def test_an_outlying_sample(at: int, factor: float, shared: float, compiled: None) -> None:
     x = features(32, 2000) + shared
     x[at] = shared + (x[at] - shared) * factor
     assert error(x.float()) < 1e-5
@@ -74,7 +83,7 @@ def test_an_outlying_sample_on_an_accelerator(at: int, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("scale", [1e-20, 1e-12, 1e12, 1e18])
 @pytest.mark.parametrize("shared", [0, 100])
-def test_magnitude(scale: float, shared: float) -> None:
+def test_magnitude(scale: float, shared: float, compiled: None) -> None:
     assert error(((features(32, 300) + shared) * scale).float()) < 1e-5
 
 

@@ -1,0 +1,143 @@
+"""The compiled Gram product and sketch: every variant that runs here, against PyTorch's own in float64."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from test_gram import VIEWS, features, view
+from torch import Tensor
+
+from cka_hooks import native, sketch
+from cka_hooks.features import memory_order
+from cka_hooks.gram import _measured, linear_grams
+from cka_hooks.hsic import centre
+
+BUILT = dict(native._native.variants()) if native._native is not None else {}
+
+
+@pytest.fixture(params=sorted(BUILT) or ["none"])
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if not BUILT:
+        pytest.skip("no compiled code for this processor")
+    monkeypatch.setattr(native, "VARIANTS", {request.param: BUILT[request.param]})
+    return str(request.param)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def centred_error(x: Tensor, minibatches: int) -> float:
+    """Of the centred Gram matrices, relative to the largest entry."""
+    values, _ = native.grams(memory_order(x), minibatches)
+    assert torch.equal(values, values.mT)
+    wide = x.double().reshape(len(x), -1).unflatten(0, (minibatches, -1))
+    wide = wide - wide.mean(1, keepdim=True)
+    expected = wide @ wide.mT
+    return float((centre(values, "biased") - expected).abs().max() / expected.abs().max())
+
+
+def test_it_is_built_where_it_can_be() -> None:
+    """An optional extension that stopped compiling would otherwise only be noticed by its slowness."""
+    if sys.platform != "linux" or platform.machine() != "x86_64" or shutil.which("gcc") is None:
+        pytest.skip("built on Linux on x86-64 only")
+    assert native._native is not None
+
+
+@pytest.mark.parametrize("n", [4, 5, 7, 12, 13, 33, 128])
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 1023, 1024, 1025, 5000])
+def test_every_size_of_tile_and_block(variant: str, n: int, width: int) -> None:
+    assert centred_error((features(n, width) + 5).float(), 1) < 1e-6
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 7])
+@pytest.mark.parametrize(("minibatches", "width"), [(1, 40_000), (2, 9000), (3, 9000), (5, 1500), (9, 300)])
+def test_threads_share_groups_and_blocks(
+    variant: str, number: int, minibatches: int, width: int, threads: None
+) -> None:
+    torch.set_num_threads(number)
+    x = (features(20 * minibatches, width) + 5).float()
+    assert centred_error(x, minibatches) < 1e-6
+    first, again = native.grams(memory_order(x), minibatches), native.grams(memory_order(x), minibatches)
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+
+
+@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_strides(variant: str, name: str, minibatches: int) -> None:
+    assert centred_error(view(name, (features(20, 864) + 3).float().unflatten(1, (24, 6, 6))), minibatches) < 1e-6
+
+
+def test_what_it_measures(variant: str) -> None:
+    x = memory_order((features(48, 3000) + 1).float())
+    values, measures = native.grams(x, 3)
+    grams = linear_grams(x.double(), 3)._replace(values=values)
+    found = torch.tensor(_measured(grams), dtype=torch.float64)
+    # Sizes are of other shifts: good to tell whether samples differ at all.
+    torch.testing.assert_close(measures[:, 2:], found[:, 2:], rtol=1e-12, atol=0)
+    torch.testing.assert_close(measures[:, 0], found[:, 0], rtol=1e-6, atol=0)
+    assert ((measures[:, 1] / found[:, 1]).log2().abs() < 2).all()
+
+
+SHAPES = [(8, 1, 9000), (8, 7, 3000), (8, 100, 150), (8, 3, 2049), (8, 5000, 3), (6, 9000, 1)]
+
+
+@pytest.mark.parametrize("columns", [64, 500])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "every second", "features first"])
+def test_its_sketches_are_those_of_the_plain_path(
+    variant: str, layout: str, shape: tuple[int, int, int], columns: int
+) -> None:
+    x = {
+        "contiguous": lambda: torch.randn(shape),
+        "every second": lambda: torch.randn(*shape, 2)[..., 0],
+        "features first": lambda: torch.randn(shape[::-1]).permute(2, 1, 0),
+    }[layout]()
+    keys = [5, (1 << 63) + 7]
+    found = native.sketch(x, 2, columns, [sketch._signed(key) for key in keys])
+    plain = [sketch._sketch(group, columns, key) for group, key in zip(x.unflatten(0, (2, -1)), keys, strict=True)]
+    assert torch.equal(found, torch.stack(plain, 1))
+
+
+class Wrapped(Tensor):
+    """A tensor whose numbers need not be where its address says."""
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(8, 1, 50, dtype=torch.float64),
+        torch.zeros(8, 1, 50, dtype=torch.bfloat16),
+        torch.zeros(8, 1, 50, device="meta"),
+        torch.zeros(8, 1, 0),
+        torch.zeros(8, 1, 50).as_subclass(Wrapped),
+    ],
+    ids=["float64", "bfloat16", "meta", "empty", "subclass"],
+)
+def test_what_it_leaves_to_pytorch(x: Tensor) -> None:
+    assert not native.takes(x)
+
+
+@pytest.mark.skipif(not BUILT, reason="no compiled code for this processor")
+def test_it_can_be_switched_off() -> None:
+    code = "from cka_hooks import native; print(native.VARIANTS)"
+    for setting, expected in (("0", {}), ("1", BUILT)):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"CKA_HOOKS_NATIVE": setting},
+            check=True,
+        )
+        assert done.stdout.strip() == str(expected)
