@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from cka_hooks.native import VARIANTS
+
 # Versions that can move a number; those that are not installed are left out.
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pytorch-cka", "cka-pytorch", "torch-cka")
 
@@ -17,7 +19,10 @@ PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pytorch-c
 def describe_machine() -> str:
     """Processor, cores, threads, GPU and versions in a few lines."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    lines = [f"{_cpu()}, {cores} cores, torch uses {torch.get_num_threads()} threads"]
+    lines = [
+        f"{_cpu()}, {cores} cores, torch uses {torch.get_num_threads()} threads, "
+        f"compiled products: {next(iter(VARIANTS), 'none')}"
+    ]
     if torch.cuda.is_available():
         lines.append(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
     versions = [f"{package} {version}" for package in PACKAGES if (version := _version(package))]

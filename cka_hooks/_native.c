@@ -117,6 +117,7 @@ static inline __attribute__((always_inline)) double pack(const Features *x, cons
             const float low = a < b ? a : b, high = a < b ? b : a, most = high < c ? high : c;
             common[done + k] = low > most ? low : most;
         }
+#pragma omp simd reduction(+ : squares)
         for (ptrdiff_t k = 0; k < run; k++)
             squares += common[done + k] * common[done + k];
         norm += squares;
