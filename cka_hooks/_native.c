@@ -15,6 +15,7 @@
 #include <Python.h>
 
 #include <immintrin.h>
+#include <math.h>
 #include <omp.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -168,8 +169,8 @@ static int runs_here(int variant) {
                         : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
-/* What gram.py wants to know of each Gram matrix: see `Measured` there. */
-enum { SPREAD, SIZE, WHOLE, OWN, ROWS, TOTAL, TRACE, MEASURES };
+/* What gram.py wants to know of each Gram matrix: `Measured` there, and the norm of what was taken off. */
+enum { SPREAD, SIZE, WHOLE, OWN, ROWS, TOTAL, TRACE, SHIFT, MEASURES };
 
 /* Of one (n, n) Gram matrix of samples from which a vector of squared norm `norm` was taken off. */
 static void measure(const double *values, ptrdiff_t n, double norm, double *found) {
@@ -191,6 +192,7 @@ static void measure(const double *values, ptrdiff_t n, double norm, double *foun
     found[SPREAD] = trace - total / n;
     found[SIZE] = trace + n * norm;
     found[WHOLE] = whole, found[OWN] = own, found[ROWS] = rows, found[TOTAL] = total, found[TRACE] = trace;
+    found[SHIFT] = sqrt(norm);
 }
 
 /* Lower triangle of rows x rows, added to that of n x n. */

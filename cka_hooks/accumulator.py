@@ -287,9 +287,8 @@ class CKAAccumulator:
                 f"{rows.device}, also in smaller pieces. Leave the layer out (layers=), average it over positions "
                 "(features='mean'), take smaller minibatches (minibatch=), or use a smaller batch_size in the loader"
             ) from error
-        values, spread, size, deviation = zip(*parts, strict=True)
-        sketched = None if deviation[0] is None else torch.cat(deviation)
-        return Grams(torch.cat(values), torch.cat(spread), torch.cat(size), sketched)
+        joined: list[Any] = [None if of_one[0] is None else torch.cat(of_one) for of_one in zip(*parts, strict=True)]
+        return Grams(*joined)
 
     def _taken(self, layer: str, rows: Tensor, numbers: Sequence[int]) -> Grams:
         """The Gram matrices of the minibatches with these numbers, by the kernel or from sketches."""
@@ -373,9 +372,9 @@ class CKAAccumulator:
         step = max(1, at_a_time // (m * n * n))
         for low in range(0, len(rows), step):
             some = rows[low : low + step]
-            values = torch.stack([row.values.to(device, non_blocking=True) for row in some])
-            spread = torch.stack([row.spread.to(device, non_blocking=True) for row in some])
-            size = torch.stack([row.size.to(device, non_blocking=True) for row in some])
+            stacked = Grams(*(_stacked(of_one, device) for of_one in zip(*(row[:4] for row in some), strict=True)))
+            values = stacked.values
+            spread, size = stacked.traces()
             finite = torch.isfinite(values.sum((-2, -1)) + size)
             bad = ~finite.unsqueeze(-1)
             centred = centre(values, self._estimator)
@@ -693,6 +692,12 @@ class CKAAccumulator:
                 CKAWarning,
                 stacklevel=4,
             )
+
+
+def _stacked(tensors: Sequence[Tensor | None], device: torch.device) -> Any:
+    """One attribute of several layers' Gram matrices, None where these have none."""
+    there = [tensor.to(device, non_blocking=True) for tensor in tensors if tensor is not None]
+    return torch.stack(there) if there else None
 
 
 def _name(option: Any) -> Any:

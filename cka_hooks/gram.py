@@ -38,17 +38,34 @@ class Grams(NamedTuple):
 
     Attributes:
         values: (m, n, n) kernel values, float64; linear ones up to a shift of all samples by one vector.
-        spread: (m,) trace of the centred linear Gram matrix: sum of squared distances from the mean sample.
-        size: (m,) trace of the linear Gram matrix: sum of squared norms of the samples. Where a common vector was
-            taken off, of the samples shifted plus of the vector: as good to tell whether samples differ at all.
+        shift: (m,) norm of the vector that was taken off all samples, if `values` are linear, else None.
+        spread: (m,) of other kernels: trace of the centred linear Gram matrix, see `traces`.
+        size: (m,) of other kernels: trace of the linear Gram matrix.
         deviation: (m, n, n) of sketched features: half the difference of the two sketches that `values` is the
             mean of; None where `values` are exact.
     """
 
     values: Tensor
-    spread: Tensor
-    size: Tensor
+    shift: Tensor | None = None
+    spread: Tensor | None = None
+    size: Tensor | None = None
     deviation: Tensor | None = None
+
+    def traces(self) -> tuple[Tensor, Tensor]:
+        """(m,) traces of the centred linear Gram matrix and of the linear Gram matrix.
+
+        The first is the sum of squared distances from the mean sample, the second of squared norms of the samples.
+        Where a common vector was taken off, it is of the samples shifted plus of the vector: as good to tell whether
+        samples differ at all. With another dimension in front, of so many layers at once: on an accelerator that
+        saves a handful of launches a layer.
+        """
+        if self.shift is None:
+            assert self.spread is not None
+            assert self.size is not None
+            return self.spread, self.size
+        n = self.values.shape[-1]
+        trace = self.values.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return trace - self.values.sum((-2, -1)) / n, trace + n * self.shift.square()
 
 
 def linear_grams(features: Tensor, minibatches: int = 1) -> Grams:
@@ -59,6 +76,9 @@ def linear_grams(features: Tensor, minibatches: int = 1) -> Grams:
             an activation is as good as a copy, since only the sum over all features counts.
         minibatches: m, the number of groups.
     """
+    if features.dtype.itemsize == 1:
+        # PyTorch computes nothing in floats of one byte, all of which float16 holds.
+        features = features.half()
     grouped = features.unflatten(0, (minibatches, -1))
     width = features.shape[1] * features.shape[2]
     with exact_products(features.device):
@@ -118,8 +138,8 @@ class Measured(NamedTuple):
     """Numbers that tell how precise an (n, n) Gram matrix K is.
 
     Attributes:
-        spread: as in `Grams`.
-        size: as in `Grams`.
+        spread: the first of `Grams.traces`.
+        size: the second one.
         whole: sum of all K_ij^2.
         own: sum of the K_ii^2.
         rows: sum over i of (sum over j other than i of K_ij)^2.
@@ -144,7 +164,7 @@ def _measured(grams: Grams) -> list[Measured]:
     whole, own, rows = (
         torch.linalg.vector_norm(part, dim=-1).square() for part in (values.flatten(1), diagonal, sums - diagonal)
     )
-    found = [grams.spread, grams.size, whole, own, rows, sums.sum(-1), diagonal.sum(-1)]
+    found = [*grams.traces(), whole, own, rows, sums.sum(-1), diagonal.sum(-1)]
     return [Measured(*numbers) for numbers in torch.stack(found, -1).tolist()]
 
 
@@ -184,7 +204,7 @@ def _blocks(features: Tensor, size: int) -> Iterator[Tensor]:
 def _compiled(grouped: Tensor) -> tuple[Grams, list[Measured]]:
     """As `_shifted`, in one pass over the features."""
     values, measures = native.grams(grouped.flatten(0, 1), len(grouped))
-    return Grams(values, measures[:, 0], measures[:, 1]), [Measured(*numbers) for numbers in measures.tolist()]
+    return Grams(values, measures[:, -1]), [Measured(*numbers[:-1]) for numbers in measures.tolist()]
 
 
 def _plain(grouped: Tensor) -> Grams:
@@ -204,42 +224,51 @@ def _plain(grouped: Tensor) -> Grams:
         else:
             for t in range(count):
                 _add_products(values, chunks[:, t : t + 1])
-    return _finished(values, grouped.device)
+    return Grams(_mirrored(values, grouped.device), values.new_zeros(m))
 
 
 def _shifted(grouped: Tensor, dtype: torch.dtype | None = None) -> Grams:
     """K = (X - 1v') (X - 1v')' with v close to the samples' mean, widened to at least float32."""
     m, n, _, _ = grouped.shape
     dtype = dtype or (torch.float64 if grouped.dtype is torch.float64 else torch.float32)
-    values = _zeros(grouped, m, n)
-    shared = values.new_zeros(m)
     # Scratch that stays in the cache of a CPU, or is large enough to keep a GPU busy.
     size = max(CHUNK, memory.scratch(1 << 20 if grouped.device.type == "cpu" else 1 << 24) // (m * n))
     scratch: Tensor | None = None
+    values: Tensor | None = None
+    norms: list[Tensor] = []
     for block in _blocks(grouped, size):
         widened = block.transpose(1, 2)
         if scratch is None or scratch.shape != widened.shape:
             scratch = torch.empty(widened.shape, dtype=dtype, device=block.device)
-        common = _common(block, dtype)
-        if block.dtype == dtype:
-            torch.sub(widened, common, out=scratch)
-        else:
-            scratch.copy_(widened).sub_(common)
-        _add_products(values, scratch)
-        _add(shared, common.square(), (1, 2, 3))
-    return _finished(values, grouped.device, n * shared)
+        common = _common(block).to(dtype)
+        # Widens and subtracts in one.
+        torch.sub(widened, common, out=scratch)
+        values = _add_products(values, scratch)
+        norms.append(_norm(common.flatten(1)))
+    if values is None:
+        values = _zeros(grouped, m, n)
+    shift = norms[0] if len(norms) == 1 else _norm(torch.stack(norms, 1)) if norms else values.new_zeros(m)
+    return Grams(_mirrored(values, grouped.device), shift)
 
 
-def _add_products(values: Tensor, chunks: Tensor) -> None:
-    """Add the products of (m, T, n, c) chunks with their transposes to (m, n, n), lower bands only."""
-    m, count, n, _ = chunks.shape
+def _add_products(values: Tensor | None, chunks: Tensor) -> Tensor:
+    """Add the products of (m, T, n, c) chunks with their transposes to (m, n, n) `values`, lower bands only.
+
+    The first products, where there are no values yet, are the values.
+    """
+    m, _, n, _ = chunks.shape
     batch = chunks.flatten(0, 1)
-    for low, high in _bands(n, batch.device):
-        products = torch.bmm(batch[:, low:high], batch[:, :high].mT)
-        if count > 1:
-            _add(values[:, low:high, :high], products.unflatten(0, (m, -1)), 1)
+    bands = _bands(n, batch.device)
+    if values is None and len(bands) > 1:
+        values = _zeros(chunks, m, n)
+    for low, high in bands:
+        products = _summed(torch.bmm(batch[:, low:high], batch[:, :high].mT).unflatten(0, (m, -1)))
+        if values is None:
+            values = products
         else:
-            values[:, low:high, :high] += products.to(values.device)
+            values[:, low:high, :high] += products
+    assert values is not None
+    return values
 
 
 def _bands(n: int, device: torch.device) -> list[tuple[int, int]]:
@@ -251,29 +280,38 @@ def _bands(n: int, device: torch.device) -> list[tuple[int, int]]:
     return [(n * band // count, n * (band + 1) // count) for band in range(count)]
 
 
-def _finished(values: Tensor, device: torch.device, taken_off: Tensor | float = 0.0) -> Grams:
-    """Lower bands of (m, n, n) made on a device to whole matrices; `taken_off`, the trace of what they lack."""
+def _mirrored(values: Tensor, device: torch.device) -> Tensor:
+    """Lower bands of (m, n, n) made on a device to whole matrices."""
     for low, high in _bands(values.shape[-1], device)[1:]:
         values[:, :low, low:high] = values[:, low:high, :low].mT
-    trace = values.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return Grams(values, trace - values.sum((-2, -1)) / values.shape[-1], trace + taken_off)
+    return values
 
 
-def _common(block: Tensor, dtype: torch.dtype) -> Tensor:
+def _common(block: Tensor) -> Tensor:
     """A vector close to the mean of the samples of (m, n, T, C), as (m, T, 1, C).
 
     The elementwise median of three samples: it costs three rows instead of a pass over the block, and one
     outlying sample among them does not move it.
     """
     n = block.shape[1]
-    a, b, c = (block[:, i].to(dtype) for i in (0, n // 2, n - 1))
-    return torch.maximum(torch.minimum(a, b), torch.minimum(torch.maximum(a, b), c)).unsqueeze(2)
+    a, b, c = (block[:, i] for i in (0, n // 2, n - 1))
+    return torch.clamp(c, torch.minimum(a, b), torch.maximum(a, b)).unsqueeze(2)
 
 
-def _add(total: Tensor, products: Tensor, dims: int | tuple[int, ...]) -> None:
-    """Sum over `dims` into a float64 total, which may lie on another device (float64 is missing on some)."""
-    dtype = total.dtype if total.device == products.device else products.dtype
-    total += products.sum(dims, dtype=dtype).to(total)
+def _summed(products: Tensor) -> Tensor:
+    """(m, T, n, n) summed over T in float64, which may lie on another device (float64 is missing on some)."""
+    device = accumulation_device(products.device)
+    if device != products.device:
+        return products.sum(1).to(device, torch.float64)
+    return products.sum(1, dtype=torch.float64)
+
+
+def _norm(vectors: Tensor) -> Tensor:
+    """(m,) norms of (m, k) vectors, float64."""
+    device = accumulation_device(vectors.device)
+    if device != vectors.device:
+        return torch.linalg.vector_norm(vectors, dim=1).to(device, torch.float64)  # type: ignore[no-any-return]
+    return torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64)  # type: ignore[no-any-return]
 
 
 def _zeros(grouped: Tensor, m: int, n: int) -> Tensor:

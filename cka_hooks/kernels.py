@@ -30,13 +30,14 @@ def rbf(bandwidth: float = 1.0, sigma: float | None = None) -> Kernel:
 
     def grams(features: Tensor, minibatches: int) -> Grams:
         linear = linear_grams(features, minibatches)
+        spread, size = linear.traces()
         norms = linear.values.diagonal(dim1=-2, dim2=-1)
         distances = (norms.unsqueeze(-1) + norms.unsqueeze(-2) - 2 * linear.values).clamp_min_(0)
         if sigma is not None:
-            return linear._replace(values=torch.exp(distances / (-2 * sigma**2)))
+            return Grams(torch.exp(distances / (-2 * sigma**2)), None, spread, size)
         variance = bandwidth**2 * _median(distances)[:, None, None]
         values = torch.exp(distances / (-2 * variance))
-        return linear._replace(values=torch.where(variance > 0, values, (distances == 0).to(values)))
+        return Grams(torch.where(variance > 0, values, (distances == 0).to(values)), None, spread, size)
 
     return grams
 
@@ -64,7 +65,8 @@ def on_raw_features(function: Callable[[Tensor], Tensor]) -> Kernel:
         with exact_products(device):
             values = torch.stack([_checked(function(group), group) for group in rows])
         centred = rows - rows.mean(1, keepdim=True)
-        return Grams(values.to(device, torch.float64), centred.square().sum((1, 2)), rows.square().sum((1, 2)))
+        spread, size = centred.square().sum((1, 2)), rows.square().sum((1, 2))
+        return Grams(values.to(device, torch.float64), None, spread, size)
 
     return grams
 

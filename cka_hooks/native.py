@@ -45,15 +45,18 @@ def takes(features: Tensor) -> bool:
 
 
 def grams(features: Tensor, minibatches: int) -> tuple[Tensor, Tensor]:
-    """Gram matrices (m, n, n) of samples less a common vector, and (m, 7) what `gram.Measured` says of each; float64.
+    """Gram matrices (m, n, n) of samples less a common vector, and (m, 8) what they measure; float64.
 
     Args:
         features: (m * n, P, C) float32 on the CPU, of any strides.
         minibatches: m.
+
+    Returns:
+        The matrices, and of each the numbers of `gram.Measured`, then the norm of the vector that was taken off.
     """
     samples = len(features) // minibatches
     values = torch.zeros(minibatches, samples, samples, dtype=torch.float64)
-    measures = torch.zeros(minibatches, 7, dtype=torch.float64)
+    measures = torch.zeros(minibatches, 8, dtype=torch.float64)
     _native.grams(*_place(features, minibatches), values.data_ptr(), measures.data_ptr(), *_how())
     return values, measures
 

@@ -46,8 +46,11 @@ def sketched_grams(features: Tensor, minibatches: int, columns: int, keys: list[
         grouped = features.unflatten(0, (minibatches, -1))
         sketches = torch.stack([_sketch(group, columns, key) for group, key in zip(grouped, keys, strict=True)], 1)
     both = linear_grams(sketches.flatten(0, 2).unsqueeze(1), _COPIES * minibatches)
-    values, spread, size = (part.unflatten(0, (_COPIES, minibatches)) for part in both[:3])
-    return Grams(values.mean(0), spread.mean(0), size.mean(0), (values[0] - values[1]) / 2)
+    values = both.values.unflatten(0, (_COPIES, minibatches))
+    assert both.shift is not None
+    # The root of the mean of squares: traces are linear in those.
+    shift = torch.linalg.vector_norm(both.shift.unflatten(0, (_COPIES, minibatches)), dim=0) / _COPIES**0.5
+    return Grams(values.mean(0), shift, deviation=(values[0] - values[1]) / 2)
 
 
 def sketch_key(*parts: int | str) -> int:

@@ -189,7 +189,8 @@ class _Side:
         grams = self._kernel(self._rows, 1)
         self._packed = pack(centre(grams.values[0], self._estimator), self._estimator)
         rounding = (16 * torch.finfo(torch.float64).eps) ** 2 * float(grams.values.square().sum())
-        return float(grams.spread), float(grams.size), rounding
+        spread, size = grams.traces()
+        return float(spread), float(size), rounding
 
     @property
     def packed(self) -> Tensor:

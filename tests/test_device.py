@@ -151,6 +151,27 @@ def test_launches_of_a_wide_layer_do_not_grow_with_its_features() -> None:
 
 
 @pytest.mark.usefixtures("pretended")
+@pytest.mark.parametrize(
+    ("dtype", "options", "expected"),
+    [
+        # Three for the common vector, one to take it off, the product, its sum in float64, the vector's norm.
+        (torch.float32, {}, 7),
+        (torch.float32, {"minibatch": 8}, 7),
+        # One more widens the common vector.
+        (torch.bfloat16, {}, 8),
+    ],
+    ids=str,
+)
+def test_launches_of_one_more_layer(dtype: torch.dtype, options: dict[str, Any], expected: int) -> None:
+    def total(layers: int) -> float:
+        with torch.device("cuda"):
+            model = nn.Sequential(*(nn.Linear(16, 16, dtype=dtype) for _ in range(layers)))
+        return layers * launches(model, lambda: torch.randn(32, 16, device="cuda", dtype=dtype), **options)[0]
+
+    assert (total(30) - total(10)) / 20 == expected
+
+
+@pytest.mark.usefixtures("pretended")
 @pytest.mark.parametrize("features", ["mean", "token", "last", lambda x: x.flatten(1)[:, :4]])
 def test_reductions_with_a_mask_do_not_wait(features: Any) -> None:
     class Tokens(nn.Module):

@@ -95,6 +95,13 @@ def test_dtype(dtype: torch.dtype, limit: float, shared: float, path: str) -> No
     assert error((features(32, 5000) * 4 + shared).to(dtype)) < limit
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_floats_of_one_byte(dtype: torch.dtype, path: str) -> None:
+    x = (features(16, 500) * 4 + 20).to(dtype)
+    found, exact = linear_grams(memory_order(x)).values, linear_grams(memory_order(x.double())).values
+    torch.testing.assert_close(centre(found), centre(exact), rtol=0, atol=1e-6 * float(centre(exact).abs().max()))
+
+
 def test_float16_whose_squares_overflow() -> None:
     x = (features(32, 5000) * 1000).half()
     assert x.isfinite().all()
@@ -115,9 +122,10 @@ def test_chunk_boundaries(width: int, minibatches: int, shared: float, path: str
     torch.testing.assert_close(
         centre(grams.values, "biased"), expected, rtol=0, atol=2e-6 * float(expected.abs().max())
     )
-    torch.testing.assert_close(grams.spread, centred.square().sum((1, 2)), rtol=2e-6, atol=0)
+    spread, size = grams.traces()
+    torch.testing.assert_close(spread, centred.square().sum((1, 2)), rtol=2e-6, atol=0)
     # `size` only tells whether samples differ at all: where a vector was taken off it is not exact.
-    assert torch.all((grams.size / wide.square().sum((1, 2))).log2().abs() < 2)
+    assert torch.all((size / wide.square().sum((1, 2))).log2().abs() < 2)
 
 
 def view(name: str, x: Tensor) -> Tensor:
