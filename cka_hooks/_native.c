@@ -24,6 +24,10 @@
 
 /* Features in a block: its sums are float32, sums over blocks float64. A multiple of every vector width below. */
 #define BLOCK 1024
+/* From row to row of a packed block: whole powers of two would all fall into the same few lines of a cache. */
+#define STRIDE (BLOCK + 16)
+/* With more samples, blocks of half as many features: so that the second level of a cache holds one. */
+#define MANY_SAMPLES 256
 /* Multiplications, and features of a sketch, that are worth a further thread. */
 #define PER_THREAD (1 << 20)
 #define SKETCHED_PER_THREAD (1 << 16)
@@ -40,7 +44,7 @@ typedef struct {
 /* Buffers of one thread, kept from call to call: fresh memory would cost more than filling it. */
 typedef struct {
     float *panel, *common;
-    double *sums, *edges;
+    double *sums, *edge;
     uint8_t *signs;
     size_t size, signs_size;
 } Buffers;
@@ -53,12 +57,12 @@ static void *aligned(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 
 static Buffers *take_buffers(ptrdiff_t rows) {
     Buffers *own = &buffers;
     if (own->size < (size_t)rows) {
-        free(own->panel), free(own->common), free(own->sums), free(own->edges);
-        own->panel = aligned(rows * BLOCK * sizeof(float));
+        free(own->panel), free(own->common), free(own->sums), free(own->edge);
+        own->panel = aligned(rows * STRIDE * sizeof(float));
         own->common = aligned(BLOCK * sizeof(float));
         own->sums = aligned(rows * rows * sizeof(double));
-        own->edges = aligned(2 * rows * rows * sizeof(double));
-        own->size = own->panel && own->common && own->sums && own->edges ? rows : 0;
+        own->edge = aligned(rows * rows * sizeof(double));
+        own->size = own->panel && own->common && own->sums && own->edge ? rows : 0;
     }
     return own->size ? own : NULL;
 }
@@ -96,7 +100,7 @@ static inline uint32_t bits_at(const uint8_t *bits, size_t bit) {
 /* Floats of a row of `width` features that products run over: up to a multiple of every vector width. */
 static inline ptrdiff_t padded(ptrdiff_t width) { return (width + 15) / 16 * 16; }
 
-/* The features [start, start + width) of a group, less a common vector, to rows of BLOCK floats with zeros behind them.
+/* The features [start, start + width) of a group, less a common vector, to the rows of the panel with zeros behind them.
  *
  * The common vector is the elementwise median of three samples: near the mean, and one outlier does not move it.
  * Returns its squared norm. Inlined into each variant below, and so compiled for its instructions.
@@ -124,7 +128,7 @@ static inline __attribute__((always_inline)) double pack(const Features *x, cons
         norm += squares;
         for (ptrdiff_t i = 0; i < n; i++) {
             const float *row = from + i * x->sample_stride;
-            float *restrict to = own->panel + i * BLOCK + done;
+            float *restrict to = own->panel + i * STRIDE + done;
             if (step == 1)
                 for (ptrdiff_t k = 0; k < run; k++)
                     to[k] = row[k] - common[done + k];
@@ -135,7 +139,7 @@ static inline __attribute__((always_inline)) double pack(const Features *x, cons
         done += run;
     }
     for (ptrdiff_t i = 0; i < n; i++)
-        memset(own->panel + i * BLOCK + width, 0, (padded(width) - width) * sizeof(float));
+        memset(own->panel + i * STRIDE + width, 0, (padded(width) - width) * sizeof(float));
     return norm;
 }
 
@@ -220,7 +224,7 @@ static int grams(const Features *x, const Variant *variant, int threads, double 
     const ptrdiff_t n = x->samples, rows = (n + variant->tile - 1) / variant->tile * variant->tile;
     const ptrdiff_t features = x->positions * x->channels;
     // Smaller blocks where else there were none for some threads.
-    ptrdiff_t block = BLOCK;
+    ptrdiff_t block = n > MANY_SAMPLES ? BLOCK / 2 : BLOCK;
     while (block > 64 && x->groups * ((features + block - 1) / block) < threads)
         block /= 2;
     const ptrdiff_t blocks = (features + block - 1) / block, items = x->groups * blocks;
@@ -235,14 +239,19 @@ static int grams(const Features *x, const Variant *variant, int threads, double 
         const ptrdiff_t team = omp_get_num_threads(), self = omp_get_thread_num();
         const ptrdiff_t from = items * self / team, to = items * (self + 1) / team;
         Buffers *own = take_buffers(rows);
-        ptrdiff_t edge_groups[2] = {-1, -1};
-        double edge_norms[2] = {0, 0};
+        // The shared groups at both ends of the run: the sums of the first wait in `edge`, those of the last in `sums`.
+        struct {
+            ptrdiff_t group;
+            double norm;
+            const double *sums;
+        } shared[2];
+        int count = 0;
         if (!own) {
 #pragma omp atomic write
             failed = 1;
         } else {
             // Rows that fill up the last tiles.
-            memset(own->panel + n * BLOCK, 0, (rows - n) * BLOCK * sizeof(float));
+            memset(own->panel + n * STRIDE, 0, (rows - n) * STRIDE * sizeof(float));
             for (ptrdiff_t item = from; item < to;) {
                 const ptrdiff_t group = item / blocks, end = (group + 1) * blocks < to ? (group + 1) * blocks : to;
                 const int is_shared = item % blocks != 0 || end != (group + 1) * blocks;
@@ -254,10 +263,11 @@ static int grams(const Features *x, const Variant *variant, int threads, double 
                     norm += variant->add_block(x, data, start, left < block ? left : block, rows, own);
                 }
                 if (is_shared) {
-                    const int edge = edge_groups[0] >= 0;
-                    edge_groups[edge] = group;
-                    edge_norms[edge] = norm;
-                    memcpy(own->edges + edge * rows * rows, own->sums, rows * rows * sizeof(double));
+                    const double *sums = own->sums;
+                    if (item < to)
+                        sums = memcpy(own->edge, own->sums, rows * rows * sizeof(double));
+                    shared[count].group = group, shared[count].norm = norm, shared[count].sums = sums;
+                    count++;
                 } else {
                     add_lower(own->sums, rows, out + group * n * n, n);
                     measures[group * MEASURES] = norm;
@@ -266,10 +276,10 @@ static int grams(const Features *x, const Variant *variant, int threads, double 
         }
         for (ptrdiff_t turn = 0; turn < team; turn++) {
 #pragma omp barrier
-            if (turn == self && own)
-                for (int edge = 0; edge < 2 && edge_groups[edge] >= 0; edge++) {
-                    add_lower(own->edges + edge * rows * rows, rows, out + edge_groups[edge] * n * n, n);
-                    measures[edge_groups[edge] * MEASURES] += edge_norms[edge];
+            if (turn == self)
+                for (int edge = 0; edge < count; edge++) {
+                    add_lower(shared[edge].sums, rows, out + shared[edge].group * n * n, n);
+                    measures[shared[edge].group * MEASURES] += shared[edge].norm;
                 }
         }
 #pragma omp barrier

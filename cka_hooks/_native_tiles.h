@@ -37,9 +37,9 @@ __attribute__((target(TARGET), noinline)) static void JOIN(add_tile, VARIANT)(co
     Vector products[TALL][4] = {{{0}}};
     for (ptrdiff_t k = 0; k < width; k += LANES) {
         Vector left[TALL];
-        _Pragma("GCC unroll 8") for (int i = 0; i < TALL; i++) left[i] = *(const Vector *)(a + i * BLOCK + k);
+        _Pragma("GCC unroll 8") for (int i = 0; i < TALL; i++) left[i] = *(const Vector *)(a + i * STRIDE + k);
         _Pragma("GCC unroll 8") for (int j = 0; j < 4; j++) {
-            const Vector right = *(const Vector *)(b + j * BLOCK + k);
+            const Vector right = *(const Vector *)(b + j * STRIDE + k);
             _Pragma("GCC unroll 8") for (int i = 0; i < TALL; i++) products[i][j] += left[i] * right;
         }
     }
@@ -57,7 +57,7 @@ __attribute__((target(TARGET))) static double JOIN(add_block, VARIANT)(const Fea
     const double norm = pack(x, group, start, width, own);
     for (ptrdiff_t i = 0; i < rows; i += TALL)
         for (ptrdiff_t j = 0; j < i + TALL; j += 4)
-            JOIN(add_tile, VARIANT)(own->panel + i * BLOCK, own->panel + j * BLOCK, padded(width),
+            JOIN(add_tile, VARIANT)(own->panel + i * STRIDE, own->panel + j * STRIDE, padded(width),
                                     own->sums + i * rows + j, rows);
     return norm;
 }

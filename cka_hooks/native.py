@@ -27,7 +27,7 @@ BLOCK = 1024
 # Sketches of a layer: COPIES in _native.c.
 COPIES = 2
 # With more samples to reuse a packed operand for, a product of BLAS is as fast.
-MAX_SAMPLES = 256
+MAX_SAMPLES = 512
 
 
 def takes(features: Tensor) -> bool:

@@ -59,7 +59,7 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("shared", [0, 1e3, 1e4, 1e5, 1e6])
-@pytest.mark.parametrize("n", [4, 5, 129, 300])
+@pytest.mark.parametrize("n", [4, 5, 129, 600])
 def test_a_large_common_component(n: int, shared: float, path: str) -> None:
     assert error((features(n, 600) + shared).float()) < 1e-5
 

@@ -60,6 +60,11 @@ def test_every_size_of_tile_and_block(variant: str, n: int, width: int) -> None:
     assert centred_error((features(n, width) + 5).float(), 1) < 1e-6
 
 
+@pytest.mark.parametrize("width", [5, 512, 513, 3000])
+def test_many_samples(variant: str, width: int) -> None:
+    assert centred_error((features(2 * 301, width) + 5).float(), 2) < 1e-6
+
+
 @pytest.mark.parametrize("number", [1, 2, 3, 7])
 @pytest.mark.parametrize(("minibatches", "width"), [(1, 40_000), (2, 9000), (3, 9000), (5, 1500), (9, 300)])
 def test_threads_share_groups_and_blocks(
