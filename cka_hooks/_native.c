@@ -2,10 +2,10 @@
  *
  * A matrix product packs both of its operands, makes both halves of a symmetric matrix, and accumulates in float32.
  * Here a block of features of all samples is packed once, less a common vector; only tiles on and below the diagonal
- * are made; and each block is added up in float64. Memory is read once, and nothing grows with the number of features.
+ * are made; and each block is added up in float64. Memory is read once, and what is kept does not grow with the features.
  *
- * A sketch adds the features up in a few columns with random signs. The signs are a bit each, made here from a key and
- * not read from memory, and so are those of the same key in sketch.py.
+ * A sketch adds the features up in a few columns with random signs. The signs are a bit each, made here from a key, the
+ * same as those of that key in sketch.py.
  *
  * Built where a C compiler with OpenMP and GCC's vector types is at hand, used on processors with AVX2; see native.py
  * for the callers and gram.py for what runs elsewhere.
@@ -17,6 +17,7 @@
 #include <immintrin.h>
 #include <math.h>
 #include <omp.h>
+#include <pthread.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -28,9 +29,10 @@
 #define STRIDE (BLOCK + 16)
 /* With more samples, blocks of half as many features: so that the second level of a cache holds one. */
 #define MANY_SAMPLES 256
-/* Multiplications, and features of a sketch, that are worth a further thread. */
-#define PER_THREAD (1 << 20)
-#define SKETCHED_PER_THREAD (1 << 16)
+/* Multiplications, and features of a sketch, that are worth all threads. Never some of them: the threads are PyTorch's own,
+ * and a smaller team would end those that it does not need. */
+#define WORTH_THREADS (1 << 21)
+#define WORTH_THREADS_SKETCHED (1 << 17)
 /* Sketches of one layer. */
 #define COPIES 2
 
@@ -41,7 +43,7 @@ typedef struct {
     ptrdiff_t sample_stride, position_stride, channel_stride;
 } Features;
 
-/* Buffers of one thread, kept from call to call: fresh memory would cost more than filling it. */
+/* Buffers of one thread, kept from call to call, since fresh memory would cost more than filling it, and freed with it. */
 typedef struct {
     float *panel, *common;
     double *sums, *edge;
@@ -49,13 +51,28 @@ typedef struct {
     size_t size, signs_size;
 } Buffers;
 
-static _Thread_local Buffers buffers;
+static pthread_key_t buffers_key;
 
 static void *aligned(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
+static void free_buffers(void *buffers) {
+    Buffers *own = buffers;
+    free(own->panel), free(own->common), free(own->sums), free(own->edge), free(own->signs), free(own);
+}
+
+/* NULL when memory runs out. */
+static Buffers *own_buffers(void) {
+    Buffers *own = pthread_getspecific(buffers_key);
+    if (!own && (own = calloc(1, sizeof *own)))
+        pthread_setspecific(buffers_key, own);
+    return own;
+}
+
 /* Buffers for panels of `rows` rows, NULL when memory runs out. */
 static Buffers *take_buffers(ptrdiff_t rows) {
-    Buffers *own = &buffers;
+    Buffers *own = own_buffers();
+    if (!own)
+        return NULL;
     if (own->size < (size_t)rows) {
         free(own->panel), free(own->common), free(own->sums), free(own->edge);
         own->panel = aligned(rows * STRIDE * sizeof(float));
@@ -72,8 +89,10 @@ static Buffers *take_buffers(ptrdiff_t rows) {
  * NULL when memory runs out.
  */
 static const uint8_t *take_signs(uint64_t key, ptrdiff_t features) {
-    Buffers *own = &buffers;
+    Buffers *own = own_buffers();
     const size_t words = COPIES * ((features + 63) / 64), bytes = words * sizeof(uint64_t) + sizeof(uint64_t);
+    if (!own)
+        return NULL;
     if (own->signs_size < bytes) {
         free(own->signs);
         own->signs = aligned(bytes);
@@ -116,7 +135,7 @@ static inline __attribute__((always_inline)) double pack(const Features *x, cons
         const ptrdiff_t left = x->channels - channel, run = left < width - done ? left : width - done;
         const float *from = group + position * x->position_stride + channel * step;
         const float *first = from, *middle = from + n / 2 * x->sample_stride, *last = from + (n - 1) * x->sample_stride;
-        float squares = 0;
+        double squares = 0;
         for (ptrdiff_t k = 0; k < run; k++) {
             const float a = first[k * step], b = middle[k * step], c = last[k * step];
             const float low = a < b ? a : b, high = a < b ? b : a, most = high < c ? high : c;
@@ -124,7 +143,7 @@ static inline __attribute__((always_inline)) double pack(const Features *x, cons
         }
 #pragma omp simd reduction(+ : squares)
         for (ptrdiff_t k = 0; k < run; k++)
-            squares += common[done + k] * common[done + k];
+            squares += (double)common[done + k] * common[done + k];
         norm += squares;
         for (ptrdiff_t i = 0; i < n; i++) {
             const float *row = from + i * x->sample_stride;
@@ -214,38 +233,41 @@ static void mirror(double *out, ptrdiff_t n) {
                 out[j * n + i] = out[i * n + j];
 }
 
+/* What one thread has of a group that it shares with others: `sums` (rows, rows), NULL for nothing. */
+typedef struct {
+    ptrdiff_t group;
+    double norm;
+    const double *sums;
+} Edge;
+
 /* The Gram matrices of all groups to (m, n, n) `out`, zeros before, and what they measure to (m, MEASURES) `measures`.
  *
  * Every thread takes a run of blocks. A group that lies in one thread's run goes to `out` from there; at the ends of a
- * run, where groups are shared, sums are put aside and added in the order of threads, so that results repeat to the bit.
+ * run, where groups are shared, sums are put aside and added in the order of threads, so that results repeat to the bit:
+ * those of the first group of a run in `edge`, those of the last stay in `sums`.
  * Returns 0 when memory ran out.
  */
 static int grams(const Features *x, const Variant *variant, int threads, double *out, double *measures) {
     const ptrdiff_t n = x->samples, rows = (n + variant->tile - 1) / variant->tile * variant->tile;
     const ptrdiff_t features = x->positions * x->channels;
+    if ((double)x->groups * n * n * features / 2 < WORTH_THREADS)
+        threads = 1;
     // Smaller blocks where else there were none for some threads.
     ptrdiff_t block = n > MANY_SAMPLES ? BLOCK / 2 : BLOCK;
     while (block > 64 && x->groups * ((features + block - 1) / block) < threads)
         block /= 2;
     const ptrdiff_t blocks = (features + block - 1) / block, items = x->groups * blocks;
-    const double work = (double)x->groups * n * n * features / 2;
-    if (threads > items)
-        threads = (int)items;
-    if (threads > 1 + work / PER_THREAD)
-        threads = 1 + (int)(work / PER_THREAD);
-    int failed = 0;
+    // Groups at the ends of a thread's run that it shares with others, two for each thread.
+    Edge *edges = calloc(2 * threads, sizeof *edges);
+    int failed = !edges;
+    if (failed)
+        return 0;
 #pragma omp parallel num_threads(threads)
     {
         const ptrdiff_t team = omp_get_num_threads(), self = omp_get_thread_num();
         const ptrdiff_t from = items * self / team, to = items * (self + 1) / team;
         Buffers *own = take_buffers(rows);
-        // The shared groups at both ends of the run: the sums of the first wait in `edge`, those of the last in `sums`.
-        struct {
-            ptrdiff_t group;
-            double norm;
-            const double *sums;
-        } shared[2];
-        int count = 0;
+        Edge *shared = edges + 2 * self;
         if (!own) {
 #pragma omp atomic write
             failed = 1;
@@ -266,29 +288,30 @@ static int grams(const Features *x, const Variant *variant, int threads, double 
                     const double *sums = own->sums;
                     if (item < to)
                         sums = memcpy(own->edge, own->sums, rows * rows * sizeof(double));
-                    shared[count].group = group, shared[count].norm = norm, shared[count].sums = sums;
-                    count++;
+                    *shared++ = (Edge){group, norm, sums};
                 } else {
                     add_lower(own->sums, rows, out + group * n * n, n);
                     measures[group * MEASURES] = norm;
                 }
             }
         }
-        for (ptrdiff_t turn = 0; turn < team; turn++) {
 #pragma omp barrier
-            if (turn == self)
-                for (int edge = 0; edge < count; edge++) {
-                    add_lower(shared[edge].sums, rows, out + shared[edge].group * n * n, n);
-                    measures[shared[edge].group * MEASURES] += shared[edge].norm;
-                }
-        }
-#pragma omp barrier
+#pragma omp for
+        for (ptrdiff_t i = 0; i < n; i++)
+            for (const Edge *edge = edges; edge < edges + 2 * team; edge++)
+                for (ptrdiff_t j = 0; edge->sums && j <= i; j++)
+                    out[(edge->group * n + i) * n + j] += edge->sums[i * rows + j];
+#pragma omp single
+        for (const Edge *edge = edges; edge < edges + 2 * team; edge++)
+            if (edge->sums)
+                measures[edge->group * MEASURES] += edge->norm;
 #pragma omp for
         for (ptrdiff_t group = 0; group < x->groups; group++) {
             mirror(out + group * n * n, n);
             measure(out + group * n * n, n, measures[group * MEASURES], measures + group * MEASURES);
         }
     }
+    free(edges);
     return !failed;
 }
 
@@ -325,11 +348,9 @@ static void sketch_row(const Features *x, const Variant *variant, const float *r
 static int sketch(const Features *x, const Variant *variant, int threads, const uint64_t *keys, ptrdiff_t columns,
                   float *out) {
     const ptrdiff_t features = x->positions * x->channels, items = x->groups * x->samples;
-    const ptrdiff_t bytes_of_copy = (features + 63) / 64 * 8, work = items * features;
-    if (threads > items)
-        threads = (int)items;
-    if (threads > 1 + work / SKETCHED_PER_THREAD)
-        threads = 1 + (int)(work / SKETCHED_PER_THREAD);
+    const ptrdiff_t bytes_of_copy = (features + 63) / 64 * 8;
+    if (items * features < WORTH_THREADS_SKETCHED)
+        threads = 1;
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
@@ -417,4 +438,10 @@ static PyMethodDef methods[] = {
 static struct PyModuleDef module = {
     .m_base = PyModuleDef_HEAD_INIT, .m_name = "_native", .m_size = 0, .m_methods = methods};
 
-PyMODINIT_FUNC PyInit__native(void) { return PyModuleDef_Init(&module); }
+PyMODINIT_FUNC PyInit__native(void) {
+    static int has_key;
+    if (!has_key && pthread_key_create(&buffers_key, free_buffers) != 0)
+        return PyErr_NoMemory();
+    has_key = 1;
+    return PyModuleDef_Init(&module);
+}

@@ -21,6 +21,8 @@ from cka_hooks.precision import accumulation_device, exact_products
 # A more careful product is made where rounding may be more than this much per sample of the U-centred norm
 # (see `_is_precise`). Measured: errors in CKA of untrained torchvision models stay below this.
 NOISE_TOLERANCE = 2e-6
+# The same for rounding that is alike in all entries, as where features repeat: it does not average out over samples.
+ALIKE_TOLERANCE = 5e-6
 # Where the samples' spread is at least this share of their size in a few probed runs of features, the
 # plain product is tried first: it needs no subtraction and no scratch buffer.
 PLAIN_SPREAD = 0.05
@@ -28,7 +30,7 @@ PROBED_RUNS, PROBED_RUN = 16, 64
 # Products of up to this many multiplications cost less than the look.
 CHEAP = 1 << 22
 # Features in one float32 product before the partial sums go on in float64.
-CHUNK = 4096
+CHUNK = 1024
 # Mean squared norms below this came near the end of float32's range, where squares lose their digits.
 TINY = 1e-30
 
@@ -107,7 +109,8 @@ def _on_cpu(grouped: Tensor, width: int) -> Grams:
     # Samples that are equal to within rounding have no signal that a better product could save.
     level = (4 * torch.finfo(dtype).eps) ** 2
     if all(
-        _is_precise(of_one, n, width, chunk) or (of_one.spread <= level * of_one.size and of_one.trace >= n * TINY)
+        _is_precise(of_one, n, width, chunk)
+        or (of_one.spread <= level * of_one.size < math.inf and of_one.trace >= n * TINY)
         for of_one in measured
     ):
         return grams
@@ -181,8 +184,9 @@ def _is_precise(measured: Measured, n: int, width: int, chunk: int) -> bool:
     off_diagonal, off_total = whole - own, total - trace
     centred = off_diagonal - 2 / (n - 2) * rows + off_total * off_total / ((n - 1) * (n - 2))
     growth = math.sqrt(max(off_diagonal, 0.0)) + trace * min(1.0, chunk / max(width, 1)) ** 0.5
-    noise = torch.finfo(torch.float32).eps * growth
-    return noise * noise <= (NOISE_TOLERANCE * n) ** 2 * centred and trace >= n * TINY
+    eps = torch.finfo(torch.float32).eps
+    is_small = (eps * growth) ** 2 <= (NOISE_TOLERANCE * n) ** 2 * centred
+    return is_small and eps**2 * off_diagonal <= ALIKE_TOLERANCE**2 * centred and trace >= n * TINY
 
 
 def _blocks(features: Tensor, size: int) -> Iterator[Tensor]:

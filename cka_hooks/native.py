@@ -33,15 +33,24 @@ MAX_SAMPLES = 512
 def takes(features: Tensor) -> bool:
     """Whether the functions below can be used for these features.
 
-    Subclasses of tensors may have no memory of their own to be read.
+    Subclasses of tensors, and what functions under ``torch.func`` see, may have no memory of their own to be read.
     """
     return (
         bool(VARIANTS)
         and type(features) is Tensor
         and features.device.type == "cpu"
         and features.dtype is torch.float32
+        and features.layout is torch.strided
         and features.numel() > 0
+        and _has_memory(features)
     )
+
+
+def _has_memory(features: Tensor) -> bool:
+    try:
+        return features.data_ptr() != 0
+    except RuntimeError:
+        return False
 
 
 def grams(features: Tensor, minibatches: int) -> tuple[Tensor, Tensor]:
@@ -55,8 +64,8 @@ def grams(features: Tensor, minibatches: int) -> tuple[Tensor, Tensor]:
         The matrices, and of each the numbers of `gram.Measured`, then the norm of the vector that was taken off.
     """
     samples = len(features) // minibatches
-    values = torch.zeros(minibatches, samples, samples, dtype=torch.float64)
-    measures = torch.zeros(minibatches, 8, dtype=torch.float64)
+    values = torch.zeros(minibatches, samples, samples, dtype=torch.float64, device="cpu")
+    measures = torch.zeros(minibatches, 8, dtype=torch.float64, device="cpu")
     _native.grams(*_place(features, minibatches), values.data_ptr(), measures.data_ptr(), *_how())
     return values, measures
 
@@ -70,8 +79,10 @@ def sketch(features: Tensor, minibatches: int, columns: int, keys: Sequence[int]
         columns: k.
         keys: (m,) the bits of unsigned 64-bit keys as int64.
     """
-    sketches = torch.zeros(COPIES, minibatches, len(features) // minibatches, columns)
-    words = torch.tensor(keys, dtype=torch.int64)
+    # C writes here: whatever the user's default dtype and device are.
+    shape = (COPIES, minibatches, len(features) // minibatches, columns)
+    sketches = torch.zeros(shape, dtype=torch.float32, device="cpu")
+    words = torch.tensor(keys, dtype=torch.int64, device="cpu")
     _native.sketch(*_place(features, minibatches), words.data_ptr(), columns, sketches.data_ptr(), *_how())
     return sketches
 

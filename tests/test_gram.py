@@ -64,6 +64,16 @@ def test_a_large_common_component(n: int, shared: float, path: str) -> None:
     assert error((features(n, 600) + shared).float()) < 1e-5
 
 
+@pytest.mark.parametrize("shared", [0, 1, 3, 10])
+@pytest.mark.parametrize("n", [4, 8, 32])
+@pytest.mark.parametrize("width", [1024, 4096, 16384])
+def test_features_that_repeat(width: int, n: int, shared: float, path: str) -> None:
+    """Equal addends round alike: a sum of them is further off than its number of addends tells."""
+    for seed in range(5):
+        x = torch.randn(n, 1, generator=torch.Generator().manual_seed(seed)) + shared
+        assert error(x.repeat(1, width)) < 1e-5
+
+
 @pytest.mark.parametrize("factor", [100, 1000])
 @pytest.mark.parametrize("at", [0, 16, 31, 5])
 @pytest.mark.parametrize("shared", [0, 1e3])
@@ -81,10 +91,11 @@ def test_an_outlying_sample_on_an_accelerator(at: int, monkeypatch: pytest.Monke
     assert error(x.float()) < 1e-5
 
 
-@pytest.mark.parametrize("scale", [1e-20, 1e-12, 1e12, 1e18])
-@pytest.mark.parametrize("shared", [0, 100])
+@pytest.mark.parametrize("scale", [1e-20, 1e-12, 1e12, 1e16, 1e18])
+@pytest.mark.parametrize("shared", [0, 100, 1000])
 def test_magnitude(scale: float, shared: float, compiled: None) -> None:
-    assert error(((features(32, 300) + shared) * scale).float()) < 1e-5
+    for width in (300, 5000):
+        assert error(((features(32, width) + shared) * scale).float()) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -213,9 +224,11 @@ def test_no_features_is_degenerate() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("at", [0, 4096, 9999])
-def test_a_number_that_is_not_finite_shows(bad: float, at: int, path: str) -> None:
+@pytest.mark.parametrize("sample", [0, 3, 4, 7])
+def test_a_number_that_is_not_finite_shows(bad: float, sample: int, at: int, path: str) -> None:
+    """Also in one of the samples 0, 4 and 7, of which the common vector is made."""
     x = features(8, 10_000).float()
-    x[3, at] = bad
+    x[sample, at] = bad
     assert not torch.isfinite(linear_grams(memory_order(x)).values.sum())
 
 
