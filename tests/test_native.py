@@ -212,7 +212,7 @@ def test_threads_that_end_leave_no_memory_behind() -> None:
         capture_output=True,
         text=True,
         check=True,
-        env=os.environ | {"OMP_WAIT_POLICY": "passive"},
+        env=os.environ | {"OMP_WAIT_POLICY": "passive", "CKA_HOOKS_NATIVE": "1"},
     )
     assert float(done.stdout) < 60
 
