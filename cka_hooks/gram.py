@@ -21,8 +21,9 @@ from cka_hooks.precision import accumulation_device, exact_products
 # A more careful product is made where rounding may be more than this much per sample of the U-centred norm
 # (see `_is_precise`). Measured: errors in CKA of untrained torchvision models stay below this.
 NOISE_TOLERANCE = 2e-6
-# The same for rounding that is alike in all entries, as where features repeat: it does not average out over samples.
-ALIKE_TOLERANCE = 5e-6
+# A plain product is not taken where it is more than this many times the U-centred norm: sums of features that repeat
+# round alike, which does not average out over samples.
+PLAIN_SHARED = 40
 # Where the samples' spread is at least this share of their size in a few probed runs of features, the
 # plain product is tried first: it needs no subtraction and no scratch buffer.
 PLAIN_SPREAD = 0.05
@@ -100,7 +101,7 @@ def _on_cpu(grouped: Tensor, width: int) -> Grams:
         cheap = grouped.numel() * n <= CHEAP
         if dtype in (torch.float32, torch.float64) and (cheap or _looks_spread(grouped)):
             grams = _plain(grouped)
-            if all(_is_precise(of_one, n, width, chunk) for of_one in _measured(grams)):
+            if all(_is_precise(of_one, n, width, chunk, PLAIN_SHARED) for of_one in _measured(grams)):
                 return grams
         grams = _shifted(grouped)
         if dtype is torch.float64:
@@ -171,13 +172,13 @@ def _measured(grams: Grams) -> list[Measured]:
     return [Measured(*numbers) for numbers in torch.stack(found, -1).tolist()]
 
 
-def _is_precise(measured: Measured, n: int, width: int, chunk: int) -> bool:
+def _is_precise(measured: Measured, n: int, width: int, chunk: int, shared: float = math.inf) -> bool:
     """Whether float32 rounding in a Gram matrix of `width` features is below what 1e-5 in CKA allows.
 
     `chunk` features were added up in float32 at a time. Rounding while a sum grows is relative to what it has grown
     to: to K_ij where products have one sign, and to a part of |x_i| |x_j| that falls with the number of chunks where
     they do not. What counts is this against the norm of the U-centred matrix: a shared component, an outlying sample
-    and overflow all show there.
+    and overflow all show there. It also has to be at most `shared` times that norm.
     """
     _, _, whole, own, rows, total, trace = measured
     # |U-centred|^2 = |K|^2 - 2/(n-2) |K1|^2 + (1'K1)^2 / ((n-1)(n-2)), zero diagonal (Székely & Rizzo 2014).
@@ -186,7 +187,7 @@ def _is_precise(measured: Measured, n: int, width: int, chunk: int) -> bool:
     growth = math.sqrt(max(off_diagonal, 0.0)) + trace * min(1.0, chunk / max(width, 1)) ** 0.5
     eps = torch.finfo(torch.float32).eps
     is_small = (eps * growth) ** 2 <= (NOISE_TOLERANCE * n) ** 2 * centred
-    return is_small and eps**2 * off_diagonal <= ALIKE_TOLERANCE**2 * centred and trace >= n * TINY
+    return is_small and (shared == math.inf or off_diagonal <= shared**2 * centred) and trace >= n * TINY
 
 
 def _blocks(features: Tensor, size: int) -> Iterator[Tensor]:
@@ -245,8 +246,12 @@ def _shifted(grouped: Tensor, dtype: torch.dtype | None = None) -> Grams:
         if scratch is None or scratch.shape != widened.shape:
             scratch = torch.empty(widened.shape, dtype=dtype, device=block.device)
         common = _common(block).to(dtype)
-        # Widens and subtracts in one.
-        torch.sub(widened, common, out=scratch)
+        if block.dtype == dtype or block.device.type != "cpu":
+            # Widens and subtracts in one launch.
+            torch.sub(widened, common, out=scratch)
+        else:
+            # A CPU would widen a copy first.
+            scratch.copy_(widened).sub_(common)
         values = _add_products(values, scratch)
         norms.append(_norm(common.flatten(1)))
     if values is None:

@@ -55,3 +55,25 @@ def test_resnet50_at_224_pixels() -> None:
     layers, _, above = measured("resnet50", 224, 64)
     assert layers > 150
     assert above < 150
+
+
+CAREFUL = """
+import resource, torch
+from cka_hooks import gram
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+
+torch.set_num_threads(1)
+x = torch.randn(1, 32, 1, 800_000)
+gram._shifted(x[..., :5000], torch.float64)
+before = peak()
+gram._shifted(x, torch.float64)
+print(peak() - before)
+"""
+
+
+def test_the_most_careful_product_widens_a_piece_at_a_time() -> None:
+    """The layer is 102 MB, and widened it would be 205."""
+    done = subprocess.run([sys.executable, "-c", CAREFUL], capture_output=True, text=True, timeout=300, check=True)
+    assert float(done.stdout) < 40
