@@ -218,11 +218,10 @@ static void measure(const double *values, ptrdiff_t n, double norm, double *foun
     found[SHIFT] = sqrt(norm);
 }
 
-/* Lower triangle of rows x rows, added to that of n x n. */
-static void add_lower(const double *sums, ptrdiff_t rows, double *out, ptrdiff_t n) {
-    for (ptrdiff_t i = 0; i < n; i++)
-        for (ptrdiff_t j = 0; j <= i; j++)
-            out[i * n + j] += sums[i * rows + j];
+/* Row i of the lower triangle of rows x rows, added to that of n x n. */
+static void add_row(const double *sums, ptrdiff_t rows, double *out, ptrdiff_t n, ptrdiff_t i) {
+    for (ptrdiff_t j = 0; j <= i; j++)
+        out[i * n + j] += sums[i * rows + j];
 }
 
 /* The upper triangle of n x n from the lower one, a cache line's worth of columns at a time. */
@@ -259,9 +258,11 @@ static int grams(const Features *x, const Variant *variant, int threads, double 
     const ptrdiff_t blocks = (features + block - 1) / block, items = x->groups * blocks;
     // Groups at the ends of a thread's run that it shares with others, two for each thread.
     Edge *edges = calloc(2 * threads, sizeof *edges);
-    int failed = !edges;
-    if (failed)
+    if (!edges)
         return 0;
+    // Squared norms, until `measure` takes their roots in place.
+    double *norms = measures + SHIFT;
+    int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
         const ptrdiff_t team = omp_get_num_threads(), self = omp_get_thread_num();
@@ -290,8 +291,9 @@ static int grams(const Features *x, const Variant *variant, int threads, double 
                         sums = memcpy(own->edge, own->sums, rows * rows * sizeof(double));
                     *shared++ = (Edge){group, norm, sums};
                 } else {
-                    add_lower(own->sums, rows, out + group * n * n, n);
-                    measures[group * MEASURES] = norm;
+                    for (ptrdiff_t i = 0; i < n; i++)
+                        add_row(own->sums, rows, out + group * n * n, n, i);
+                    norms[group * MEASURES] = norm;
                 }
             }
         }
@@ -299,16 +301,16 @@ static int grams(const Features *x, const Variant *variant, int threads, double 
 #pragma omp for
         for (ptrdiff_t i = 0; i < n; i++)
             for (const Edge *edge = edges; edge < edges + 2 * team; edge++)
-                for (ptrdiff_t j = 0; edge->sums && j <= i; j++)
-                    out[(edge->group * n + i) * n + j] += edge->sums[i * rows + j];
+                if (edge->sums)
+                    add_row(edge->sums, rows, out + edge->group * n * n, n, i);
 #pragma omp single
         for (const Edge *edge = edges; edge < edges + 2 * team; edge++)
             if (edge->sums)
-                measures[edge->group * MEASURES] += edge->norm;
+                norms[edge->group * MEASURES] += edge->norm;
 #pragma omp for
         for (ptrdiff_t group = 0; group < x->groups; group++) {
             mirror(out + group * n * n, n);
-            measure(out + group * n * n, n, measures[group * MEASURES], measures + group * MEASURES);
+            measure(out + group * n * n, n, norms[group * MEASURES], measures + group * MEASURES);
         }
     }
     free(edges);

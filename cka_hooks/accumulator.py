@@ -372,6 +372,7 @@ class CKAAccumulator:
         step = max(1, at_a_time // (m * n * n))
         for low in range(0, len(rows), step):
             some = rows[low : low + step]
+            # All but the deviations, which `_excess` takes from the rows that have one.
             stacked = Grams(*(_stacked(of_one, device) for of_one in zip(*(row[:4] for row in some), strict=True)))
             values = stacked.values
             spread, size = stacked.traces()

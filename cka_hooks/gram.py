@@ -83,16 +83,15 @@ def linear_grams(features: Tensor, minibatches: int = 1) -> Grams:
         # PyTorch computes nothing in floats of one byte, all of which float16 holds.
         features = features.half()
     grouped = features.unflatten(0, (minibatches, -1))
-    width = features.shape[1] * features.shape[2]
     with exact_products(features.device):
         if not _can_branch(features):
             return _shifted(grouped)
-        return _on_cpu(grouped, width)
+        return _on_cpu(grouped)
 
 
-def _on_cpu(grouped: Tensor, width: int) -> Grams:
+def _on_cpu(grouped: Tensor) -> Grams:
     """The cheapest product first, a more careful one where the Gram matrix shows that rounding may matter."""
-    dtype, n = grouped.dtype, grouped.shape[1]
+    dtype, n, width = grouped.dtype, grouped.shape[1], grouped.shape[2:].numel()
     if native.takes(grouped) and n <= native.MAX_SAMPLES:
         grams, measured = _compiled(grouped)
         chunk = native.BLOCK
