@@ -21,17 +21,19 @@ from cka_hooks.precision import accumulation_device, exact_products
 # A more careful product is made where rounding may be more than this much per sample of the U-centred norm
 # (see `_is_precise`). Measured: errors in CKA of untrained torchvision models stay below this.
 NOISE_TOLERANCE = 2e-6
-# A plain product is not taken where it is more than this many times the U-centred norm: sums of features that repeat
-# round alike, which does not average out over samples.
-PLAIN_SHARED = 40
+# A plain product is not taken where it is more than this many times the U-centred norm, times the root of n(n-3):
+# sums of features that repeat round alike, which averages out over pairs of samples only. How far off they are
+# depends on BLAS, up to 4e-6 in those measured.
+PLAIN_SHARED = 0.75
 # Where the samples' spread is at least this share of their size in a few probed runs of features, the
 # plain product is tried first: it needs no subtraction and no scratch buffer.
 PLAIN_SPREAD = 0.05
 PROBED_RUNS, PROBED_RUN = 16, 64
 # Products of up to this many multiplications cost less than the look.
 CHEAP = 1 << 22
-# Features in one float32 product before the partial sums go on in float64.
-CHUNK = 1024
+# Features in one float32 product before the partial sums go on in float64: fewer where rounding has few pairs of
+# samples to average out over.
+CHUNK, CHUNK_OF_FEW, FEW_SAMPLES = 1024, 256, 32
 # Mean squared norms below this came near the end of float32's range, where squares lose their digits.
 TINY = 1e-30
 
@@ -96,7 +98,7 @@ def _on_cpu(grouped: Tensor) -> Grams:
         grams, measured = _compiled(grouped)
         chunk = native.BLOCK
     else:
-        chunk = CHUNK
+        chunk = _chunk(n)
         cheap = grouped.numel() * n <= CHEAP
         if dtype in (torch.float32, torch.float64) and (cheap or _looks_spread(grouped)):
             grams = _plain(grouped)
@@ -177,7 +179,7 @@ def _is_precise(measured: Measured, n: int, width: int, chunk: int, shared: floa
     `chunk` features were added up in float32 at a time. Rounding while a sum grows is relative to what it has grown
     to: to K_ij where products have one sign, and to a part of |x_i| |x_j| that falls with the number of chunks where
     they do not. What counts is this against the norm of the U-centred matrix: a shared component, an outlying sample
-    and overflow all show there. It also has to be at most `shared` times that norm.
+    and overflow all show there. What it may be at most is `shared` times that norm and the root of its n(n-3).
     """
     _, _, whole, own, rows, total, trace = measured
     # |U-centred|^2 = |K|^2 - 2/(n-2) |K1|^2 + (1'K1)^2 / ((n-1)(n-2)), zero diagonal (Székely & Rizzo 2014).
@@ -186,17 +188,23 @@ def _is_precise(measured: Measured, n: int, width: int, chunk: int, shared: floa
     growth = math.sqrt(max(off_diagonal, 0.0)) + trace * min(1.0, chunk / max(width, 1)) ** 0.5
     eps = torch.finfo(torch.float32).eps
     is_small = (eps * growth) ** 2 <= (NOISE_TOLERANCE * n) ** 2 * centred
-    return is_small and (shared == math.inf or off_diagonal <= shared**2 * centred) and trace >= n * TINY
+    is_bounded = shared == math.inf or off_diagonal <= shared**2 * n * (n - 3) * centred
+    return is_small and is_bounded and trace >= n * TINY
+
+
+def _chunk(n: int) -> int:
+    return CHUNK if n >= FEW_SAMPLES else CHUNK_OF_FEW
 
 
 def _blocks(features: Tensor, size: int) -> Iterator[Tensor]:
-    """Cut (m, n, P, C) into views (m, n, T, c) of at most `size` features, c at most CHUNK."""
-    _, _, positions, channels = features.shape
-    if channels > CHUNK:
-        whole = channels - channels % CHUNK
+    """Cut (m, n, P, C) into views (m, n, T, c) of at most `size` features, c at most a chunk."""
+    _, n, positions, channels = features.shape
+    chunk = _chunk(n)
+    if channels > chunk:
+        whole = channels - channels % chunk
         for p in range(positions):
             if whole:
-                yield from _blocks(features[:, :, p, :whole].unflatten(-1, (-1, CHUNK)), size)
+                yield from _blocks(features[:, :, p, :whole].unflatten(-1, (-1, chunk)), size)
             if whole < channels:
                 yield features[:, :, p : p + 1, whole:]
         return
@@ -216,7 +224,7 @@ def _plain(grouped: Tensor) -> Grams:
     m, n, _, _ = grouped.shape
     values = _zeros(grouped, m, n)
     # Products of T chunks are T matrices before they are added: bounded to 8 MB.
-    for block in _blocks(grouped, CHUNK * max(1, (1 << 21) // (n * n))):
+    for block in _blocks(grouped, _chunk(n) * max(1, (1 << 21) // (n * n))):
         chunks = block.transpose(1, 2)
         count = chunks.shape[1]
         # One batched product takes either all minibatches or all chunks: no stride leads through both.
@@ -236,7 +244,7 @@ def _shifted(grouped: Tensor, dtype: torch.dtype | None = None) -> Grams:
     m, n, _, _ = grouped.shape
     dtype = dtype or (torch.float64 if grouped.dtype is torch.float64 else torch.float32)
     # Scratch that stays in the cache of a CPU, or is large enough to keep a GPU busy.
-    size = max(CHUNK, memory.scratch(1 << 20 if grouped.device.type == "cpu" else 1 << 24) // (m * n))
+    size = max(_chunk(n), memory.scratch(1 << 20 if grouped.device.type == "cpu" else 1 << 24) // (m * n))
     scratch: Tensor | None = None
     values: Tensor | None = None
     norms: list[Tensor] = []

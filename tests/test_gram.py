@@ -74,6 +74,29 @@ def test_features_that_repeat(width: int, n: int, shared: float, path: str) -> N
         assert error(x.repeat(1, width)) < 1e-5
 
 
+@pytest.mark.parametrize("path", ["cpu, nothing compiled", "accelerator"], indirect=True)
+@pytest.mark.parametrize("n", [4, 5, 8, 32, 64])
+def test_features_that_repeat_where_products_are_summed_one_by_one(
+    n: int, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How far a product is off is up to BLAS. The worst adds each feature to one sum, and rounds it."""
+    multiply = torch.bmm
+
+    def one_by_one(a: Tensor, b: Tensor, **out: Tensor) -> Tensor:
+        if a.dtype is torch.float64:
+            return multiply(a, b, **out)
+        a, b, total = a.double(), b.double(), torch.zeros(a.shape[0], a.shape[1], b.shape[2])
+        for k in range(a.shape[2]):
+            total = (total.double() + a[:, :, k, None] * b[:, k, None]).float()
+        return total
+
+    monkeypatch.setattr(torch, "bmm", one_by_one)
+    for seed in range(3):
+        for shared in (0, 1, 3, 6):
+            x = torch.randn(n, 1, generator=torch.Generator().manual_seed(seed)) + shared
+            assert error(x.repeat(1, 1024)) < 1e-5
+
+
 @pytest.mark.parametrize("factor", [100, 1000])
 @pytest.mark.parametrize("at", [0, 16, 31, 5])
 @pytest.mark.parametrize("shared", [0, 1e3])
