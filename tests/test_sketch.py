@@ -100,7 +100,7 @@ def test_minibatches_of_one_batch_have_signs_of_their_own() -> None:
     halves = [{k: x[part] for k, x in layers.items()} for layers in data for part in (slice(16), slice(16, 32))]
     whole = result_of(data, sketch=64, minibatch=16, keep_minibatches=True)
     apart = result_of(halves, sketch=64, keep_minibatches=True)
-    torch.testing.assert_close(whole.minibatch_hsic, apart.minibatch_hsic, rtol=1e-9, atol=0)
+    torch.testing.assert_close(whole.minibatch_hsic, apart.minibatch_hsic, rtol=1e-5, atol=0)
 
 
 def test_samples_that_do_not_differ_are_degenerate_in_a_sketch_too() -> None:
