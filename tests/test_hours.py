@@ -41,8 +41,9 @@ def test_many_minibatches(minibatches: int) -> None:
         tracemalloc.stop()
     assert result.minibatches == minibatches
     assert result.samples == minibatches * SIZE
-    # Python objects: nothing grows with the number of minibatches. The process: neither.
-    assert max(python[1:]) - python[1] < 20_000, python
+    # Python objects: nothing grows with the number of minibatches, but for up to 35 kB that tracemalloc comes to
+    # ascribe to shapes of tensors, in plain PyTorch too. The process: neither.
+    assert max(python[1:]) - python[1] < 50_000, python
     assert resident[-1] - resident[1] < 4_000, resident
 
     generator.manual_seed(1)
