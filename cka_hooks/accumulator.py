@@ -23,6 +23,7 @@ from cka_hooks.errors import (
     TooFewSamplesError,
 )
 from cka_hooks.features import Reduction, check_reduction, feature_rows
+from cka_hooks.gradients import without_gradients
 from cka_hooks.gram import Grams
 from cka_hooks.hsic import MIN_SAMPLES, Estimator, all_pairs, centre, pack, sample_parts
 from cka_hooks.kernels import as_kernel
@@ -242,9 +243,9 @@ class CKAAccumulator:
                 f"layer {layer!r} was observed twice in one minibatch: call step() after each forward pass, "
                 "or discard() where one broke off"
             )
-        with torch.inference_mode(False), torch.no_grad():
+        with without_gradients():
             rows = feature_rows(activation.detach(), self._features)
-            samples = len(rows)
+            samples = rows.shape[0]
             for other, observed in self._pending.items():
                 if observed.samples != samples:
                     raise SampleCountError(
@@ -317,7 +318,7 @@ class CKAAccumulator:
         first = next(iter(pending.values()))
         counted = sum(grams.values.shape[0] * grams.values.shape[1] for grams in first.grams)
         try:
-            with torch.inference_mode(False), torch.no_grad():
+            with without_gradients():
                 groups = [
                     self._centred({layer: observed.grams[group] for layer, observed in pending.items()})
                     for group in range(len(first.grams))

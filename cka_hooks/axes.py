@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -207,10 +208,17 @@ class ChannelDimension:
 
 def layout_of(module: nn.Module) -> Layout | None:
     """Where a module's output has its channels, None for modules that keep them where they are."""
-    if {cls.__name__ for cls in type(module).__mro__} & _CHANNELS_FIRST_NAMES or isinstance(module, _CHANNELS_FIRST):
+    kind: type = type(module)
+    return _layout_of_class(kind)
+
+
+# Hooks ask this in every forward pass.
+@lru_cache(maxsize=1024)
+def _layout_of_class(kind: type) -> Layout | None:
+    if {cls.__name__ for cls in kind.__mro__} & _CHANNELS_FIRST_NAMES or issubclass(kind, _CHANNELS_FIRST):
         return "first"
     # GPT-2's Conv1D is a linear layer.
-    if isinstance(module, _CHANNELS_LAST) or type(module).__name__ == "Conv1D":
+    if issubclass(kind, _CHANNELS_LAST) or kind.__name__ == "Conv1D":
         return "last"
     return None
 

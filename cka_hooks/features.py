@@ -158,4 +158,5 @@ def memory_order(activation: Tensor) -> Tensor:
     while start > 0 and (sizes[start - 1] == 1 or strides[start - 1] == run):
         start -= 1
         run *= sizes[start]
-    return ordered.reshape(len(ordered), -1, run) if run else ordered.reshape(len(ordered), 1, 0)
+    samples = activation.shape[0]
+    return ordered.reshape(samples, -1, run) if run else ordered.reshape(samples, 1, 0)

@@ -84,7 +84,8 @@ def linear_grams(features: Tensor, minibatches: int = 1) -> Grams:
     if features.dtype.itemsize == 1:
         # PyTorch computes nothing in floats of one byte, all of which float16 holds.
         features = features.half()
-    grouped = features.unflatten(0, (minibatches, -1))
+    rows, positions, channels = features.shape
+    grouped = features.view(minibatches, rows // minibatches, positions, channels)
     with exact_products(features.device):
         if not _can_branch(features):
             return _shifted(grouped)
@@ -215,7 +216,7 @@ def _blocks(features: Tensor, size: int) -> Iterator[Tensor]:
 
 def _compiled(grouped: Tensor) -> tuple[Grams, list[Measured]]:
     """As `_shifted`, in one pass over the features."""
-    values, measures = native.grams(grouped.flatten(0, 1), len(grouped))
+    values, measures = native.grams(grouped.flatten(0, 1), grouped.shape[0])
     return Grams(values, measures[:, -1]), [Measured(*numbers[:-1]) for numbers in measures.tolist()]
 
 
@@ -272,13 +273,14 @@ def _add_products(values: Tensor | None, chunks: Tensor) -> Tensor:
 
     The first products, where there are no values yet, are the values.
     """
-    m, _, n, _ = chunks.shape
+    m, count, n, _ = chunks.shape
     batch = chunks.flatten(0, 1)
     bands = _bands(n, batch.device)
     if values is None and len(bands) > 1:
         values = _zeros(chunks, m, n)
     for low, high in bands:
-        products = _summed(torch.bmm(batch[:, low:high], batch[:, :high].mT).unflatten(0, (m, -1)))
+        products = torch.bmm(batch[:, low:high], batch[:, :high].mT)
+        products = _summed(products.view(m, count, high - low, high))
         if values is None:
             values = products
         else:
@@ -310,7 +312,7 @@ def _common(block: Tensor) -> Tensor:
     outlying sample among them does not move it.
     """
     n = block.shape[1]
-    a, b, c = (block[:, i] for i in (0, n // 2, n - 1))
+    a, b, c = (block.select(1, i) for i in (0, n // 2, n - 1))
     return torch.clamp(c, torch.minimum(a, b), torch.maximum(a, b)).unsqueeze(2)
 
 

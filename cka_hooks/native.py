@@ -63,7 +63,7 @@ def grams(features: Tensor, minibatches: int) -> tuple[Tensor, Tensor]:
     Returns:
         The matrices, and of each the numbers of `gram.Measured`, then the norm of the vector that was taken off.
     """
-    samples = len(features) // minibatches
+    samples = features.shape[0] // minibatches
     values = torch.zeros(minibatches, samples, samples, dtype=torch.float64, device="cpu")
     measures = torch.zeros(minibatches, 8, dtype=torch.float64, device="cpu")
     _native.grams(*_place(features, minibatches), values.data_ptr(), measures.data_ptr(), *_how())
@@ -80,7 +80,7 @@ def sketch(features: Tensor, minibatches: int, columns: int, keys: Sequence[int]
         keys: (m,) the bits of unsigned 64-bit keys as int64.
     """
     # C writes here: whatever the user's default dtype and device are.
-    shape = (COPIES, minibatches, len(features) // minibatches, columns)
+    shape = (COPIES, minibatches, features.shape[0] // minibatches, columns)
     sketches = torch.zeros(shape, dtype=torch.float32, device="cpu")
     words = torch.tensor(keys, dtype=torch.int64, device="cpu")
     _native.sketch(*_place(features, minibatches), words.data_ptr(), columns, sketches.data_ptr(), *_how())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -16,21 +16,25 @@ def accumulation_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type in _WITHOUT_FLOAT64 else device
 
 
-@contextmanager
-def exact_products(device: torch.device) -> Iterator[None]:
+def exact_products(device: torch.device) -> AbstractContextManager[None]:
     """Products in the dtype they are written in: no autocast, no TF32, no bfloat16 inside float32.
 
     A user's autocast region or ``torch.set_float32_matmul_precision("medium")`` holds inside a hook too.
     """
+    if torch.get_float32_matmul_precision() == "highest" and not _in_autocast(device):
+        return nullcontext()
+    return _exact_products(device)
+
+
+@contextmanager
+def _exact_products(device: torch.device) -> Iterator[None]:
     precision = torch.get_float32_matmul_precision()
-    if precision != "highest":
-        torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device.type, enabled=False) if _in_autocast(device) else nullcontext():
             yield
     finally:
-        if precision != "highest":
-            torch.set_float32_matmul_precision(precision)
+        torch.set_float32_matmul_precision(precision)
 
 
 def _in_autocast(device: torch.device) -> bool:

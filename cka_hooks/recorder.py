@@ -22,6 +22,7 @@ from cka_hooks import axes, batches, outputs
 from cka_hooks.describe import Description, described
 from cka_hooks.errors import CKAWarning, LayerError
 from cka_hooks.features import Reduction, check_reduction, feature_rows
+from cka_hooks.gradients import without_gradients
 from cka_hooks.layers import (
     ROOT,
     Layers,
@@ -65,8 +66,6 @@ class LayerRecorder:
     Attributes:
         only_in_passes: record nothing outside of :meth:`forward_pass`, so that of several recorders on one module
             each sees the passes that were made for it.
-
-    Attributes:
         shapes: label -> the shape of one sample, (...) of (n, ...), when the layer was first recorded.
 
     Raises:
@@ -100,6 +99,7 @@ class LayerRecorder:
         self._forward = forward
         self._by_default = layers is None
         self._selections: dict[int, list[Selection]] = defaultdict(list)
+        self._chosen_before: dict[tuple[int, int, bool], dict[str, Selection]] = {}
         for selection in select_layers(model, layers):
             self._selections[id(selection.module)].append(selection)
         names = named_layers(model)
@@ -246,12 +246,16 @@ class LayerRecorder:
 
     def _chosen(self, module: nn.Module, call: int, is_input: bool) -> dict[str, Selection]:
         """The layers that one call of a module is, by label: one may be chosen twice, as `relu#2` and by `relu`."""
-        chosen = [
-            selection
-            for selection in self._selections[id(module)]
-            if (selection.calls is None or call in selection.calls) and _is_input(selection) == is_input
-        ]
-        return {selection.label(call): selection for selection in sorted(chosen, key=lambda s: s.named)}
+        key = id(module), call, is_input
+        if key not in self._chosen_before:
+            chosen = [
+                selection
+                for selection in self._selections[id(module)]
+                if (selection.calls is None or call in selection.calls) and _is_input(selection) == is_input
+            ]
+            in_order = sorted(chosen, key=lambda selection: selection.named)
+            self._chosen_before[key] = {selection.label(call): selection for selection in in_order}
+        return self._chosen_before[key]
 
     def _hand_over(
         self, label: str, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -286,7 +290,7 @@ class LayerRecorder:
         if features == "flatten":
             self._warn_of_padding(activation, mask)
             return activation
-        with torch.inference_mode(False), torch.no_grad():
+        with without_gradients():
             if mask is not None:
                 mask = mask.to(activation.device, non_blocking=True)
             return feature_rows(activation, features, mask=mask, channels=channels).flatten(1)
@@ -466,7 +470,7 @@ class _Copies(dict[str, Tensor]):
 
     def take(self, layer: str, activation: Tensor) -> None:
         # A tensor made in inference mode could not be used in autograd later.
-        with torch.inference_mode(False), torch.no_grad():
+        with without_gradients():
             self[layer] = activation.clone()
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cka_hooks.errors import NonFiniteError, OptionError, SampleCountError, TooFewSamplesError
 from cka_hooks.features import memory_order
+from cka_hooks.gradients import without_gradients
 from cka_hooks.hsic import MIN_SAMPLES, Estimator, centre, pack
 from cka_hooks.kernels import Kernel, as_kernel
 from cka_hooks.precision import accumulation_device
@@ -110,7 +111,7 @@ def cka_matrix(
     columns = xs if ys is None else ys
     tensors = [*xs] if ys is None else [*xs, *ys]
     samples = _checked(tensors)
-    with torch.inference_mode(False), torch.no_grad():
+    with without_gradients():
         chosen = None
         if subset is not None:
             if not MIN_SAMPLES <= subset <= samples:
