@@ -201,6 +201,10 @@ def _blocks(features: Tensor, size: int) -> Iterator[Tensor]:
     """Cut (m, n, P, C) into views (m, n, T, c) of at most `size` features, c at most a chunk."""
     _, n, positions, channels = features.shape
     chunk = _chunk(n)
+    if channels > chunk and positions > channels // chunk:
+        for c in range(0, channels, chunk):
+            yield from _blocks(features[..., c : c + chunk], size)
+        return
     if channels > chunk:
         whole = channels - channels % chunk
         for p in range(positions):

@@ -151,6 +151,21 @@ def test_launches_of_a_wide_layer_do_not_grow_with_its_features() -> None:
 
 
 @pytest.mark.usefixtures("pretended")
+@pytest.mark.parametrize("samples", [8, 32])
+def test_launches_of_tokens_do_not_grow_with_their_number(samples: int) -> None:
+    """With the tokens in front, no run of features is longer than one token."""
+
+    def layer(tokens: int) -> float:
+        accumulator = cka_hooks.CKAAccumulator()
+        activation = torch.randn(tokens, samples, 2500, device="cuda").transpose(0, 1)
+        with torch.no_grad(), NoHostSync() as counted:
+            accumulator.observe("layer", activation)
+        return sum(counted.launches.values())
+
+    assert layer(200) == layer(20)
+
+
+@pytest.mark.usefixtures("pretended")
 @pytest.mark.parametrize(
     ("dtype", "options", "expected"),
     [

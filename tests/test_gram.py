@@ -97,6 +97,14 @@ def test_features_that_repeat_where_products_are_summed_one_by_one(
             assert error(x.repeat(1, 1024)) < 1e-5
 
 
+@pytest.mark.parametrize("n", [8, 32])
+@pytest.mark.parametrize(("tokens", "width"), [(7, 2500), (2, 2500), (5, 700), (3, 256)])
+def test_tokens_in_front_of_samples(tokens: int, width: int, n: int, path: str) -> None:
+    """No run of features is longer than a token: neither tokens nor pieces of them are left out or counted twice."""
+    x = features(n, tokens * width).view(n, tokens, width) + 3
+    assert error(x.transpose(0, 1).float().contiguous().transpose(0, 1)) < 1e-5
+
+
 @pytest.mark.parametrize("factor", [100, 1000])
 @pytest.mark.parametrize("at", [0, 16, 31, 5])
 @pytest.mark.parametrize("shared", [0, 1e3])
