@@ -65,13 +65,12 @@ def _sketch(group: Tensor, columns: int, key: int) -> Tensor:
     dtype = group.dtype if group.dtype is torch.float64 else torch.float32
     # Each copy from the start of a word of 64 signs on.
     words = (positions * channels + 63) // 64
-    signs = random_signs(_COPIES * words * 64, key, group.device, dtype).view(_COPIES, 1, -1)
+    signs = random_signs(_COPIES * words * 64, key, group.device, dtype).view(_COPIES, -1)
+    signs = signs[:, : positions * channels].unflatten(1, (positions, channels))
     sketch = torch.zeros(_COPIES, n, columns, dtype=dtype, device=group.device)
-    start = 0
-    for blocks in _blocks(group, columns):
-        _, count, width = blocks.shape[0], blocks.shape[1], blocks.shape[2:].numel()
-        own = signs[..., start : start + count * width].unflatten(2, (count, *blocks.shape[2:]))
-        start += count * width
+    for blocks, signs_of in zip(_blocks(group, columns), _blocks(signs, columns), strict=True):
+        count, width = blocks.shape[1], blocks.shape[2:].numel()
+        own = signs_of.unsqueeze(1)
         target = sketch[..., :width].unflatten(2, blocks.shape[2:])
         # On a CPU a block at a time stays in the cache; on an accelerator a launch costs more than memory.
         step = 1 if group.device.type == "cpu" else max(1, _AT_A_TIME // (n * _COPIES * width))
@@ -87,6 +86,10 @@ def _sketch(group: Tensor, columns: int, key: int) -> Tensor:
 def _blocks(group: Tensor, columns: int) -> Iterator[Tensor]:
     """Views (n, B, q, c) of (n, P, C), q * c at most k, which cover every feature once."""
     _, positions, channels = group.shape
+    if channels > columns and positions > channels // columns:
+        for c in range(0, channels, columns):
+            yield group[..., c : c + columns].unsqueeze(2)
+        return
     if channels > columns:
         whole = channels - channels % columns
         for p in range(positions):
