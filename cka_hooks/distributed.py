@@ -44,7 +44,7 @@ class Ranks:
         self.group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
-        members = dist.get_process_group_ranks(group)
+        members = dist.get_process_group_ranks(group or dist.group.WORLD)  # PyTorch 2.6 knows no None
         name = f"cka_hooks/{'-'.join(map(str, members))}"
         _runs[name] += 1
         self._note = f"{name}/{_runs[name]}"
