@@ -29,12 +29,14 @@ def exact_products(device: torch.device) -> AbstractContextManager[None]:
 @contextmanager
 def _exact_products(device: torch.device) -> Iterator[None]:
     precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    if precision != "highest":
+        torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device.type, enabled=False) if _in_autocast(device) else nullcontext():
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        if precision != "highest":
+            torch.set_float32_matmul_precision(precision)
 
 
 def _in_autocast(device: torch.device) -> bool:
