@@ -295,9 +295,6 @@ def closest(name: str, names: Sequence[str]) -> list[str]:
     return difflib.get_close_matches(name, names, n=5, cutoff=0.4) or list(names[:5])
 
 
-_NOTHING = object()
-
-
 class PerLayer:
     """One value for all layers, or one per layer pattern: an exact name, else the first glob that matches, decides.
 
@@ -310,7 +307,7 @@ class PerLayer:
         self._exact = dict(patterns)
         self._globs = [(glob_regex(pattern), chosen) for pattern, chosen in patterns.items()]
         self.values = list(patterns.values())
-        self._found: dict[str, Any] = {}
+        self._found: dict[tuple[str, Any], Any] = {}
         for pattern in patterns if isinstance(value, Mapping) else ():
             regex = glob_regex(pattern)
             if not any(pattern == name or regex.fullmatch(name) for name in names):
@@ -319,8 +316,8 @@ class PerLayer:
     def of(self, name: str, default: Any) -> Any:
         """The value for the layer `name`, or the default where no pattern matches it."""
         # Hooks ask this in every forward pass.
-        if name not in self._found:
+        key = name, default
+        if key not in self._found:
             matches = (chosen for regex, chosen in self._globs if regex.fullmatch(name))
-            self._found[name] = self._exact[name] if name in self._exact else next(matches, _NOTHING)
-        found = self._found[name]
-        return default if found is _NOTHING else found
+            self._found[key] = self._exact[name] if name in self._exact else next(matches, default)
+        return self._found[key]
