@@ -13,10 +13,10 @@ from typing import TextIO
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from tqdm.auto import tqdm
 
 from cka_hooks.compare import compare
 from cka_hooks.errors import MissingExtraError
+from cka_hooks.progress import progress_bar
 from cka_hooks.result import CKAResult
 
 BLOCKS = "layer*.?"
@@ -110,7 +110,7 @@ def trained(data: TensorDataset, seed: int, *, epochs: int = EPOCHS, progress: b
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=steps)
     network.train()
-    with tqdm(total=steps, desc=f"training seed {seed}", unit="step", disable=not progress) as bar:
+    with progress_bar(f"training seed {seed}", "step", steps, shown=progress) as bar:
         for _ in range(epochs):
             for images, classes in loader:
                 loss = nn.functional.cross_entropy(network(images), classes)

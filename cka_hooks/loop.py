@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from cka_hooks import batches, replay, schema
 from cka_hooks.accumulator import CKAAccumulator
@@ -20,6 +19,7 @@ from cka_hooks.checkpoint import Keeper, undisturbed
 from cka_hooks.class_order import ClassOrder
 from cka_hooks.distributed import Ranks, is_sharded
 from cka_hooks.errors import CKAWarning, LayerError, SampleCountError, TooFewSamplesError
+from cka_hooks.progress import progress_bar
 from cka_hooks.recorder import LayerRecorder, nothing_ran
 from cka_hooks.running import runnable, untouched
 
@@ -168,9 +168,7 @@ class Run:
                     stack.enter_context(untouched(recorder.model))
                     stack.enter_context(recorder)
                 total = _length(loader, self._bounds.epochs, self._share)
-                bar = stack.enter_context(
-                    tqdm(total=total, unit="sample", unit_scale=True, desc=name, disable=not progress)
-                )
+                bar = stack.enter_context(progress_bar(name, "sample", total, shown=progress))
                 bar.update(self._seen)
                 stopped = not self._keeper.finished and self._passes(loader, sampler, shuffle, bar)
                 self._keeper.save(self._state(), finished=True)

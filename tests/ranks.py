@@ -157,19 +157,21 @@ def check_not_finite_on_one_rank_is_raised_on_all() -> None:
 
 
 def check_a_rank_that_fails_ends_the_others() -> None:
-    """The others are in the middle of a long loader, and end within seconds with its error."""
+    """The others are in the middle of a long loader, and end there with its error."""
+    reached = 0
 
     def slow():
+        nonlocal reached
         for number, batch in enumerate(batches_of(RANK, samples=8 * 1000)):
             if RANK == 0 and number == 3:
                 raise OSError("disk on fire")
             time.sleep(0.02)
+            reached = number
             yield batch
 
-    started = time.monotonic()
     with pytest.raises(OSError if RANK == 0 else cka_hooks.RankError, match=r"disk on fire"):
         cka_hooks.compare(model(), slow(), **QUIET)
-    assert time.monotonic() - started < 10
+    assert reached < 900
 
 
 def check_a_rank_with_another_model_ends_the_others() -> None:

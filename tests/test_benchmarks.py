@@ -5,10 +5,9 @@ from __future__ import annotations
 import inspect
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 import cka_hooks
@@ -21,14 +20,12 @@ pytest.importorskip("sklearn")
 
 def run(script: str, *arguments: str) -> str:
     """Output of one benchmark, run as its user would."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
-        capture_output=True,
-        text=True,
+    done = processes.finished(
+        str(ROOT / "benchmarks" / script),
+        *arguments,
         cwd=ROOT,
         # Threads that wait by spinning make short runs on a shared machine many times slower.
         env=os.environ | {"OMP_WAIT_POLICY": "passive", "MPLBACKEND": "Agg"},
-        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "torch " in done.stdout, "versions are printed"

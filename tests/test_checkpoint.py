@@ -3,56 +3,30 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import pairwise
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import safetensors.torch
 import torch
+from broken_off import Forward, Stop, kept_after_every_batch, model, run, shuffled, tensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import cka_hooks
 from cka_hooks import checkpoint as files
 
 pytestmark = pytest.mark.filterwarnings("ignore:one sample decides", "ignore:.* left out")
-
-
-class Stop(Exception):
-    pass
-
-
-def model(seed: int = 0, width: int = 8) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(12, width), nn.ReLU(inplace=True), nn.Linear(width, 3))
-
-
-class Forward:
-    """Runs the model, and breaks off in one batch; two of them look the same in a run's settings."""
-
-    def __init__(self, stop_at: int | None = None, error: BaseException | None = None) -> None:
-        self.calls = 0
-        self.stop_at = stop_at
-        self.error = error or Stop()
-
-    def __call__(self, module, batch):
-        self.calls += 1
-        if self.calls == self.stop_at:
-            raise self.error
-        return module(batch[0] if isinstance(batch, list) else batch)
-
-
-def tensors(samples: int = 100) -> torch.Tensor:
-    return torch.randn(samples, 12, generator=torch.Generator().manual_seed(5))
 
 
 class Augmented(torch.utils.data.Dataset):
@@ -63,11 +37,6 @@ class Augmented(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return tensors()[index] + torch.randn(12) + random.random() + np.random.rand()
-
-
-def shuffled(data=None, **options) -> DataLoader:
-    data = tensors() if data is None else data
-    return DataLoader(data, batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(1), **options)
 
 
 def stateful(**options):
@@ -91,17 +60,6 @@ LOADERS = {
     "stateful shuffled": lambda: stateful(shuffle=True, generator=torch.Generator().manual_seed(4)),
     "distributed sampler": sharded,
 }
-
-
-def run(path, loader, *, net=None, stop_at=None, error=None, **options):
-    torch.manual_seed(11)
-    random.seed(11)
-    np.random.seed(11)
-    forward = Forward(stop_at, error)
-    result = cka_hooks.compare(
-        net or model(), loader, forward=forward, checkpoint=path, **{"progress": False, **options}
-    )
-    return result, forward
 
 
 def equal(ours: cka_hooks.CKAResult, expected: cka_hooks.CKAResult) -> None:
@@ -167,70 +125,78 @@ def test_what_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "has 100 samples and is finished" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_control_c_at_any_moment_leaves_whole_minibatches(tmp_path: Path) -> None:
-    """A real SIGINT, also into the middle of adding up."""
+    """A real SIGINT, also into the middle of adding up, after some milliseconds of this process's own time."""
     whole, _ = run(None, shuffled(tensors(800)))
     path = tmp_path / "run.ckpt"
     moments = random.Random(0)
     interrupted = 0
-    before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    before = signal.signal(signal.SIGPROF, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         for _ in range(300):
             try:
-                signal.setitimer(signal.ITIMER_REAL, moments.uniform(0.001, 0.06))
+                signal.setitimer(signal.ITIMER_PROF, moments.uniform(0.001, 0.06))
                 run(path, shuffled(tensors(800)))
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.setitimer(signal.ITIMER_PROF, 0)
                 break
             except KeyboardInterrupt:
                 interrupted += 1
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
     assert interrupted > 0
     equal(run(path, shuffled(tensors(800)))[0], whole)
 
 
-def child(path: Path, pipe) -> None:
-    pipe.send("ready")
-    run(path, shuffled(tensors(4000)), checkpoint_every=0.02)
-    pipe.send("done")
-    os._exit(0)
+@contextmanager
+def saving(path: Path) -> Iterator[tuple[BaseProcess, Callable[[], int | None]]]:
+    """A process that runs :func:`kept_after_every_batch`, and what waits for its next word: None where it ended."""
+    ours, theirs = processes.FRESH.Pipe(duplex=False)
+
+    def next_word() -> int | None:
+        assert ours.poll(120), "the process neither goes on nor ends"
+        try:
+            return ours.recv()
+        except EOFError:
+            return None
+
+    with processes.spawned(kept_after_every_batch, path, theirs) as process:
+        theirs.close()
+        yield process, next_word
 
 
-def test_killed_fifty_times(tmp_path: Path) -> None:
-    """SIGKILL at random moments: nothing is lost beyond the interval, no file is half written, the end is equal."""
+@pytest.mark.parametrize("kills", [10, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_again_and_again(tmp_path: Path, kills: int) -> None:
+    """SIGKILL at random moments between two checkpoints: nothing that is in one is lost, no file is half written."""
     torch.set_num_threads(1)
     whole, _ = run(None, shuffled(tensors(4000)))
     path = tmp_path / "run.ckpt"
-    context = multiprocessing.get_context("fork")
     moments = random.Random(0)
-    killed, progress, last = 0, 0, 0
-    started = time.monotonic()
-    while killed < 50:
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=child, args=(path, theirs))
-        process.start()
-        theirs.close()
-        assert ours.recv() == "ready"
-        if ours.poll(moments.uniform(0.0, 0.12)):
-            # It came to the end: from the beginning again, until there were fifty.
-            process.join()
+    killed, ended, last = 0, 0, 0
+    while killed < kills:
+        with saving(path) as (process, next_word):
+            begun = time.monotonic()
+            for _ in range(moments.randint(2, 4)):
+                begun, before = time.monotonic(), begun
+                told = next_word()
+            if told is not None:
+                time.sleep(moments.uniform(0, begun - before))
+                process.kill()
+            process.join(60)
+            assert process.exitcode in (0, -signal.SIGKILL)
+        if process.exitcode == 0:
+            # It came to the end: from the beginning again.
             equal(run(path, shuffled(tensors(4000)))[0], whole)
             path.unlink()
-            last = 0
+            ended, last = ended + 1, 0
+            assert ended < kills
             continue
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
         killed += 1
-        if path.exists():
-            content = files.read(path)
-            samples = content["run"]["accumulator"]["samples"]
-            assert samples >= last, "a later checkpoint is behind an earlier one"
-            progress += samples > last
-            last = samples
+        samples = files.read(path)["run"]["accumulator"]["samples"]
+        assert samples >= told > last
+        last = samples
         assert {file.name for file in tmp_path.iterdir()} <= {"run.ckpt", ".run.ckpt.part"}
-        assert time.monotonic() - started < 120
-    assert progress > 5
     equal(run(path, shuffled(tensors(4000)))[0], whole)
 
 

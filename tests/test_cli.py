@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 
+import processes
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -251,16 +252,15 @@ def test_a_folder_that_cannot_be_written(nets, tmp_path, capsys):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.usefixtures("interruptible")
 def test_interrupted(nets, tmp_path):
     words = ["run", "--model", f"{nets}:net", "--data", f"{nets}:slow", "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cka_hooks", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    line = process.stdout.readline()  # the plan is out: the run is under way
-    assert line.startswith("models")
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    with processes.started("-m", "cka_hooks", *words) as process:
+        line = process.stdout.readline()  # the plan is out: the run is under way
+        assert line.startswith("models")
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.rstrip().endswith("cka-hooks: interrupted")
     assert "Traceback" not in err
@@ -315,7 +315,7 @@ def test_a_closed_pipe_is_no_error(tmp_path):
     path = tmp_path / "cka.json"
     CKAResult.example().save(path)
     command = f"{sys.executable} -m cka_hooks show {path} --out {tmp_path / 'x.png'} | true"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=240)
     assert "Traceback" not in done.stderr
 
 

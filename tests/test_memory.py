@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
+import processes
 import pytest
 
 MEASURE = """
@@ -34,8 +32,7 @@ print(len(result.layers), before, peak() - before)
 
 
 def measured(name: str, pixels: int, size: int, minibatch: int = 0) -> tuple[int, float, float]:
-    command = [sys.executable, "-c", MEASURE, name, str(pixels), str(size), str(minibatch)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    done = processes.finished("-c", MEASURE, name, str(pixels), str(size), str(minibatch), seconds=900)
     assert done.returncode == 0, done.stderr
     layers, before, above = done.stdout.split()
     print(f"{name}, {pixels} pixels, batch {size}, {layers} layers: {before} MB bare, {above} MB above")
@@ -75,5 +72,6 @@ print(peak() - before)
 
 def test_the_most_careful_product_widens_a_piece_at_a_time() -> None:
     """The layer is 102 MB, and widened it would be 205."""
-    done = subprocess.run([sys.executable, "-c", CAREFUL], capture_output=True, text=True, timeout=300, check=True)
+    done = processes.finished("-c", CAREFUL)
+    assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 40

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 
+import processes
 import pytest
 import torch
 from test_gram import VIEWS, features, view
@@ -212,13 +212,12 @@ def test_threads_that_end_leave_no_memory_behind() -> None:
     One arena of the allocator: with one for every thread, what was freed stays resident in any of them, up to 60 MB
     by chance. Buffers that are not freed come to 240 MB.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", GROWTH],
-        capture_output=True,
-        text=True,
-        check=True,
+    done = processes.finished(
+        "-c",
+        GROWTH,
         env=os.environ | {"OMP_WAIT_POLICY": "passive", "CKA_HOOKS_NATIVE": "1", "MALLOC_ARENA_MAX": "1"},
     )
+    assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 60
 
 
@@ -226,11 +225,5 @@ def test_threads_that_end_leave_no_memory_behind() -> None:
 def test_it_can_be_switched_off() -> None:
     code = "from cka_hooks import native; print(native.VARIANTS)"
     for setting, expected in (("0", {}), ("1", BUILT)):
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"CKA_HOOKS_NATIVE": setting},
-            check=True,
-        )
+        done = processes.finished("-c", code, env=os.environ | {"CKA_HOOKS_NATIVE": setting})
         assert done.stdout.strip() == str(expected)

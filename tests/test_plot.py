@@ -1,10 +1,9 @@
 import itertools
-import subprocess
-import sys
 import warnings
 
 import matplotlib
 import numpy as np
+import processes
 import pytest
 from made_up import resnet_labels, result_of
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -207,9 +206,8 @@ result.plot({str(tmp_path / "map")!r} + ".{suffix}")
 result.plot_profile({str(tmp_path / "profile")!r} + ".{suffix}")
 assert "matplotlib.pyplot" not in sys.modules
 """
-    subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], check=True, env={"MPLBACKEND": "TkAgg", "DISPLAY": ":99"}
-    )
+    done = processes.finished("-W", "error", "-c", code, env={"MPLBACKEND": "TkAgg", "DISPLAY": ":99"})
+    assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"map.{suffix}", f"profile.{suffix}"]
 
 

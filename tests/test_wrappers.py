@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import processes
 import pytest
 import torch
 from test_models import bert, gpt2
@@ -143,7 +142,8 @@ def test_compiled_inside_the_recorder() -> None:
         "    for _ in range(2): compiled(torch.randn(8, 4))\n"
         "print(seen)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = processes.finished("-c", program)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(LAYERS * 2)
 
 
