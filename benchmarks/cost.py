@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from workload import CONFIGS, Config, forward
 
 import cka_hooks
-from cka_hooks import native
+from cka_hooks.similarity.products import native
 
 SKETCH = 2048
 # Median time over the bare forward pass: what issue 5 asks for, and what it hopes for.

@@ -21,10 +21,10 @@ from machine import describe_machine
 from torch import Tensor
 
 from cka_hooks import CKAResult
-from cka_hooks.gram import linear_grams
 from cka_hooks.hsic import all_pairs, centre, pack
-from cka_hooks.loop import FIRST_LOOK, LOOK_RATIO
-from cka_hooks.sums import Sums
+from cka_hooks.run.loop import FIRST_LOOK, LOOK_RATIO
+from cka_hooks.similarity.products.reference import linear_grams
+from cka_hooks.similarity.sums import Sums
 
 SAMPLES = 32
 # Minibatches worked on at a time: what they take fits into a cache.

@@ -20,9 +20,9 @@ from machine import describe_machine
 from torch import Tensor, nn
 
 import cka_hooks
-from cka_hooks.gram import linear_grams
 from cka_hooks.hsic import Estimator, all_pairs, centre, pack
-from cka_hooks.sums import Sums
+from cka_hooks.similarity.products.reference import linear_grams
+from cka_hooks.similarity.sums import Sums
 
 LAYERS = ("1", "10", "19", "28")
 SIZES = (8, 16, 32, 64, 128, 256, 512)

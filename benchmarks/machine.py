@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from cka_hooks.native import VARIANTS
+from cka_hooks.similarity.products.native import VARIANTS
 
 # Versions that can move a number; those that are not installed are left out.
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pytorch-cka", "cka-pytorch", "torch-cka")

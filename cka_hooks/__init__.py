@@ -9,7 +9,6 @@ cka, cka_matrix    CKA of tensors in hand
 
 import logging
 
-from cka_hooks.accumulator import CKAAccumulator
 from cka_hooks.compare import compare
 from cka_hooks.errors import (
     BatchError,
@@ -27,9 +26,10 @@ from cka_hooks.errors import (
     SampleCountError,
     TooFewSamplesError,
 )
-from cka_hooks.recorder import LayerRecorder
-from cka_hooks.result import CKAResult, Difference, Influence
-from cka_hooks.tensors import cka, cka_matrix
+from cka_hooks.recording.recorder import LayerRecorder
+from cka_hooks.results.result import CKAResult, Difference, Influence
+from cka_hooks.similarity.accumulator import CKAAccumulator
+from cka_hooks.similarity.tensors import cka, cka_matrix
 
 __version__ = "0.1.0"
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from cka_hooks.cli import main
+from cka_hooks.command.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,19 +13,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cka_hooks import batches, many
-from cka_hooks.accumulator import CKAAccumulator
-from cka_hooks.checkpoint import Keeper, of_loader, of_model, path_of_rank
-from cka_hooks.class_order import ClassOrder
-from cka_hooks.distributed import Ranks, is_sharded, told
 from cka_hooks.errors import LayerError, NonFiniteError, OptionError
 from cka_hooks.features import Reduction
 from cka_hooks.hsic import MIN_SAMPLES, Estimator
-from cka_hooks.layers import Layers, select_layers, unwrap
-from cka_hooks.loop import DONE, Bounds, Report, Run, warn_of_repetition
-from cka_hooks.recorder import LayerRecorder
-from cka_hooks.result import CKAResult
-from cka_hooks.running import RandomStream
+from cka_hooks.recording import batches
+from cka_hooks.recording.guest import RandomStream
+from cka_hooks.recording.layers import Layers, select_layers, unwrap
+from cka_hooks.recording.recorder import LayerRecorder
+from cka_hooks.results.result import CKAResult
+from cka_hooks.run import in_turn as many
+from cka_hooks.run.checkpoint import Keeper, of_loader, of_model, path_of_rank
+from cka_hooks.run.class_order import ClassOrder
+from cka_hooks.run.loop import DONE, Bounds, Report, Run, warn_of_repetition
+from cka_hooks.run.ranks import Ranks, is_sharded, told
+from cka_hooks.similarity.accumulator import CKAAccumulator
 
 
 def compare(
@@ -62,8 +63,9 @@ def compare(
         model: one model, or a mapping from names to models, whose layers are then ``name/layer``. An entry may be
             a function that builds a model: see below.
         loader: yields ``(input, target)`` pairs, tensors, or dicts of keyword arguments; see
-            :func:`cka_hooks.batches.arguments`. Shuffle it where classes are stored in order.
-        layers: which layers, see :func:`cka_hooks.layers.select_layers`; or a mapping from model name to that.
+            :func:`cka_hooks.recording.batches.arguments`. Shuffle it where classes are stored in order.
+        layers: which layers, see :func:`cka_hooks.recording.layers.select_layers`; or a mapping from model name to
+            that.
         kernel: see :class:`CKAAccumulator`, as `bandwidth`, `sigma`, `estimator`, `minibatch`, `sketch`, `seed`
             and `keep_minibatches`.
         features: see :class:`LayerRecorder`, as `batch_dim`.

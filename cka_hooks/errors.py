@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cka_hooks.result import CKAResult
+    from cka_hooks.results.result import CKAResult
 
 
 class CKAError(Exception):

@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cka_hooks.axes import Layout
 from cka_hooks.errors import BatchError, OptionError
 
 Reduction = Literal["flatten", "mean", "token", "last"] | Callable[[Tensor], Tensor]
+Layout = Literal["first", "last"]
 REDUCTIONS = ("flatten", "mean", "token", "last")
 
 

@@ -1,4 +1,4 @@
-"""Where float64 lives, and products that really are float32."""
+"""What products run under: where float64 lives, products that really are float32, and no gradients."""
 
 from __future__ import annotations
 
@@ -41,3 +41,19 @@ def _exact_products(device: torch.device) -> Iterator[None]:
 
 def _in_autocast(device: torch.device) -> bool:
     return bool(torch.amp.is_autocast_available(device.type)) and torch.is_autocast_enabled(device.type)
+
+
+def without_gradients() -> AbstractContextManager[None]:
+    """Inside, what is computed has no gradients, and can be worked on in place later.
+
+    Nothing is entered where that holds already: a hook asks for this in every layer.
+    """
+    if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return _without_gradients()
+    return nullcontext()
+
+
+@contextmanager
+def _without_gradients() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield

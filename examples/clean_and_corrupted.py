@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import cka_hooks
-from cka_hooks.demo import BLOCKS, accuracy, digits, trained
+from cka_hooks.command.demo import BLOCKS, accuracy, digits, trained
 
 
 def main(quick: bool = False) -> cka_hooks.CKAResult:

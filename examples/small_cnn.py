@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import cka_hooks
-from cka_hooks.demo import accuracy, digits
+from cka_hooks.command.demo import accuracy, digits
 
 
 class SmallCNN(nn.Module):

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from torchvision.models import ResNet18_Weights, resnet18
 
 import cka_hooks
-from cka_hooks.demo import digits
+from cka_hooks.command.demo import digits
 
 
 def load(quick: bool) -> tuple[torch.nn.Module, str]:

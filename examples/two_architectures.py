@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from torchvision import models
 
 import cka_hooks
-from cka_hooks.demo import digits
+from cka_hooks.command.demo import digits
 
 
 def main(quick: bool = False) -> cka_hooks.CKAResult:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import cka_hooks
-from cka_hooks.demo import accuracy, digits
+from cka_hooks.command.demo import accuracy, digits
 
 
 def trained(seed: int, epochs: int, data: torch.utils.data.Dataset) -> nn.Module:

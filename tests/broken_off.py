@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import cka_hooks
-from cka_hooks import checkpoint as files
+from cka_hooks.run import checkpoint as files
 
 
 class Stop(Exception):

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from cka_hooks.result import CKAResult, Influence
+from cka_hooks.results.result import CKAResult, Influence
 
 
 def resnet_labels(blocks: tuple[int, ...] = (2, 2, 2, 2)) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import cka_hooks
-from cka_hooks import batches
+from cka_hooks.recording import batches
 
 pytestmark = pytest.mark.filterwarnings("ignore:one sample decides")
 GENERATOR = torch.Generator().manual_seed(0)

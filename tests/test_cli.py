@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from cka_hooks import CKAResult
-from cka_hooks.cli import main
+from cka_hooks.command.cli import main
 
 # Few random samples: one may decide much, and the command line says so on stderr.
 pytestmark = pytest.mark.filterwarnings("ignore::cka_hooks.CKAWarning")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cka_hooks import cli
+from cka_hooks.command import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

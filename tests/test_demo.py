@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from cka_hooks import CKAResult, MissingExtraError, demo
+from cka_hooks import CKAResult, MissingExtraError
+from cka_hooks.command import demo
 
 # One pass over the images is no training, and one sample may decide much.
 pytestmark = pytest.mark.filterwarnings("ignore::cka_hooks.CKAWarning")

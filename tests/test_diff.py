@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cka_hooks import CKAResult
-from cka_hooks.diff import diff
+from cka_hooks.results.diff import diff
 
 
 def changed(by: float, **fields) -> CKAResult:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import cka_hooks
-from cka_hooks.distributed import Ranks
+from cka_hooks.run.ranks import Ranks
 
 CHECKS = [name for name in vars(ranks) if name.startswith("check_")]
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cka_hooks import CKAAccumulator, gram, native
+from cka_hooks import CKAAccumulator
 from cka_hooks.features import memory_order
-from cka_hooks.gram import linear_grams
 from cka_hooks.hsic import centre
+from cka_hooks.similarity.products import native
+from cka_hooks.similarity.products import reference as gram
+from cka_hooks.similarity.products.reference import linear_grams
 
 pytestmark = pytest.mark.filterwarnings("ignore:one sample decides")
 

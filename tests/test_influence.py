@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cka_hooks import CKAAccumulator, CKAWarning
-from cka_hooks.result import CKAResult
+from cka_hooks.results.result import CKAResult
 
 SAMPLES, MINIBATCH = 96, 16
 

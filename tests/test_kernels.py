@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cka_hooks import CKAAccumulator, OptionError, cka, compare
-from cka_hooks.kernels import as_kernel
+from cka_hooks.similarity.kernels import as_kernel
 
 LAYERS = ["conv1", "bn1", "relu", "layer1.0.bn1", "layer1.0.bn2", "layer2.0.conv1", "layer3.1.bn2", "avgpool", "fc"]
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import cka_hooks
-from cka_hooks.layers import ROOT, PerLayer, glob_regex, named_layers, select_layers
+from cka_hooks.names import PerLayer, glob_regex
+from cka_hooks.recording.layers import ROOT, named_layers, select_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:one sample decides")
 RESNET = vision.resnet18(weights=None)

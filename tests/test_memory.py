@@ -56,7 +56,7 @@ def test_resnet50_at_224_pixels() -> None:
 
 CAREFUL = """
 import resource, torch
-from cka_hooks import gram
+from cka_hooks.similarity.products import reference as gram
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000

@@ -14,10 +14,11 @@ import torch
 from test_gram import VIEWS, features, view
 from torch import Tensor
 
-from cka_hooks import native, sketch
 from cka_hooks.features import memory_order
-from cka_hooks.gram import Grams, _measured
 from cka_hooks.hsic import centre
+from cka_hooks.similarity import sketch
+from cka_hooks.similarity.products import native
+from cka_hooks.similarity.products.reference import Grams, _measured
 
 BUILT = dict(native._native.variants()) if native._native is not None else {}
 
@@ -175,7 +176,7 @@ def test_the_default_dtype_and_device_do_not_matter(variant: str, dtype: torch.d
 
 GROWTH = """
 import threading, torch
-from cka_hooks import native
+from cka_hooks.similarity.products import native
 
 torch.set_num_threads(8)
 wide, narrow = torch.randn(256, 1, 20000), torch.randn(256, 1, 2000)

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import cka_hooks
-from cka_hooks import gram, memory, native
+from cka_hooks import memory
+from cka_hooks.similarity.products import native
+from cka_hooks.similarity.products import reference as gram
 
 pytestmark = pytest.mark.filterwarnings("ignore:one sample decides")
 
@@ -87,7 +89,7 @@ def test_while_adding_up_nothing_is_added(monkeypatch: pytest.MonkeyPatch, where
     first, second, third, *_ = (torch.cat([a, b]) for a, b in zip(batches(), batches()[1:], strict=False))
     cka.update({"x": first[:22], "y": first[:22].sin()})
     before = repr(cka.state_dict())
-    from cka_hooks import accumulator
+    from cka_hooks.similarity import accumulator
 
     real, calls = getattr(accumulator, where), []
 

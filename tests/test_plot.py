@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from cka_hooks.errors import CKAWarning, OptionError
-from cka_hooks.result import CKAResult
-from cka_hooks.stages import boundaries, stages, thinned
+from cka_hooks.results.result import CKAResult
+from cka_hooks.views.labels import boundaries, stages, thinned
 
 RESNET18, RESNET152 = resnet_labels((2, 2, 2, 2)), resnet_labels((3, 8, 36, 3))
 DENSENET = [
@@ -200,7 +200,7 @@ def test_a_title_is_written_as_it_is(tmp_path):
 def test_files_are_written_without_pyplot(tmp_path, suffix):
     code = f"""
 import sys
-from cka_hooks.result import CKAResult
+from cka_hooks.results.result import CKAResult
 result = CKAResult.example(("a", "b"))
 result.plot({str(tmp_path / "map")!r} + ".{suffix}")
 result.plot_profile({str(tmp_path / "profile")!r} + ".{suffix}")

@@ -5,8 +5,8 @@ import pytest
 import torch
 from made_up import resnet_labels, result_of
 
-from cka_hooks.reading import near_identical, summary
-from cka_hooks.result import CKAResult, Influence
+from cka_hooks.results.result import CKAResult, Influence
+from cka_hooks.results.words import near_identical, summary
 
 
 def with_values(labels, pairs, models=(), **fields):

@@ -6,8 +6,8 @@ import time
 import pytest
 from made_up import resnet_labels, result_of
 
-from cka_hooks.report import page_data, script_json
-from cka_hooks.result import CKAResult
+from cka_hooks.results.result import CKAResult
+from cka_hooks.views.page import page_data, script_json
 
 RESNET18, RESNET152 = resnet_labels((2, 2, 2, 2)), resnet_labels((3, 8, 36, 3))
 EVIL = [

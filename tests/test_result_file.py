@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from made_up import resnet_labels, result_of
 
 from cka_hooks.errors import OptionError, ResultFileError
-from cka_hooks.result import CKAResult, Influence
+from cka_hooks.results.result import CKAResult, Influence
 
 WHOLE = dataclasses.replace(
     result_of({"a": ["conv1", "fc"], "b": ["fc"]}, degenerate=("b/fc",), minibatches=4, keep=True),
@@ -108,7 +108,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_what_load_would_refuse_as_too_large_is_not_written(tmp_path, monkeypatch):
-    from cka_hooks import resultfile
+    from cka_hooks.results import file as resultfile
 
     monkeypatch.setattr(resultfile, "_MAX_NUMBERS", 40)
     with pytest.raises(OptionError, match="minibatches=False"):
@@ -120,7 +120,7 @@ def test_what_load_would_refuse_as_too_large_is_not_written(tmp_path, monkeypatc
 
 
 def test_a_full_matrix_of_long_numbers_stays_below_the_limit():
-    from cka_hooks import resultfile
+    from cka_hooks.results import file as resultfile
 
     assert resultfile._MAX_NUMBERS * len("-1.2345678901234567e-300,") < resultfile.MAX_BYTES
 

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import cka_hooks
-from cka_hooks import gram, hsic, sketch
+from cka_hooks import hsic
+from cka_hooks.similarity import sketch
+from cka_hooks.similarity.products import reference as gram
 
 WIDTH = 3000
 

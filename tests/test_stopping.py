@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import cka_hooks
 from cka_hooks import CKAAccumulator, OptionError
-from cka_hooks.loop import FIRST_LOOK, LOOK_RATIO
+from cka_hooks.run.loop import FIRST_LOOK, LOOK_RATIO
 
 pytestmark = pytest.mark.filterwarnings("ignore::cka_hooks.CKAWarning")
 BATCH = 8

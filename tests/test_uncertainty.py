@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cka_hooks import CKAAccumulator, OptionError
-from cka_hooks.result import CKAResult
-from cka_hooks.sums import Sums
+from cka_hooks.results.result import CKAResult
+from cka_hooks.similarity.sums import Sums
 
 # In minibatches this few and small, one sample may well decide much.
 pytestmark = pytest.mark.filterwarnings("ignore::cka_hooks.CKAWarning")

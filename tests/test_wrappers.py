@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, Dataset
 
 import cka_hooks
-from cka_hooks.layers import ROOT
+from cka_hooks.recording.layers import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:one sample decides")
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))

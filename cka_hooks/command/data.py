@@ -1,0 +1,196 @@
+"""Data from the command line's words: an image folder, ``torchvision:NAME:ROOT``, or ``file.py:function``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from cka_hooks.command.models import SpecError, Transform, call_function, function_name
+from cka_hooks.errors import MissingExtraError
+from cka_hooks.recording.guest import RandomStream
+
+KINDS = "an image folder, torchvision:NAME:ROOT or file.py:function"
+IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
+
+
+class ImageFiles(Dataset[tuple[Tensor, int]]):
+    """The images of a folder; those in a subfolder are of the class that it names.
+
+    Attributes:
+        paths: of the images, sorted.
+        classes: names of the subfolders, sorted; empty where the images lie in the folder itself.
+    """
+
+    def __init__(self, root: Path, transform: Transform) -> None:
+        self.paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGES and path.is_file())
+        self.classes = sorted({path.relative_to(root).parts[0] for path in self.paths if path.parent != root})
+        self._root = root
+        self._transform = transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        path = self.paths[index]
+        try:
+            with Image.open(path) as image:
+                pixels = self._transform(image.convert("RGB"))
+        except OSError as error:
+            raise SpecError(f"{path} cannot be read as an image: {error}") from error
+        top = path.relative_to(self._root).parts[0]
+        return pixels, self.classes.index(top) if path.parent != self._root else 0
+
+
+def load_data(
+    spec: str,
+    *,
+    transform: Transform | None = None,
+    batch_size: int = 64,
+    samples: int | None = None,
+    seed: int = 0,
+    workers: int = 0,
+    download: bool = False,
+) -> Iterable[Any]:
+    """The loader that `spec` names, over a random subset in random order, the same one for the same seed.
+
+    A function's loader is taken as it is; a data set that it returns is treated as the others.
+
+    Args:
+        spec: ``photos/``, ``torchvision:CIFAR10:data/`` or ``file.py:function``.
+        transform: from a PIL image to a tensor; None is ImageNet's usual one.
+        batch_size: of the loader.
+        samples: how many, None for all.
+        seed: of the subset and its order.
+        workers: processes that read images.
+        download: let torchvision download a data set that is not at ROOT.
+
+    Raises:
+        SpecError: there is no such folder, data set, file or function, or it holds nothing.
+        MissingExtraError: torchvision is not installed.
+    """
+    dataset: Any
+    if spec.startswith("torchvision:"):
+        dataset = _torchvision(spec, transform or imagenet_transform(), download)
+    elif ".py:" in spec:
+        dataset = call_function(spec)
+        indexed = hasattr(dataset, "__getitem__") and not isinstance(dataset, list | tuple)
+        if isinstance(dataset, DataLoader) or not indexed:
+            if not isinstance(dataset, Iterable):
+                raise SpecError(f"{spec} returned {type(dataset).__name__}: expected a loader or a data set")
+            return dataset
+    elif Path(spec).is_dir():
+        dataset = ImageFiles(Path(spec), transform or imagenet_transform())
+        if not len(dataset):
+            raise SpecError(f"no images in the folder {spec}: looked for {', '.join(sorted(IMAGES))}")
+    else:
+        raise SpecError(f"{spec!r} is no folder and names no data: expected {KINDS}")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:samples]
+    return DataLoader(Subset(dataset, order.tolist()), batch_size=batch_size, num_workers=workers)
+
+
+def _torchvision(spec: str, transform: Transform, download: bool) -> Any:
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise MissingExtraError('torchvision data sets need torchvision: pip install "cka-hooks[vision]"') from error
+    _, name, root = (*spec.split(":", 2), "")[:3]
+    cls = getattr(datasets, name, None)
+    if name not in datasets.__all__ or cls is None:
+        from cka_hooks.names import closest
+
+        raise SpecError(f"torchvision has no data set {name!r}; the closest are {closest(name, datasets.__all__)}")
+    takes = inspect.signature(cls).parameters
+    options: dict[str, Any] = {"transform": lambda image: transform(_rgb(image))}
+    if "root" in takes:
+        if not root:
+            raise SpecError(f"{spec} lacks its folder: torchvision:{name}:FOLDER")
+        options["root"] = root
+    if "download" in takes:
+        options["download"] = download
+    if "train" in takes:
+        options["train"] = False
+    problem: Exception | None = None
+    for split in ("test", "val", "valid") if "split" in takes else (None,):
+        try:
+            return cls(**options, **({} if split is None else {"split": split}))
+        except ValueError as error:  # no such split, as a rule
+            problem = problem or error
+        except (RuntimeError, OSError) as error:
+            hint = "" if download or "download" not in takes else "; --download gets it"
+            raise SpecError(f"{spec}: {str(error).splitlines()[0]}{hint}") from error
+        except ImportError as error:
+            raise SpecError(f"{spec}: {error}") from error
+    raise SpecError(f"{spec}: {problem}") from problem
+
+
+def _rgb(image: Any) -> Any:
+    return image.convert("RGB") if hasattr(image, "convert") else image
+
+
+def imagenet_transform() -> Transform:
+    """Shorter side to 256, the middle 224 x 224, ImageNet's mean and spread: what most image models expect."""
+    try:
+        from torchvision import transforms
+    except ImportError as error:
+        raise MissingExtraError('image data needs torchvision: pip install "cka-hooks[vision]"') from error
+    chain: Transform = transforms.Compose(
+        [
+            transforms.Resize(256),
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    return chain
+
+
+def first_batch(loader: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    """The first batch of a loader, and a loader that will yield it again, first and in the same order.
+
+    Raises:
+        SpecError: the loader is empty.
+    """
+    generators = [
+        found
+        for owner in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
+        if isinstance(found := getattr(owner, "generator", None), torch.Generator)
+    ]
+    states = [generator.get_state() for generator in generators]
+    with RandomStream():
+        iterator = iter(loader)
+        try:
+            first = next(iterator)
+        except StopIteration:
+            raise SpecError("the loader yielded no batch: it is empty") from None
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)
+    return first, (_Again(first, iterator) if iterator is loader else loader)
+
+
+class _Again:
+    """An iterator that gives back the one batch that was taken from it."""
+
+    def __init__(self, first: Any, rest: Iterator[Any]) -> None:
+        self._first = [first]
+        self._rest = rest
+
+    def __iter__(self) -> Iterator[Any]:
+        while self._first:
+            yield self._first.pop()
+        yield from self._rest
+
+
+def described(spec: str, loader: Iterable[Any]) -> str:
+    """A few words on the data for the plan."""
+    dataset = getattr(loader, "dataset", None)
+    if isinstance(dataset, Subset):
+        return f"{len(dataset):,} of {len(dataset.dataset):,} samples of {spec}, drawn and ordered at random"  # type: ignore[arg-type]
+    return f"the loader of {function_name(spec)} as it is"

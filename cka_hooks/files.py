@@ -1,0 +1,48 @@
+"""The one way in which this package writes a file: whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import stat
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+PathLike = str | os.PathLike[str]
+
+
+def replace_file(path: PathLike, write: Callable[[BinaryIO], object]) -> None:
+    """Let ``write`` fill a file beside ``path``, then move it there.
+
+    A reader, and whoever comes after a power cut, finds the old file or the new one. The new one has the mode of
+    the old one, and a symbolic link stays a link.
+
+    Raises:
+        OSError: the file cannot be written; nothing is left behind.
+    """
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(target.parent)!r} to write {target.name!r} into")
+    unfinished = target.with_name(f"{unfinished_prefix(target)}{uuid.uuid4().hex}.part")
+    try:
+        with open(unfinished, "xb") as file:
+            if target.exists():
+                os.chmod(unfinished, stat.S_IMODE(target.stat().st_mode))
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    if os.name == "posix":
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def unfinished_prefix(target: Path) -> str:
+    """How the names of unfinished files begin, which a process that is killed may leave beside ``target``."""
+    return f".{target.name[:100]}."

@@ -1,0 +1,83 @@
+"""Globs over dotted names, and the names that are most like one that is not there."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from cka_hooks.errors import OptionError
+
+
+@lru_cache(maxsize=1024)
+def glob_regex(pattern: str) -> re.Pattern[str]:
+    """A glob over layer names and labels, to be matched in full.
+
+    ``*`` and ``?`` stop at dots and slashes, ``**`` crosses them, ``[abc]`` is one of several characters and
+    ``[!abc]`` any other one.
+
+    Example:
+        >>> bool(glob_regex("layer[!1].*").fullmatch("layer2.relu"))
+        True
+    """
+    out, i = [], 0
+    while i < len(pattern):
+        if pattern.startswith("**", i):
+            out.append(".*")
+            i += 2
+            continue
+        sign = pattern[i]
+        end = pattern.find("]", i + 2) if sign == "[" else -1
+        if sign in "*?":
+            out.append("[^./]" + ("*" if sign == "*" else ""))
+        elif end > 0:
+            inner = pattern[i + 1 : end].replace("\\", r"\\")
+            out.append(f"[{'^' + inner[1:] if inner[0] == '!' else inner}]")
+            i = end
+        else:
+            out.append(re.escape(sign))
+        i += 1
+    try:
+        return re.compile("".join(out), re.DOTALL)
+    except re.error:  # a bracket such as [z-a]
+        return re.compile(re.escape(pattern))
+
+
+def matching(pattern: str, names: Iterable[str]) -> list[str]:
+    """The names that a pattern chooses: itself where it is one of them, else those that it matches as a glob."""
+    names = list(names)
+    return [pattern] if pattern in names else list(filter(glob_regex(pattern).fullmatch, names))
+
+
+def closest(name: str, names: Sequence[str], count: int = 5) -> list[str]:
+    """Up to `count` of `names` that are most like `name`; the first ones where none is."""
+    return difflib.get_close_matches(name, names, n=count, cutoff=0.4) or list(names[:count])
+
+
+class PerLayer:
+    """One value for all layers, or one per layer pattern: an exact name, else the first glob that matches, decides.
+
+    Raises:
+        OptionError: a pattern that matches no layer.
+    """
+
+    def __init__(self, value: Any, names: Iterable[str], option: str) -> None:
+        patterns = value if isinstance(value, Mapping) else {"**": value}
+        self._exact = dict(patterns)
+        self._globs = [(glob_regex(pattern), chosen) for pattern, chosen in patterns.items()]
+        self.values = list(patterns.values())
+        self._found: dict[tuple[str, Any], Any] = {}
+        for pattern in patterns if isinstance(value, Mapping) else ():
+            if not matching(pattern, names):
+                raise OptionError(f"{option}= has the layer pattern {pattern!r}, which matches no layer of the model")
+
+    def of(self, name: str, default: Any) -> Any:
+        """The value for the layer `name`, or the default where no pattern matches it."""
+        # Hooks ask this in every forward pass.
+        key = name, default
+        if key not in self._found:
+            matches = (chosen for regex, chosen in self._globs if regex.fullmatch(name))
+            self._found[key] = self._exact[name] if name in self._exact else next(matches, default)
+        return self._found[key]

@@ -1,0 +1,266 @@
+"""Names, globs, types and predicates to an ordered choice of modules. Knows nothing of tensors."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from cka_hooks.errors import LayerError, ModelError, OptionError
+from cka_hooks.names import closest, glob_regex
+
+Layer = str | type[nn.Module] | Callable[..., bool]
+Layers = Layer | Sequence[Layer] | None
+
+# The label of the model itself, whose name in `named_modules()` is empty.
+ROOT = "(model)"
+# Wrappers whose attribute prefix is no part of a user's names, and the attribute that holds the model.
+_WRAPPERS = {
+    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+    "torch.nn.parallel.data_parallel.DataParallel": "module",
+    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+_UNFLATTEN = "torch.export.unflatten(program) is an nn.Module whose layers can be hooked"
+# Containers that are never called themselves.
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+_CALL = re.compile(r"^(?P<pattern>.*?)(?:#(?P<call>[1-9]\d*))?$", re.DOTALL)
+
+
+def wrapped_attribute(module: nn.Module) -> str | None:
+    """The attribute under which a wrapper holds the module that it wraps, None where it is no wrapper."""
+    for cls in type(module).__mro__:
+        attribute = _WRAPPERS.get(f"{cls.__module__}.{cls.__qualname__}")
+        if attribute is not None:
+            return attribute
+    return None
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside ``DistributedDataParallel``, ``torch.compile`` and their like."""
+    while (attribute := wrapped_attribute(model)) is not None:
+        model = getattr(model, attribute)
+    return model
+
+
+def check_model(model: object) -> nn.Module:
+    """`model` itself if forward hooks can see into it.
+
+    Raises:
+        ModelError: it is no ``nn.Module``, or a kind whose submodules Python does not call.
+    """
+    if not isinstance(model, nn.Module):
+        hint = ": torch.export.unflatten(program) is one" if type(model).__name__ == "ExportedProgram" else ""
+        raise ModelError(f"expected an nn.Module, found {type(model).__module__}.{type(model).__qualname__}{hint}")
+    for name, module in model.named_modules():
+        where = f"its submodule {name!r}" if name else "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(
+                f"{where} is a ScriptModule ({type(module).__name__}), whose layers run outside of Python where "
+                "forward hooks do not see them: give the eager model it was made from"
+            )
+        if _is_exported(module):
+            raise ModelError(
+                f"{where} is an exported program, one flat graph that calls none of its submodules: give the eager "
+                f"model it was made from, or unflatten it ({_UNFLATTEN})"
+            )
+    return model
+
+
+def _is_exported(module: nn.Module) -> bool:
+    """Whether it is a graph of operators; the graphs of ``torch.fx.symbolic_trace`` call modules."""
+    graph = getattr(module, "graph", None)
+    if not isinstance(module, torch.fx.GraphModule) or not isinstance(graph, torch.fx.Graph):
+        return False
+    called = {node.target for node in graph.nodes if node.op == "call_module"}
+    return any(node.op == "get_attr" for node in graph.nodes) and not called - {"_guards_fn"}
+
+
+def named_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module that could be a layer, under the names its user knows, in order of definition.
+
+    Without the ``module.`` and ``_orig_mod.`` that wrappers put before a name, and without parametrizations. A
+    module that stands under several names stands here under each of them.
+    """
+    names: dict[str, nn.Module] = {}
+
+    def children(module: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+        parametrized = hasattr(module, "parametrizations")
+        for child_name, child in module._modules.items():
+            if child is not None and not (parametrized and child_name == "parametrizations"):
+                yield child_name, child
+
+    def walk(module: nn.Module, name: str, above: tuple[nn.Module, ...]) -> None:
+        module = unwrap(module)
+        if any(module is other for other in above):
+            return
+        names.setdefault(name, module)
+        for child_name, child in children(module):
+            walk(child, f"{name}.{child_name}" if name else child_name, (*above, module))
+
+    walk(model, "", ())
+    root = names.pop("")
+    return {**names, ROOT: root}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """One chosen module.
+
+    Attributes:
+        name: its name, the first one where it has several and none was asked for.
+        module: the module.
+        calls: numbers of the calls that are layers, counted from 1; None for all of them.
+        part: which part of the output or input is the layer, as the path after the colon; "" for the default.
+        named: whether the user asked for this very layer by name, so that leaving it out is an error.
+        also: other names of the same module that were asked for.
+    """
+
+    name: str
+    module: nn.Module
+    calls: frozenset[int] | None = None
+    part: str = ""
+    named: bool = False
+    also: tuple[str, ...] = ()
+
+    def label(self, call: int, name: str | None = None) -> str:
+        """``name#2:part``: what one call of the layer is called."""
+        return (name or self.name) + (f"#{call}" if call > 1 else "") + (f":{self.part}" if self.part else "")
+
+
+def select_layers(model: nn.Module, layers: Layers = None) -> list[Selection]:
+    """The modules that `layers` choose, in order of definition; all that can be called for None.
+
+    Args:
+        model: the model, wrapped or not.
+        layers: None; a name as ``named_modules()`` prints it; a glob, in which ``*`` and ``?`` stop at dots and
+            ``**`` does not; a module type; a predicate ``(name, module) -> bool`` or ``(module) -> bool``; or a
+            sequence of these. An exact name wins over a glob. ``name#2`` is the second call of a module in one
+            forward pass, ``name:0``, ``name:key`` or ``name:input`` a part of what it returned or was given.
+
+    Raises:
+        LayerError: an entry that matches no module, with the closest names there are.
+        OptionError: an entry of another type.
+    """
+    candidates = named_layers(model)
+    if layers is None:
+        seen: set[int] = set()
+        chosen = []
+        for name, module in candidates.items():
+            if id(module) not in seen and not isinstance(module, _CONTAINERS):
+                seen.add(id(module))
+                chosen.append(Selection(name, module))
+        return chosen
+    entries = (
+        [layers]
+        if isinstance(layers, str | type) or not isinstance(layers, Iterable) or callable(layers)
+        else list(layers)
+    )
+    if not entries:
+        raise LayerError("layers is empty: name at least one layer, or pass None for every leaf module that runs")
+    found: dict[tuple[int, frozenset[int] | None, str], Selection] = {}
+    for entry in entries:
+        matches = _matches(entry, candidates)
+        if not matches:
+            raise LayerError(_no_match(entry, candidates))
+        for match in matches:
+            key = (id(match.module), match.calls, match.part)
+            before = found.get(key)
+            if before is None or (match.named and not before.named):
+                found[key] = match
+            elif match.named and match.name != before.name:
+                found[key] = replace(before, also=(*before.also, match.name))
+    order = {name: i for i, name in enumerate(candidates)}
+    return sorted(found.values(), key=lambda selection: order[selection.name])
+
+
+def _matches(entry: Any, candidates: dict[str, nn.Module]) -> list[Selection]:
+    if isinstance(entry, str):
+        return _by_name(entry, candidates)
+    if isinstance(entry, type):
+        if not issubclass(entry, nn.Module):
+            raise OptionError(f"layers has the type {entry.__qualname__}, which is no subclass of nn.Module")
+        return _first_names(candidates, lambda name, module: isinstance(module, entry))
+    if callable(entry):
+        return _first_names(candidates, _predicate(entry))
+    raise OptionError(
+        f"layers has {entry!r} of type {type(entry).__qualname__}: expected a name, a glob, a module type or a "
+        "predicate"
+    )
+
+
+def _predicate(entry: Callable[..., bool]) -> Callable[[str, nn.Module], bool]:
+    try:
+        inspect.signature(entry).bind("name", None)
+    except TypeError:
+        return lambda name, module: bool(entry(module))
+    except ValueError:
+        pass
+    return lambda name, module: bool(entry(name, module))
+
+
+def _first_names(
+    candidates: dict[str, nn.Module], keep: Callable[[str, nn.Module], bool], **how: Any
+) -> list[Selection]:
+    """Modules that pass, each once, under the first of its names that passes."""
+    found: dict[int, Selection] = {}
+    for name, module in candidates.items():
+        if id(module) not in found and keep(name, module):
+            found[id(module)] = Selection(name, module, **how)
+    return list(found.values())
+
+
+def _by_name(entry: str, candidates: dict[str, nn.Module]) -> list[Selection]:
+    for name, part in _splits(entry):
+        match = _CALL.match(name)
+        assert match is not None
+        pattern = match["pattern"]
+        calls = frozenset({int(match["call"])}) if match["call"] else None
+        if pattern in candidates:
+            return [Selection(pattern, candidates[pattern], calls, part, named=True)]
+    for name, part in _splits(entry):
+        match = _CALL.match(name)
+        assert match is not None
+        pattern = match["pattern"]
+        if not any(sign in pattern for sign in "*?["):
+            continue
+        calls = frozenset({int(match["call"])}) if match["call"] else None
+        regex = glob_regex(pattern)
+        chosen = _first_names(
+            candidates,
+            lambda name, module, regex=regex: (
+                name != ROOT  # type: ignore[misc]
+                and not isinstance(module, _CONTAINERS)
+                and regex.fullmatch(name) is not None
+            ),
+            calls=calls,
+            part=part,
+        )
+        if chosen:
+            return chosen
+    return []
+
+
+def _splits(entry: str) -> list[tuple[str, str]]:
+    """A name may hold colons itself: the longest name first, the rest is the path of a part."""
+    pieces = entry.split(":")
+    return [(":".join(pieces[:i]), ":".join(pieces[i:])) for i in range(len(pieces), 0, -1)]
+
+
+def _no_match(entry: Any, candidates: dict[str, nn.Module]) -> str:
+    if not isinstance(entry, str):
+        what = entry.__qualname__ if hasattr(entry, "__qualname__") else repr(entry)
+        kinds = sorted({type(module).__name__ for module in candidates.values()})
+        return f"no module matches {what}: the model has modules of the types {', '.join(kinds[:12])}"
+    close = closest(entry, [name for name in candidates if name != ROOT])
+    return (
+        f"no layer matches {entry!r}: "
+        + (f"the closest names are {', '.join(map(repr, close))}" if close else "the model has no named modules")
+        + "; `named_modules()` lists all of them, `*` stops at dots and `**` crosses them"
+    )

@@ -1,0 +1,137 @@
+"""Going over a loader again: the same batches in the same order, and proof that they are the same."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data.distributed import DistributedSampler
+
+from cka_hooks.recording.outputs import tensors_in
+
+# Numbers of a sample that go into a batch's fingerprint.
+_LOOKED_AT = 64
+
+
+class Randomness:
+    """The state of everything that a loader may draw from: torch, Python, NumPy and its own generators."""
+
+    def __init__(self, loader: Any) -> None:
+        self._generators = list(_generators(loader))
+
+    def state(self) -> dict[str, Any]:
+        """All states, as numbers, text and tensors."""
+        numpy = np.random.get_state(legacy=False)
+        assert isinstance(numpy, dict)
+        return {
+            "torch": torch.get_rng_state(),
+            "python": random.getstate(),
+            "numpy": [
+                numpy["bit_generator"],
+                torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
+                int(numpy["state"]["pos"]),
+                int(numpy["has_gauss"]),
+                float(numpy["gauss"]),
+            ],
+            "generators": [generator.get_state() for generator in self._generators],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Back to what :meth:`state` gave.
+
+        Raises:
+            ValueError: the loader has other generators now.
+        """
+        if len(state["generators"]) != len(self._generators):
+            raise ValueError("the loader had another number of random generators")
+        torch.set_rng_state(state["torch"])
+        random.setstate(state["python"])
+        name, key, *rest = state["numpy"]
+        np.random.set_state((name, key.numpy().astype(np.uint32), *rest))
+        for generator, its in zip(self._generators, state["generators"], strict=True):
+            generator.set_state(its)
+
+
+def _parts(loader: Any) -> Iterator[Any]:
+    """The loader and its samplers, none twice."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    found = [loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
+    seen: set[int] = set()
+    for part in found:
+        if part is not None and id(part) not in seen:
+            seen.add(id(part))
+            yield part
+
+
+def _generators(loader: Any) -> Iterator[torch.Generator]:
+    seen: set[int] = set()
+    for part in _parts(loader):
+        generator = getattr(part, "generator", None)
+        if isinstance(generator, torch.Generator) and id(generator) not in seen:
+            seen.add(id(generator))
+            yield generator
+
+
+def shuffles_unseeded(loader: Any) -> bool:
+    """Whether a loader's order comes from a random sampler that has no generator of its own."""
+    shuffling = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+    return any(isinstance(part, shuffling) and part.generator is None for part in _parts(loader))
+
+
+def distributed_sampler(loader: Any) -> DistributedSampler[Any] | None:
+    """The `DistributedSampler` that decides which samples this rank has."""
+    return next((part for part in _parts(loader) if isinstance(part, DistributedSampler)), None)
+
+
+def own_samples(loader: Any) -> int | None:
+    """How many samples of a rank are its own, None where all are.
+
+    A `DistributedSampler` without `drop_last` pads its list so that every rank has equally many; what it
+    repeats comes at the end of each rank's part.
+    """
+    sampler = distributed_sampler(loader)
+    if sampler is None or sampler.drop_last:
+        return None
+    total = len(sampler.dataset)  # type: ignore[arg-type]
+    return len(range(sampler.rank, total, sampler.num_replicas)) if sampler.total_size > total else None
+
+
+def repeats_samples(loader: Any) -> str | None:
+    """Why some samples may be counted twice, for loaders whose repetitions cannot be told from their samples."""
+    for part in _parts(loader):
+        if getattr(part, "even_batches", False) and getattr(part, "num_processes", 1) > 1:
+            together = (part.batch_size or 0) * (1 if part.split_batches else part.num_processes)
+            if together and len(loader.dataset) % together == 0:
+                return None
+            return (
+                "accelerate repeats samples where they do not divide evenly into the batches of all processes, and "
+                "these count twice: prepare the loader with even_batches=False"
+            )
+    return None
+
+
+def fingerprint(batch: Any) -> str:
+    """A hash of some numbers of every sample and of every shape: equal for equal batches, and cheap.
+
+    Tensors on other devices than the CPU count with their shape, since looking at them would wait.
+    """
+    hasher = hashlib.blake2b(digest_size=16)
+    for tensor in tensors_in(batch):
+        hasher.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+        if tensor.device.type == "cpu" and tensor.layout is torch.strided and tensor.numel():
+            hasher.update(_some(tensor).numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def _some(tensor: Tensor) -> Tensor:
+    rows = tensor.detach()
+    rows = rows.reshape(len(rows), -1) if rows.ndim else rows.reshape(1, 1)
+    some = rows[:, :: max(1, rows.shape[1] // _LOOKED_AT)]
+    some = some.to(torch.float64) if some.is_floating_point() else some
+    return some.resolve_conj().resolve_neg().contiguous()

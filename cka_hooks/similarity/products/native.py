@@ -1,0 +1,101 @@
+"""The compiled Gram product and sketch of float32 features on a CPU: `_native.c`, where it was built and runs.
+
+Everything works without it, slower: `pip install` goes on where no C compiler is, and the environment variable
+``CKA_HOOKS_NATIVE=0`` leaves it unused.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+try:
+    from cka_hooks.similarity.products import _native
+except ImportError:
+    _native = None  # type: ignore[assignment]
+
+# Name -> number of what this processor can run, best first.
+VARIANTS: dict[str, int] = {}
+if _native is not None and os.environ.get("CKA_HOOKS_NATIVE", "1") != "0":
+    VARIANTS = dict(_native.variants())
+
+# Features whose products are added up in float32 before float64 goes on: BLOCK in _native.c.
+BLOCK = 1024
+# Sketches of a layer: COPIES in _native.c.
+COPIES = 2
+# With more samples to reuse a packed operand for, a product of BLAS is as fast.
+MAX_SAMPLES = 512
+
+
+def takes(features: Tensor) -> bool:
+    """Whether the functions below can be used for these features.
+
+    Subclasses of tensors, and what functions under ``torch.func`` see, may have no memory of their own to be read.
+    """
+    return (
+        bool(VARIANTS)
+        and type(features) is Tensor
+        and features.device.type == "cpu"
+        and features.dtype is torch.float32
+        and features.layout is torch.strided
+        and features.numel() > 0
+        and _has_memory(features)
+    )
+
+
+def _has_memory(features: Tensor) -> bool:
+    try:
+        return features.data_ptr() != 0
+    except RuntimeError:
+        return False
+
+
+def grams(features: Tensor, minibatches: int) -> tuple[Tensor, Tensor]:
+    """Gram matrices (m, n, n) of samples less a common vector, and (m, 8) what they measure; float64.
+
+    Args:
+        features: (m * n, P, C) float32 on the CPU, of any strides.
+        minibatches: m.
+
+    Returns:
+        The matrices, and of each the numbers of `gram.Measured`, then the norm of the vector that was taken off.
+    """
+    samples = features.shape[0] // minibatches
+    values = torch.zeros(minibatches, samples, samples, dtype=torch.float64, device="cpu")
+    measures = torch.zeros(minibatches, 8, dtype=torch.float64, device="cpu")
+    _native.grams(*_place(features, minibatches), values.data_ptr(), measures.data_ptr(), *_how())
+    return values, measures
+
+
+def sketch(features: Tensor, minibatches: int, columns: int, keys: Sequence[int]) -> Tensor:
+    """Sketches (COPIES, m, n, columns) of each group with the signs of its key.
+
+    Args:
+        features: (m * n, P, C) float32 on the CPU, of any strides.
+        minibatches: m.
+        columns: k.
+        keys: (m,) the bits of unsigned 64-bit keys as int64.
+    """
+    # C writes here: whatever the user's default dtype and device are.
+    shape = (COPIES, minibatches, features.shape[0] // minibatches, columns)
+    sketches = torch.zeros(shape, dtype=torch.float32, device="cpu")
+    words = torch.tensor(keys, dtype=torch.int64, device="cpu")
+    _native.sketch(*_place(features, minibatches), words.data_ptr(), columns, sketches.data_ptr(), *_how())
+    return sketches
+
+
+def _place(features: Tensor, minibatches: int) -> tuple[int, int, int, int, int, int, int, int]:
+    """Where the features are: address, m, n, P, C and three strides."""
+    rows, positions, channels = features.shape
+    sample, position, channel = features.stride()
+    if channels == 1:
+        positions, channels, position, channel = 1, positions, 0, position
+    return features.data_ptr(), minibatches, rows // minibatches, positions, channels, sample, position, channel
+
+
+def _how() -> tuple[int, int]:
+    """Threads and variant."""
+    return torch.get_num_threads(), next(iter(VARIANTS.values()))

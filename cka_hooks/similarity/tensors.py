@@ -1,0 +1,226 @@
+"""CKA of tensors in hand: all samples at once, no model and no loader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from cka_hooks.errors import NonFiniteError, OptionError, SampleCountError, TooFewSamplesError
+from cka_hooks.features import memory_order
+from cka_hooks.hsic import MIN_SAMPLES, Estimator, centre, pack
+from cka_hooks.precision import accumulation_device, without_gradients
+from cka_hooks.similarity.kernels import Kernel, as_kernel
+
+# Where less than this of a squared trace is left of a layer's own HSIC, its formula in feature space has cancelled:
+# outlying samples do that. Up to this many samples the n x n matrix, which does not cancel, takes its place.
+_CANCELLED = 1e-9
+_GRAM_IS_CHEAP = 8192
+
+
+def cka(
+    x: Tensor,
+    y: Tensor,
+    *,
+    kernel: str | Callable[[Tensor], Tensor] = "linear",
+    bandwidth: float | None = None,
+    sigma: float | None = None,
+    estimator: Estimator = "unbiased",
+    subset: int | None = None,
+    generator: torch.Generator | None = None,
+) -> float:
+    """Centered kernel alignment of two sets of features of the same samples (Kornblith et al. 2019).
+
+    Args:
+        x: (n, ...) features of n samples; what is behind dimension 0 is flattened.
+        y: (n, ...) features of the same samples in the same order, any number of them.
+        kernel: as in :func:`cka_matrix`, like all options here.
+
+    Returns:
+        HSIC(x, y) / sqrt(HSIC(x, x) HSIC(y, y)); NaN where the samples of x or of y do not differ.
+
+    Raises:
+        SampleCountError, TooFewSamplesError, NonFiniteError, OptionError: see :func:`cka_matrix`.
+
+    Example:
+        >>> import torch, cka_hooks
+        >>> x = torch.randn(100, 10, generator=torch.Generator().manual_seed(0))
+        >>> round(cka_hooks.cka(x, 3 * x.flip(1) + 1), 6)
+        1.0
+    """
+    return float(
+        cka_matrix(
+            [x],
+            [y],
+            kernel=kernel,
+            bandwidth=bandwidth,
+            sigma=sigma,
+            estimator=estimator,
+            subset=subset,
+            generator=generator,
+        )
+    )
+
+
+def cka_matrix(
+    xs: Sequence[Tensor],
+    ys: Sequence[Tensor] | None = None,
+    *,
+    kernel: str | Callable[[Tensor], Tensor] = "linear",
+    bandwidth: float | None = None,
+    sigma: float | None = None,
+    estimator: Estimator = "unbiased",
+    subset: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """CKA of every pair of several sets of features of the same samples.
+
+    The linear kernel works in feature space for features that are fewer than the samples: nothing n x n is
+    made of them.
+
+    Args:
+        xs: tensors (n, ...), floating point, the same n samples in each.
+        ys: further ones for the columns; None pairs `xs` with themselves.
+        kernel: "linear", "rbf", "cosine", "polynomial" or a callable (n, d) -> (n, n).
+        bandwidth: of "rbf", a multiple of the root of the median squared distance; default 1.
+        sigma: of "rbf", in the features' units, instead of `bandwidth`.
+        estimator: "unbiased" (Song et al. 2012) or "biased" (Gretton et al. 2005).
+        subset: use only that many samples, drawn without replacement, the same ones of every tensor.
+        generator: what draws them; None is torch's global one.
+
+    Returns:
+        (len(xs), len(ys)) float64 on the CPU; NaN where the samples of a tensor do not differ.
+
+    Raises:
+        SampleCountError: tensors with different numbers of samples.
+        TooFewSamplesError: fewer than 4 samples.
+        NonFiniteError: NaN or infinity, with the tensor's position.
+        OptionError: an option that cannot be.
+
+    Example:
+        >>> import torch, cka_hooks
+        >>> x = torch.randn(100, 10, generator=torch.Generator().manual_seed(0))
+        >>> cka_hooks.cka_matrix([x, x[:, :5]], [x]).shape
+        torch.Size([2, 1])
+    """
+    gram = as_kernel(kernel, bandwidth, sigma)
+    if estimator not in ("unbiased", "biased"):
+        raise OptionError(f"estimator={estimator!r} is not known: use 'unbiased' or 'biased'")
+    columns = xs if ys is None else ys
+    tensors = [*xs] if ys is None else [*xs, *ys]
+    samples = _checked(tensors)
+    with without_gradients():
+        chosen = None
+        if subset is not None:
+            if not MIN_SAMPLES <= subset <= samples:
+                raise OptionError(f"subset={subset!r} must be from {MIN_SAMPLES} to the {samples} samples there are")
+            where = generator.device if generator is not None else None
+            chosen = torch.randperm(samples, generator=generator, device=where)[:subset]
+        sides = [
+            _Side(
+                t.detach() if chosen is None else t.detach()[chosen.to(t.device)],
+                gram,
+                estimator,
+                kernel == "linear",
+            )
+            for t in tensors
+        ]
+        rows, others = sides[: len(xs)], sides if ys is None else sides[len(xs) :]
+        out = torch.empty(len(xs), len(columns), dtype=torch.float64)
+        for i, row in enumerate(rows):
+            for j, column in enumerate(others):
+                if ys is None and j < i:
+                    out[i, j] = out[j, i]
+                else:
+                    out[i, j] = row.cka(column)
+    return out
+
+
+def _checked(tensors: Sequence[Tensor]) -> int:
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.ndim < 1:
+            found = (
+                f"{tuple(tensor.shape)} of {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            )
+            raise OptionError(f"tensor {i} is {found}: expected a floating-point tensor (n, ...); .float() makes one")
+    counts = [len(tensor) for tensor in tensors]
+    if len(set(counts)) > 1:
+        raise SampleCountError(
+            f"the tensors have {counts} samples in dimension 0: CKA compares the same samples in the same order"
+        )
+    if not counts or counts[0] < MIN_SAMPLES:
+        raise TooFewSamplesError(
+            f"CKA needs at least {MIN_SAMPLES} samples in dimension 0, found {counts[0] if counts else 'no tensor'}"
+        )
+    for i, tensor in enumerate(tensors):
+        if not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteError(f"tensor {i} has NaN or infinity in it", {str(i): 0}, None)
+    return counts[0]
+
+
+class _Side:
+    """One tensor: in feature space where it is narrow and the kernel linear, as a centred Gram matrix else."""
+
+    def __init__(self, tensor: Tensor, kernel: Kernel, estimator: Estimator, is_linear: bool) -> None:
+        self._rows = memory_order(tensor)
+        self._kernel = kernel
+        self._estimator = estimator
+        self._packed: Tensor | None = None
+        narrow = is_linear and self._rows[0].numel() < len(self._rows)
+        self.features: Tensor | None = None
+        eps = torch.finfo(tensor.dtype).eps
+        if narrow:
+            wide = self._rows.flatten(1).to(accumulation_device(tensor.device), torch.float64)
+            self.features = wide - wide.mean(0)
+            # Again: the rounding of a large mean is a common vector too.
+            self.features -= self.features.mean(0)
+            spread, size = float(self.features.square().sum()), float(wide.square().sum())
+            self.own = _feature_space_hsic(self.features, self.features, estimator)
+            rounding = _CANCELLED * spread**2
+            if self.own * len(wide) <= rounding and len(wide) <= _GRAM_IS_CHEAP:
+                self.features = None
+        if self.features is None:
+            spread, size, rounding = self._gram()
+            self.own = float(self.packed.square().sum())
+        self.degenerate = not (spread > (8 * eps) ** 2 * size and self.own * len(self._rows) > rounding)
+
+    def _gram(self) -> tuple[float, float, float]:
+        grams = self._kernel(self._rows, 1)
+        self._packed = pack(centre(grams.values[0], self._estimator), self._estimator)
+        rounding = (16 * torch.finfo(torch.float64).eps) ** 2 * float(grams.values.square().sum())
+        spread, size = grams.traces()
+        return float(spread), float(size), rounding
+
+    @property
+    def packed(self) -> Tensor:
+        if self._packed is None:
+            self._gram()
+        assert self._packed is not None
+        return self._packed
+
+    def cka(self, other: _Side) -> float:
+        if self.degenerate or other.degenerate:
+            return float("nan")
+        if self is other:
+            return 1.0
+        if self.features is not None and other.features is not None:
+            hsic = _feature_space_hsic(self.features, other.features.to(self.features.device), self._estimator)
+        else:
+            hsic = float(self.packed @ other.packed.to(self.packed.device))
+        return float(hsic / (self.own * other.own) ** 0.5)
+
+
+def _feature_space_hsic(x: Tensor, y: Tensor, estimator: Estimator) -> float:
+    """w_n * HSIC of centred (n, d) features without an n x n matrix, w_n as in :func:`cka_hooks.hsic.pack`.
+
+    <K, L> = |X'Y|^2 (Kornblith et al. 2019, eq. 3). With zero diagonals, since K1 = 0 before they are zeroed:
+    tr(KL) = |X'Y|^2 - k'l, K1 = -k, with k and l the squared norms of the samples (Song et al. 2012, eq. 5).
+    """
+    n = len(x)
+    inner = float((x.mT @ y).square().sum())
+    if estimator == "biased":
+        return inner / (n - 1)
+    k, el = x.square().sum(1), y.square().sum(1)
+    both = float(k @ el)
+    return (inner - both + float(k.sum() * el.sum()) / ((n - 1) * (n - 2)) - 2 / (n - 2) * both) / n

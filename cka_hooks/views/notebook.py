@@ -1,0 +1,101 @@
+"""How a result shows itself in a notebook: a small table of coloured cells, without scripts or libraries."""
+
+from __future__ import annotations
+
+import html
+import math
+
+from cka_hooks.results.result import CKAResult
+
+#: Values are written into the cells up to this many rows and columns; beyond, the colours alone are shown.
+WITH_VALUES = 12
+#: At most this many rows and columns are shown.
+MOST = 32
+
+# The colours of matplotlib's viridis at 0, 1/8 ... 1; between them straight lines are close enough.
+_VIRIDIS = (
+    (68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141),
+    (39, 173, 129), (92, 200, 99), (170, 220, 50), (253, 231, 37),
+)  # fmt: skip
+
+
+def notebook_html(result: CKAResult) -> str:
+    """A table for ``_repr_html_``: first layer at the bottom left, as in :meth:`CKAResult.plot`.
+
+    Args:
+        result: what to show. Of more than :data:`MOST` rows or columns, evenly spaced ones are kept.
+
+    Example:
+        >>> print(notebook_html(CKAResult.example()).count("<td"))
+        9
+    """
+    rows, columns = _spread(len(result.rows)), _spread(len(result.columns))
+    written = max(len(rows), len(columns)) <= WITH_VALUES
+    values, errors = result.matrix.tolist(), result.stderr.tolist()
+    lines = []
+    for i in reversed(rows):
+        if written:
+            cells = "".join(
+                _cell(values[i][j], f"{result.rows[i]}\n{result.columns[j]}\n{_words(values[i][j], errors[i][j])}")
+                for j in columns
+            )
+        else:
+            cells = "".join(_dot(values[i][j]) for j in columns)
+        lines.append(f"<tr>{_label(result.rows[i]) if written else ''}{cells}</tr>")
+    if written:
+        heads = "".join(_label(result.columns[j]) for j in columns)
+        lines.append(f"<tr><th></th>{heads}</tr>")
+    size = str(len(result.rows)) if result.square else f"{len(result.rows)} x {len(result.columns)}"
+    caption = f"CKA of {size} layers, {result.samples:,} samples, {result.minibatches:,} minibatches"
+    if len(rows) < len(result.rows) or len(columns) < len(result.columns):
+        caption += f"; {len(rows)} x {len(columns)} of them, evenly spaced, are shown"
+    return (
+        '<table style="border-collapse:collapse;border-spacing:0;font-size:11px;line-height:1.1">'
+        f'<caption style="text-align:left;white-space:nowrap">{html.escape(caption)}</caption>'
+        f"{''.join(lines)}</table>"
+    )
+
+
+def _spread(count: int) -> list[int]:
+    if count <= MOST:
+        return list(range(count))
+    return [round(i * (count - 1) / (MOST - 1)) for i in range(MOST)]
+
+
+def _label(label: str) -> str:
+    short = label if len(label) <= 28 else f"{label[:8]}…{label[-19:]}"
+    return (
+        f'<th title="{html.escape(label)}" style="text-align:right;font-weight:normal;padding:0 4px;'
+        f'white-space:nowrap;background:none">{html.escape(short)}</th>'
+    )
+
+
+def _words(value: float, error: float) -> str:
+    if math.isnan(value):
+        return "CKA is undefined"
+    return f"CKA {value:.3f}" + ("" if math.isnan(error) else f", standard error {error:.3f}")
+
+
+def _cell(value: float, title: str) -> str:
+    ink = "#000" if math.isnan(value) or value > 0.6 else "#fff"
+    text = "–" if math.isnan(value) else f"{value:.2f}"
+    return (
+        f'<td title="{html.escape(title)}" style="padding:4px 6px;text-align:center;'
+        f'background:{_colour(value)};color:{ink}">{text}</td>'
+    )
+
+
+def _dot(value: float) -> str:
+    return f'<td style="padding:5px;background:{_colour(value)}"></td>'
+
+
+def _colour(value: float) -> str:
+    if math.isnan(value):
+        return "#d9d9d9"
+    place = min(max(value, 0.0), 1.0) * (len(_VIRIDIS) - 1)
+    below = min(int(place), len(_VIRIDIS) - 2)
+    mixed = (
+        round(low + (high - low) * (place - below))
+        for low, high in zip(_VIRIDIS[below], _VIRIDIS[below + 1], strict=True)
+    )
+    return "#" + "".join(f"{part:02x}" for part in mixed)
