@@ -23,7 +23,7 @@ from torch import Tensor
 from cka_hooks import CKAResult
 from cka_hooks.hsic import all_pairs, centre, pack
 from cka_hooks.run.loop import FIRST_LOOK, LOOK_RATIO
-from cka_hooks.similarity.products.reference import linear_grams
+from cka_hooks.similarity.products.choose import linear_grams
 from cka_hooks.similarity.sums import Sums
 
 SAMPLES = 32

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import cka_hooks
 from cka_hooks.hsic import Estimator, all_pairs, centre, pack
-from cka_hooks.similarity.products.reference import linear_grams
+from cka_hooks.similarity.products.choose import linear_grams
 from cka_hooks.similarity.sums import Sums
 
 LAYERS = ("1", "10", "19", "28")

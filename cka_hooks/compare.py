@@ -45,7 +45,6 @@ def compare(
     tolerance: float | None = None,
     max_samples: int | None = None,
     epochs: int = 1,
-    sketch: int | None = None,
     seed: int = 0,
     keep_minibatches: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -66,8 +65,8 @@ def compare(
             :func:`cka_hooks.recording.batches.arguments`. Shuffle it where classes are stored in order.
         layers: which layers, see :func:`cka_hooks.recording.layers.select_layers`; or a mapping from model name to
             that.
-        kernel: see :class:`CKAAccumulator`, as `bandwidth`, `sigma`, `estimator`, `minibatch`, `sketch`, `seed`
-            and `keep_minibatches`.
+        kernel: see :class:`CKAAccumulator`, as `bandwidth`, `sigma`, `estimator`, `minibatch`, `seed` and
+            `keep_minibatches`.
         features: see :class:`LayerRecorder`, as `batch_dim`.
         forward: ``(model, batch) -> anything`` where the default call does not fit, or a mapping from model
             name to that: two names for one model with different `forward` compare two views of the data.
@@ -136,7 +135,6 @@ def compare(
         "sigma": sigma,
         "estimator": estimator,
         "minibatch": minibatch,
-        "sketch": sketch,
         "seed": seed,
         "keep_minibatches": keep_minibatches,
     }

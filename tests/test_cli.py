@@ -110,9 +110,10 @@ def test_a_finished_checkpoint_gives_its_result_again(nets, tmp_path):
     assert torch.equal(a.matrix, b.matrix)
 
 
-def test_a_sketch(nets, tmp_path):
-    assert run(nets, tmp_path, "--sketch", "8", "--quiet") == 0
-    assert CKAResult.load(tmp_path / "cka.json").settings["sketch"] == 8
+def test_sketch_gets_a_sentence(nets, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(nets, tmp_path, "--sketch", "8", "--quiet")
+    assert "--sketch is gone: --minibatch 32, the default, costs less" in capsys.readouterr().err
 
 
 def test_two_models(nets, tmp_path):

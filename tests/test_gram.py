@@ -11,9 +11,8 @@ from torch import Tensor
 from cka_hooks import CKAAccumulator
 from cka_hooks.features import memory_order
 from cka_hooks.hsic import centre
-from cka_hooks.similarity.products import native
-from cka_hooks.similarity.products import reference as gram
-from cka_hooks.similarity.products.reference import linear_grams
+from cka_hooks.similarity.products import choose, native
+from cka_hooks.similarity.products.choose import linear_grams
 
 pytestmark = pytest.mark.filterwarnings("ignore:one sample decides")
 
@@ -47,7 +46,7 @@ def error(x: Tensor, minibatches: int = 1, estimator: str = "unbiased") -> float
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """On an accelerator no value may be looked at: the one path that it takes, taken here."""
     if request.param == "accelerator":
-        monkeypatch.setattr(gram, "_can_branch", lambda tensor: False)
+        monkeypatch.setattr(choose, "_can_branch", lambda tensor: False)
     elif request.param != "cpu":
         monkeypatch.setattr(native, "VARIANTS", {})
     return str(request.param)
@@ -118,7 +117,7 @@ def test_an_outlying_sample(at: int, factor: float, shared: float, compiled: Non
 
 @pytest.mark.parametrize("at", [0, 16, 31])
 def test_an_outlying_sample_on_an_accelerator(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gram, "_can_branch", lambda tensor: False)
+    monkeypatch.setattr(choose, "_can_branch", lambda tensor: False)
     x = features(32, 2000)
     x[at] *= 100
     assert error(x.float()) < 1e-5

@@ -63,9 +63,9 @@ def peak():
 
 torch.set_num_threads(1)
 x = torch.randn(1, 32, 1, 800_000)
-gram._shifted(x[..., :5000], torch.float64)
+gram.shifted(x[..., :5000], torch.float64)
 before = peak()
-gram._shifted(x, torch.float64)
+gram.shifted(x, torch.float64)
 print(peak() - before)
 """
 

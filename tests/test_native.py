@@ -1,4 +1,4 @@
-"""The compiled Gram product and sketch: every variant that runs here, against PyTorch's own in float64."""
+"""The compiled Gram product: every variant that runs here, against PyTorch's own in float64."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from cka_hooks.features import memory_order
 from cka_hooks.hsic import centre
-from cka_hooks.similarity import sketch
 from cka_hooks.similarity.products import native
-from cka_hooks.similarity.products.reference import Grams, _measured
+from cka_hooks.similarity.products.choose import _measured
+from cka_hooks.similarity.products.grams import Grams
 
 BUILT = dict(native._native.variants()) if native._native is not None else {}
 
@@ -104,30 +104,6 @@ def test_what_it_measures(variant: str) -> None:
     torch.testing.assert_close(measures[:, -1], shift, rtol=1e-6, atol=0)
 
 
-SHAPES = [(8, 1, 90_000), (8, 7, 3000), (8, 100, 150), (8, 3, 20_049), (8, 5000, 3), (6, 90_000, 1)]
-
-
-@pytest.mark.parametrize("number", [1, 3, 7])
-@pytest.mark.parametrize("columns", [64, 500])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "every second", "features first"])
-def test_its_sketches_are_those_of_the_plain_path(
-    variant: str, layout: str, shape: tuple[int, int, int], columns: int, number: int, threads: None
-) -> None:
-    torch.set_num_threads(number)
-    x = {
-        "contiguous": lambda: torch.randn(shape),
-        "every second": lambda: torch.randn(*shape, 2)[..., 0],
-        "features first": lambda: torch.randn(shape[::-1]).permute(2, 1, 0),
-    }[layout]()
-    keys = [5, (1 << 63) + 7]
-    found = native.sketch(x, 2, columns, [sketch._signed(key) for key in keys])
-    plain = [sketch._sketch(group, columns, key) for group, key in zip(x.unflatten(0, (2, -1)), keys, strict=True)]
-    # Wide tokens are added up in another order there.
-    rounding = 1e-3 if shape[2] > columns and shape[1] > shape[2] // columns else 0
-    torch.testing.assert_close(found, torch.stack(plain, 1), rtol=0, atol=rounding)
-
-
 class Wrapped(Tensor):
     """A tensor whose numbers need not be where its address says."""
 
@@ -162,16 +138,15 @@ def test_what_functions_are_given_under_transforms_is_left_to_pytorch(variant: s
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_default_dtype_and_device_do_not_matter(variant: str, dtype: torch.dtype) -> None:
     x = torch.randn(8, 1, 3000)
-    grams, sketches = native.grams(x, 2), native.sketch(x, 2, 100, [1, 2])
+    grams = native.grams(x, 2)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            other_grams, other_sketches = native.grams(x, 2), native.sketch(x, 2, 100, [1, 2])
+            other_grams = native.grams(x, 2)
     finally:
         torch.set_default_dtype(before)
     assert torch.equal(other_grams[0], grams[0])
-    assert torch.equal(other_sketches, sketches)
 
 
 GROWTH = """
@@ -189,7 +164,6 @@ def resident():
 def work():
     for x in (wide, narrow, narrow[:, :, :30]):
         native.grams(x, 1)
-        native.sketch(x, 1, 64, [1])
         x.exp()
 
 def rounds(count):
@@ -224,7 +198,7 @@ def test_threads_that_end_leave_no_memory_behind() -> None:
 
 @pytest.mark.skipif(not BUILT, reason="no compiled code for this processor")
 def test_it_can_be_switched_off() -> None:
-    code = "from cka_hooks import native; print(native.VARIANTS)"
+    code = "from cka_hooks.similarity.products import native; print(native.VARIANTS)"
     for setting, expected in (("0", {}), ("1", BUILT)):
         done = processes.finished("-c", code, env=os.environ | {"CKA_HOOKS_NATIVE": setting})
         assert done.stdout.strip() == str(expected)

@@ -114,8 +114,8 @@ def test_in_compare(monkeypatch: pytest.MonkeyPatch) -> None:
     def plain(*_):
         raise ERRORS[0]
 
-    monkeypatch.setattr(gram, "_plain", plain)
-    monkeypatch.setattr(gram, "_shifted", plain)
+    monkeypatch.setattr(gram, "plain", plain)
+    monkeypatch.setattr(gram, "shifted", plain)
     monkeypatch.setattr(native, "grams", plain)
     with pytest.raises(cka_hooks.OutOfMemoryError, match="layer '0'"):
         cka_hooks.compare(net, batches(), progress=False)

@@ -204,8 +204,7 @@ def _run_words(run: argparse.ArgumentParser) -> None:
         help="stop as soon as every standard error is below E, such as 0.005")  # fmt: skip
     how.add_argument("--minibatch", type=_whole, default=32, metavar="N",
         help="samples an estimate is made from: more cost more and scatter less; default: %(default)s")  # fmt: skip
-    how.add_argument("--sketch", type=_whole, metavar="K",
-        help="sketch wide features with K random sums: cheaper, unbiased, a little noise")  # fmt: skip
+    how.add_argument("--sketch", action=_Gone, help=argparse.SUPPRESS)
     how.add_argument("--kernel", default="linear", choices=("linear", "rbf", "cosine", "polynomial"))
     how.add_argument("--estimator", default="unbiased", choices=("unbiased", "biased"))
     how.add_argument("--seed", type=int, default=0, metavar="N",
@@ -224,6 +223,13 @@ def _run_words(run: argparse.ArgumentParser) -> None:
     )
     where.add_argument("--json", action="store_true", help="print one JSON object, and the rest on stderr")
     where.add_argument("--quiet", action="store_true", help="neither plan nor progress")
+
+
+class _Gone(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        parser.error(
+            "--sketch is gone: --minibatch 32, the default, costs less and adds no noise; leave --sketch out"
+        )
 
 
 def _whole(text: str) -> int:

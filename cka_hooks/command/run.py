@@ -147,7 +147,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     options: dict[str, Any] = {
         name: getattr(arguments, name) for name in ("minibatch", "kernel", "estimator", "features")
     }
-    return {**options, "sketch": arguments.sketch, "seed": arguments.seed}
+    return {**options, "seed": arguments.seed}
 
 
 def _plan(

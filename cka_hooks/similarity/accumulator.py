@@ -28,8 +28,7 @@ from cka_hooks.precision import without_gradients
 from cka_hooks.results.result import CKAResult, Influence
 from cka_hooks.run import ranks as distributed
 from cka_hooks.similarity.kernels import as_kernel
-from cka_hooks.similarity.products.reference import Grams
-from cka_hooks.similarity.sketch import sketch_key, sketched_grams
+from cka_hooks.similarity.products.grams import Grams
 from cka_hooks.similarity.sums import NEVER, Sums
 
 # Above this share of a layer's own HSIC in pairs of one single sample, `compute` warns, and not below this many
@@ -74,8 +73,6 @@ class Centred(NamedTuple):
         size: (l, m) traces of the linear Gram matrices.
         finite: (l, m) bool, whether the layer was finite; its vectors are 0 where it was not.
         parts: (l, m, n) parts of the layer's own HSIC that each sample has.
-        excess: (l, m) by how much the squared norm of a vector is above the layer's own HSIC, where the vector
-            is the mean of two sketches and the HSIC their inner product; 0 where nothing was sketched.
     """
 
     layers: tuple[str, ...]
@@ -84,7 +81,6 @@ class Centred(NamedTuple):
     size: Tensor
     finite: Tensor
     parts: Tensor
-    excess: Tensor
 
 
 class Step(NamedTuple):
@@ -119,10 +115,7 @@ class CKAAccumulator:
         minibatch: samples per HSIC estimate; None takes each batch as it comes. A batch is split into
             groups of this many, a remainder of 4 or more is one more group, a smaller one is left out.
         features: how an activation becomes a row of features, see :func:`cka_hooks.features.feature_rows`.
-        sketch: add the features of wide layers up in this many columns with random signs, about 2048, instead of
-            taking their Gram matrices exactly: see :mod:`cka_hooks.similarity.sketch`. Estimates stay unbiased, and
-            their extra spread is in the standard errors. Layers with up to 4 times as many features stay exact.
-        seed: of the sketch's signs.
+        seed: of whatever is drawn at random.
         keep_minibatches: keep each minibatch's values, O(minibatches * layers^2), for `CKAResult.difference`.
 
     Raises:
@@ -150,7 +143,6 @@ class CKAAccumulator:
         estimator: Estimator = "unbiased",
         minibatch: int | None = None,
         features: Reduction | str = "flatten",
-        sketch: int | None = None,
         seed: int = 0,
         keep_minibatches: bool = False,
     ) -> None:
@@ -159,13 +151,7 @@ class CKAAccumulator:
             raise OptionError(f"estimator={estimator!r} is not known: use 'unbiased' or 'biased'")
         if minibatch is not None and (not isinstance(minibatch, int) or minibatch < MIN_SAMPLES):
             raise OptionError(f"minibatch={minibatch!r}: an HSIC estimate needs at least {MIN_SAMPLES} samples")
-        if sketch is not None and (not isinstance(sketch, int) or sketch < 2):
-            raise OptionError(f"sketch={sketch!r} must be a number of columns, 2048 for example")
-        if sketch is not None and kernel != "linear":
-            raise OptionError(f"sketch= works with the linear kernel only, and kernel is {_name(kernel)!r}")
         check_reduction(features)
-        self._sketch = sketch
-        self._seed = seed
         self._estimator: Estimator = estimator
         self._minibatch = minibatch
         self._features = features
@@ -177,8 +163,7 @@ class CKAAccumulator:
             "estimator": estimator,
             "minibatch": minibatch,
             "features": _name(features),
-            "sketch": sketch,
-            "seed": None if sketch is None else seed,
+            "seed": seed,
             "keep_minibatches": keep_minibatches,
         }
         self.reset()
@@ -259,27 +244,23 @@ class CKAAccumulator:
             rest = samples - groups * size
             grams = []
             if size >= MIN_SAMPLES:
-                grams.append(self._grams(layer, rows[: groups * size], groups, self.minibatches))
+                grams.append(self._grams(layer, rows[: groups * size], groups))
                 if rest >= MIN_SAMPLES:
-                    grams.append(self._grams(layer, rows[groups * size :], 1, self.minibatches + groups))
+                    grams.append(self._grams(layer, rows[groups * size :], 1))
         self._dtypes.setdefault(layer, activation.dtype)
         self._pending[layer] = _Observed(samples, grams)
 
-    def _grams(self, layer: str, rows: Tensor, minibatches: int, first: int) -> Grams:
+    def _grams(self, layer: str, rows: Tensor, minibatches: int) -> Grams:
         """Gram matrices of one layer, in smaller pieces where memory does not suffice for all of them at once."""
-        numbers = range(first, first + minibatches)
         try:
-            return self._taken(layer, rows, numbers)
+            return self._kernel(rows, minibatches)
         except memory.EXHAUSTED as error:
             memory.raise_unless_exhausted(error)
         # Outside of the handler, whose traceback would keep the scratch buffers of the failed attempt.
         memory.release(rows.device)
         try:
             with memory.smaller_pieces():
-                parts = [
-                    self._taken(layer, part, [number])
-                    for part, number in zip(rows.chunk(minibatches), numbers, strict=True)
-                ]
+                parts = [self._kernel(part, 1) for part in rows.chunk(minibatches)]
         except memory.EXHAUSTED as error:
             memory.raise_unless_exhausted(error)
             features = rows.shape[1] * rows.shape[2]
@@ -291,14 +272,6 @@ class CKAAccumulator:
             ) from error
         joined: list[Any] = [None if of_one[0] is None else torch.cat(of_one) for of_one in zip(*parts, strict=True)]
         return Grams(*joined)
-
-    def _taken(self, layer: str, rows: Tensor, numbers: Sequence[int]) -> Grams:
-        """The Gram matrices of the minibatches with these numbers, by the kernel or from sketches."""
-        if self._sketch is None:
-            return self._kernel(rows, len(numbers))
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        keys = [sketch_key(self._seed, layer, rank, number) for number in numbers]
-        return sketched_grams(rows, len(numbers), self._sketch, keys)
 
     def step(self) -> None:
         """The minibatch is complete: add it to the sums.
@@ -374,15 +347,14 @@ class CKAAccumulator:
         step = max(1, at_a_time // (m * n * n))
         for low in range(0, len(rows), step):
             some = rows[low : low + step]
-            # All but the deviations, which `_excess` takes from the rows that have one.
-            stacked = Grams(*(_stacked(of_one, device) for of_one in zip(*(row[:4] for row in some), strict=True)))
+            stacked = Grams(*(_stacked(of_one, device) for of_one in zip(*some, strict=True)))
             values = stacked.values
             spread, size = stacked.traces()
             finite = torch.isfinite(values.sum((-2, -1)) + size)
             bad = ~finite.unsqueeze(-1)
             centred = centre(values, self._estimator)
             parts = sample_parts(centred, self._estimator).masked_fill_(bad, 0)
-            rest.append((spread, size, finite, parts, self._excess(some, finite)))
+            rest.append((spread, size, finite, parts))
             vectors = pack(centred, self._estimator).masked_fill_(bad, 0)
             if packed is None:
                 packed = vectors if len(some) == len(rows) else vectors.new_empty(len(rows), *vectors.shape[1:])
@@ -390,15 +362,6 @@ class CKAAccumulator:
                 packed[low : low + len(some)] = vectors
         assert packed is not None
         return Centred(tuple(grams), packed, *(torch.cat(parts) for parts in zip(*rest, strict=True)))
-
-    def _excess(self, rows: Sequence[Grams], finite: Tensor) -> Tensor:
-        """(l, m) squared norms of the centred deviations: <K', K''> = |mean|^2 - |deviation|^2."""
-        excess = torch.zeros_like(finite, dtype=torch.float64)
-        for i, row in enumerate(rows):
-            if row.deviation is not None:
-                vectors = pack(centre(row.deviation.to(excess.device), self._estimator), self._estimator)
-                excess[i] = vectors.square().sum(-1)
-        return torch.where(finite, excess, 0)
 
     def _commit(self, step: Step) -> None:
         """Add a batch to the sums: as a whole, since all that may fail comes before the first change."""
@@ -408,9 +371,6 @@ class CKAAccumulator:
             self._positions = {layer: i for i, layer in enumerate(layers)}
         ready = [self._aligned(group) for group in step.groups]
         pairs = [all_pairs(group.vectors) for group in ready]
-        if self._sketch is not None:
-            for group, hsic in zip(ready, pairs, strict=True):
-                hsic.diagonal(dim1=-2, dim2=-1).sub_(group.excess.mT)
         start = self.samples + self.left_out
         for before, group, hsic in zip(step.groups, ready, pairs, strict=True):
             assert self._sums is not None

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from cka_hooks.errors import OptionError
 from cka_hooks.precision import accumulation_device, exact_products
-from cka_hooks.similarity.products.reference import Grams, linear_grams
+from cka_hooks.similarity.products.choose import linear_grams
+from cka_hooks.similarity.products.grams import Grams
 
 # (m * n, P, C) features and m -> m Gram matrices.
 Kernel = Callable[[Tensor, int], Grams]

@@ -1,14 +1,11 @@
-/* Gram matrices and sketches of wide float32 features on a CPU: what BLAS has no routine for.
+/* Gram matrices of wide float32 features on a CPU: what BLAS has no routine for.
  *
  * A matrix product packs both of its operands, makes both halves of a symmetric matrix, and accumulates in float32.
  * Here a block of features of all samples is packed once, less a common vector; only tiles on and below the diagonal
  * are made; and each block is added up in float64. Memory is read once, and what is kept does not grow with the features.
  *
- * A sketch adds the features up in a few columns with random signs. The signs are a bit each, made here from a key, the
- * same as those of that key in sketch.py.
- *
  * Built where a C compiler with OpenMP and GCC's vector types is at hand, used on processors with AVX2; see native.py
- * for the callers and gram.py for what runs elsewhere.
+ * for the callers and reference.py for what runs elsewhere.
  */
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030A0000
@@ -29,12 +26,9 @@
 #define STRIDE (BLOCK + 16)
 /* With more samples, blocks of half as many features: so that the second level of a cache holds one. */
 #define MANY_SAMPLES 256
-/* Multiplications, and features of a sketch, that are worth all threads. Never some of them: the threads are PyTorch's own,
- * and a smaller team would end those that it does not need. */
+/* Multiplications that are worth all threads. Never some of them: the threads are PyTorch's own, and a smaller team would
+ * end those that it does not need. */
 #define WORTH_THREADS (1 << 21)
-#define WORTH_THREADS_SKETCHED (1 << 17)
-/* Sketches of one layer. */
-#define COPIES 2
 
 /* Where the features of m groups of n samples are: (m * n, positions, channels) with these strides, in floats. */
 typedef struct {
@@ -47,8 +41,7 @@ typedef struct {
 typedef struct {
     float *panel, *common;
     double *sums, *edge;
-    uint8_t *signs;
-    size_t size, signs_size;
+    size_t size;
 } Buffers;
 
 static pthread_key_t buffers_key;
@@ -57,20 +50,14 @@ static void *aligned(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 
 
 static void free_buffers(void *buffers) {
     Buffers *own = buffers;
-    free(own->panel), free(own->common), free(own->sums), free(own->edge), free(own->signs), free(own);
-}
-
-/* NULL when memory runs out. */
-static Buffers *own_buffers(void) {
-    Buffers *own = pthread_getspecific(buffers_key);
-    if (!own && (own = calloc(1, sizeof *own)))
-        pthread_setspecific(buffers_key, own);
-    return own;
+    free(own->panel), free(own->common), free(own->sums), free(own->edge), free(own);
 }
 
 /* Buffers for panels of `rows` rows, NULL when memory runs out. */
 static Buffers *take_buffers(ptrdiff_t rows) {
-    Buffers *own = own_buffers();
+    Buffers *own = pthread_getspecific(buffers_key);
+    if (!own && (own = calloc(1, sizeof *own)))
+        pthread_setspecific(buffers_key, own);
     if (!own)
         return NULL;
     if (own->size < (size_t)rows) {
@@ -82,38 +69,6 @@ static Buffers *take_buffers(ptrdiff_t rows) {
         own->size = own->panel && own->common && own->sums && own->edge ? rows : 0;
     }
     return own->size ? own : NULL;
-}
-
-/* The signs of `features` features in each copy of the sketch with this key, a bit each: words of SplitMix64 (Steele, Lea
- * & Flood 2014), each copy at the start of a word. Behind them lie bytes that a vector's worth of bits may reach into.
- * NULL when memory runs out.
- */
-static const uint8_t *take_signs(uint64_t key, ptrdiff_t features) {
-    Buffers *own = own_buffers();
-    const size_t words = COPIES * ((features + 63) / 64), bytes = words * sizeof(uint64_t) + sizeof(uint64_t);
-    if (!own)
-        return NULL;
-    if (own->signs_size < bytes) {
-        free(own->signs);
-        own->signs = aligned(bytes);
-        own->signs_size = own->signs ? bytes : 0;
-    }
-    if (own->signs)
-        for (size_t word = 0; word < words; word++) {
-            uint64_t state = (word + 1) * 0x9E3779B97F4A7C15u + key;
-            state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9u;
-            state = (state ^ state >> 27) * 0x94D049BB133111EBu;
-            state ^= state >> 31;
-            memcpy(own->signs + word * sizeof state, &state, sizeof state);
-        }
-    return own->signs;
-}
-
-/* The 16 bits from `bit` on. */
-static inline uint32_t bits_at(const uint8_t *bits, size_t bit) {
-    uint32_t word;
-    memcpy(&word, bits + bit / 8, sizeof word);
-    return word >> bit % 8;
 }
 
 /* Floats of a row of `width` features that products run over: up to a multiple of every vector width. */
@@ -179,11 +134,9 @@ typedef struct {
     const char *name;
     ptrdiff_t tile;
     double (*add_block)(const Features *, const float *, ptrdiff_t, ptrdiff_t, ptrdiff_t, const Buffers *);
-    void (*add_signed)(const float *, size_t, const uint8_t *const *, size_t, float *const *);
 } Variant;
 
-static const Variant variants[] = {{"avx512", 4, add_block_avx512, add_signed_avx512},
-                                   {"avx2", 12, add_block_avx2, add_signed_avx2}};
+static const Variant variants[] = {{"avx512", 4, add_block_avx512}, {"avx2", 12, add_block_avx2}};
 
 static int runs_here(int variant) {
     __builtin_cpu_init();
@@ -192,7 +145,7 @@ static int runs_here(int variant) {
                         : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
-/* What gram.py wants to know of each Gram matrix: `Measured` there, and the norm of what was taken off. */
+/* What choose.py wants to know of each Gram matrix: `Measured` there, and the norm of what was taken off. */
 enum { SPREAD, SIZE, WHOLE, OWN, ROWS, TOTAL, TRACE, SHIFT, MEASURES };
 
 /* Of one (n, n) Gram matrix of samples from which a vector of squared norm `norm` was taken off. */
@@ -317,70 +270,6 @@ static int grams(const Features *x, const Variant *variant, int threads, double 
     return !failed;
 }
 
-/* One sample's features, signed, to its `columns` columns in each copy.
- *
- * Where a position has more channels than there are columns, channel c goes to column c mod `columns`. Else as many whole
- * positions as fit go side by side. So does sketch.py, in views of the activation.
- */
-static void sketch_row(const Features *x, const Variant *variant, const float *row,
-                       const uint8_t *const signs[COPIES], ptrdiff_t columns, float *const sums[COPIES]) {
-    const ptrdiff_t step = x->channel_stride, features = x->positions * x->channels;
-    const int is_wide = x->channels > columns;
-    const ptrdiff_t modulus = is_wide ? columns : columns / x->channels * x->channels;
-    float gathered[BLOCK];
-    for (ptrdiff_t feature = 0, run; feature < features; feature += run) {
-        const ptrdiff_t position = feature / x->channels, channel = feature % x->channels;
-        const ptrdiff_t column = (is_wide ? channel : feature) % modulus;
-        const float *from = row + position * x->position_stride + channel * step;
-        run = x->channels - channel < modulus - column ? x->channels - channel : modulus - column;
-        if (step != 1) {
-            run = run < BLOCK ? run : BLOCK;
-            for (ptrdiff_t k = 0; k < run; k++)
-                gathered[k] = from[k * step];
-            from = gathered;
-        }
-        float *to[COPIES];
-        for (int copy = 0; copy < COPIES; copy++)
-            to[copy] = sums[copy] + column;
-        variant->add_signed(from, run, signs, feature, to);
-    }
-}
-
-/* Sketches of all groups, `keys` (m,), to zeros (copies, m, n, columns). Returns 0 when memory ran out. */
-static int sketch(const Features *x, const Variant *variant, int threads, const uint64_t *keys, ptrdiff_t columns,
-                  float *out) {
-    const ptrdiff_t features = x->positions * x->channels, items = x->groups * x->samples;
-    const ptrdiff_t bytes_of_copy = (features + 63) / 64 * 8;
-    if (items * features < WORTH_THREADS_SKETCHED)
-        threads = 1;
-    int failed = 0;
-#pragma omp parallel num_threads(threads)
-    {
-        const ptrdiff_t team = omp_get_num_threads(), self = omp_get_thread_num();
-        const uint8_t *signs = NULL;
-        ptrdiff_t of = -1;
-        for (ptrdiff_t item = items * self / team; item < items * (self + 1) / team; item++) {
-            if (of != item / x->samples) {
-                of = item / x->samples;
-                signs = take_signs(keys[of], features);
-            }
-            if (!signs) {
-#pragma omp atomic write
-                failed = 1;
-                break;
-            }
-            const uint8_t *bits[COPIES];
-            float *to[COPIES];
-            for (ptrdiff_t copy = 0; copy < COPIES; copy++) {
-                bits[copy] = signs + copy * bytes_of_copy;
-                to[copy] = out + (copy * items + item) * columns;
-            }
-            sketch_row(x, variant, x->data + item * x->sample_stride, bits, columns, to);
-        }
-    }
-    return !failed;
-}
-
 static PyObject *py_grams(PyObject *self, PyObject *args) {
     Py_ssize_t data, out, measures;
     Features x;
@@ -392,24 +281,6 @@ static PyObject *py_grams(PyObject *self, PyObject *args) {
     int done;
     Py_BEGIN_ALLOW_THREADS
     done = grams(&x, &variants[variant], threads, (double *)out, (double *)measures);
-    Py_END_ALLOW_THREADS
-    if (!done)
-        return PyErr_NoMemory();
-    Py_RETURN_NONE;
-}
-
-static PyObject *py_sketch(PyObject *self, PyObject *args) {
-    Py_ssize_t data, keys, columns, out;
-    Features x;
-    int threads, variant;
-    if (!PyArg_ParseTuple(args, "nnnnnnnnnnnii", &data, &x.groups, &x.samples, &x.positions, &x.channels,
-                          &x.sample_stride, &x.position_stride, &x.channel_stride, &keys, &columns, &out, &threads,
-                          &variant))
-        return NULL;
-    x.data = (const float *)data;
-    int done;
-    Py_BEGIN_ALLOW_THREADS
-    done = sketch(&x, &variants[variant], threads, (const uint64_t *)keys, columns, (float *)out);
     Py_END_ALLOW_THREADS
     if (!done)
         return PyErr_NoMemory();
@@ -431,8 +302,6 @@ static PyObject *py_variants(PyObject *self, PyObject *args) {
 static PyMethodDef methods[] = {
     {"grams", py_grams, METH_VARARGS,
      "grams(data, m, n, P, C, sample_stride, position_stride, channel_stride, out, measures, threads, variant)"},
-    {"sketch", py_sketch, METH_VARARGS,
-     "sketch(data, m, n, P, C, sample_stride, position_stride, channel_stride, keys, columns, out, threads, variant)"},
     {"variants", py_variants, METH_NOARGS, "Names and numbers of the variants that this processor can run, best first."},
     {NULL, NULL, 0, NULL},
 };

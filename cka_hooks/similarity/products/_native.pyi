@@ -13,20 +13,4 @@ def grams(
     variant: int,
     /,
 ) -> None: ...
-def sketch(
-    data: int,
-    groups: int,
-    samples: int,
-    positions: int,
-    channels: int,
-    sample_stride: int,
-    position_stride: int,
-    channel_stride: int,
-    keys: int,
-    columns: int,
-    out: int,
-    threads: int,
-    variant: int,
-    /,
-) -> None: ...
 def variants() -> list[tuple[str, int]]: ...

@@ -62,35 +62,6 @@ __attribute__((target(TARGET))) static double JOIN(add_block, VARIANT)(const Fea
     return norm;
 }
 
-/* Add `width` features, each plus or minus, to `to` in each copy: plus where the bit from `bit` on is 1.
- *
- * A vector at a time goes to all copies: it is read once.
- */
-__attribute__((target(TARGET))) static void JOIN(add_signed, VARIANT)(const float *x, size_t width,
-                                                                      const uint8_t *const bits[COPIES], size_t bit,
-                                                                      float *const to[COPIES]) {
-    size_t k = 0;
-    for (; k + LANES <= width; k += LANES)
-        for (int copy = 0; copy < COPIES; copy++) {
-            const uint32_t plus = bits_at(bits[copy], bit + k);
-            float *sum = to[copy] + k;
-#if LANES == 16
-            const __m512 value = _mm512_loadu_ps(x + k), before = _mm512_loadu_ps(sum);
-            _mm512_storeu_ps(sum, _mm512_mask_add_ps(_mm512_sub_ps(before, value), (__mmask16)plus, before, value));
-#else
-            // Each lane's bit goes to where a float has its sign.
-            const __m256i shift = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
-            const __m256i minus = _mm256_andnot_si256(_mm256_sllv_epi32(_mm256_set1_epi32((int)plus), shift),
-                                                      _mm256_set1_epi32((int)0x80000000));
-            const __m256 value = _mm256_xor_ps(_mm256_loadu_ps(x + k), _mm256_castsi256_ps(minus));
-            _mm256_storeu_ps(sum, _mm256_add_ps(_mm256_loadu_ps(sum), value));
-#endif
-        }
-    for (; k < width; k++)
-        for (int copy = 0; copy < COPIES; copy++)
-            to[copy][k] += bits_at(bits[copy], bit + k) & 1 ? x[k] : -x[k];
-}
-
 #undef Vector
 #undef JOIN
 #undef JOIN_

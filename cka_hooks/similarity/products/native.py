@@ -1,4 +1,4 @@
-"""The compiled Gram product and sketch of float32 features on a CPU: `_native.c`, where it was built and runs.
+"""The compiled Gram product of float32 features on a CPU: `_native.c`, where it was built and runs.
 
 Everything works without it, slower: `pip install` goes on where no C compiler is, and the environment variable
 ``CKA_HOOKS_NATIVE=0`` leaves it unused.
@@ -7,7 +7,6 @@ Everything works without it, slower: `pip install` goes on where no C compiler i
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,14 +23,12 @@ if _native is not None and os.environ.get("CKA_HOOKS_NATIVE", "1") != "0":
 
 # Features whose products are added up in float32 before float64 goes on: BLOCK in _native.c.
 BLOCK = 1024
-# Sketches of a layer: COPIES in _native.c.
-COPIES = 2
 # With more samples to reuse a packed operand for, a product of BLAS is as fast.
 MAX_SAMPLES = 512
 
 
 def takes(features: Tensor) -> bool:
-    """Whether the functions below can be used for these features.
+    """Whether `grams` can be used for these features.
 
     Subclasses of tensors, and what functions under ``torch.func`` see, may have no memory of their own to be read.
     """
@@ -61,30 +58,13 @@ def grams(features: Tensor, minibatches: int) -> tuple[Tensor, Tensor]:
         minibatches: m.
 
     Returns:
-        The matrices, and of each the numbers of `gram.Measured`, then the norm of the vector that was taken off.
+        The matrices, and of each the numbers of `choose.Measured`, then the norm of the vector that was taken off.
     """
     samples = features.shape[0] // minibatches
     values = torch.zeros(minibatches, samples, samples, dtype=torch.float64, device="cpu")
     measures = torch.zeros(minibatches, 8, dtype=torch.float64, device="cpu")
     _native.grams(*_place(features, minibatches), values.data_ptr(), measures.data_ptr(), *_how())
     return values, measures
-
-
-def sketch(features: Tensor, minibatches: int, columns: int, keys: Sequence[int]) -> Tensor:
-    """Sketches (COPIES, m, n, columns) of each group with the signs of its key.
-
-    Args:
-        features: (m * n, P, C) float32 on the CPU, of any strides.
-        minibatches: m.
-        columns: k.
-        keys: (m,) the bits of unsigned 64-bit keys as int64.
-    """
-    # C writes here: whatever the user's default dtype and device are.
-    shape = (COPIES, minibatches, features.shape[0] // minibatches, columns)
-    sketches = torch.zeros(shape, dtype=torch.float32, device="cpu")
-    words = torch.tensor(keys, dtype=torch.int64, device="cpu")
-    _native.sketch(*_place(features, minibatches), words.data_ptr(), columns, sketches.data_ptr(), *_how())
-    return sketches
 
 
 def _place(features: Tensor, minibatches: int) -> tuple[int, int, int, int, int, int, int, int]:

@@ -1,0 +1,162 @@
+"""Which backend makes the Gram matrices of which features, and whether rounding calls for a more careful product.
+
+HSIC does not change when every sample is shifted by the same vector, and the Gram matrix of samples that
+share a large common component is, in float32, that component plus rounding. So a common vector is taken off
+before the product wherever it matters, and partial products are added up in float64.
+
+To add a backend, write a file beside this one with a function like :func:`reference.shifted`, and choose it here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cka_hooks.precision import exact_products
+from cka_hooks.similarity.products import native, reference
+from cka_hooks.similarity.products.grams import Grams
+
+# A more careful product is made where rounding may be more than this much per sample of the U-centred norm
+# (see `_is_precise`). Measured: errors in CKA of untrained torchvision models stay below this.
+NOISE_TOLERANCE = 2e-6
+# A plain product is not taken where it is more than this many times the U-centred norm, times the root of n(n-3):
+# sums of features that repeat round alike, which averages out over pairs of samples only. How far off they are
+# depends on BLAS, up to 4e-6 in those measured.
+PLAIN_SHARED = 0.75
+# Where the samples' spread is at least this share of their size in a few probed runs of features, the
+# plain product is tried first: it needs no subtraction and no scratch buffer.
+PLAIN_SPREAD = 0.05
+PROBED_RUNS, PROBED_RUN = 16, 64
+# Products of up to this many multiplications cost less than the look.
+CHEAP = 1 << 22
+# Mean squared norms below this came near the end of float32's range, where squares lose their digits.
+TINY = 1e-30
+
+
+def linear_grams(features: Tensor, minibatches: int = 1) -> Grams:
+    """Linear Gram matrices of `minibatches` equal groups of consecutive samples, right to 1e-5 in CKA.
+
+    Args:
+        features: (m * n, P, C) floating point, of any strides: the P * C features of each sample. A view of
+            an activation is as good as a copy, since only the sum over all features counts.
+        minibatches: m, the number of groups.
+    """
+    if features.dtype.itemsize == 1:
+        # PyTorch computes nothing in floats of one byte, all of which float16 holds.
+        features = features.half()
+    rows, positions, channels = features.shape
+    grouped = features.view(minibatches, rows // minibatches, positions, channels)
+    with exact_products(features.device):
+        if not _can_branch(features):
+            return reference.shifted(grouped)
+        return _on_cpu(grouped)
+
+
+def _on_cpu(grouped: Tensor) -> Grams:
+    """The cheapest product first, a more careful one where the Gram matrix shows that rounding may matter."""
+    dtype, n, width = grouped.dtype, grouped.shape[1], grouped.shape[2:].numel()
+    if native.takes(grouped) and n <= native.MAX_SAMPLES:
+        grams, measured = _compiled(grouped)
+        chunk = native.BLOCK
+    else:
+        chunk = reference.chunk_of(n)
+        cheap = grouped.numel() * n <= CHEAP
+        if dtype in (torch.float32, torch.float64) and (cheap or _looks_spread(grouped)):
+            grams = reference.plain(grouped)
+            if all(_is_precise(of_one, n, width, chunk, PLAIN_SHARED) for of_one in _measured(grams)):
+                return grams
+        grams = reference.shifted(grouped)
+        if dtype is torch.float64:
+            return grams
+        measured = _measured(grams)
+    # Samples that are equal to within rounding have no signal that a better product could save.
+    level = (4 * torch.finfo(dtype).eps) ** 2
+    if all(
+        _is_precise(of_one, n, width, chunk)
+        or (of_one.spread <= level * of_one.size < math.inf and of_one.trace >= n * TINY)
+        for of_one in measured
+    ):
+        return grams
+    return reference.shifted(grouped, torch.float64)
+
+
+def _can_branch(tensor: Tensor) -> bool:
+    """Whether looking at a value is free. On an accelerator it would wait for the device."""
+    return tensor.device.type == "cpu"
+
+
+def _looks_spread(grouped: Tensor) -> bool:
+    """A look at evenly spaced positions and channels: does the samples' spread dominate what they share?"""
+    _, _, positions, channels = grouped.shape
+    some = grouped[:, :, :: max(1, positions // 8)]
+    runs = PROBED_RUNS // min(some.shape[2], 8)
+    if channels > runs * PROBED_RUN:
+        # Runs and not single features: a look at one number costs a whole line of the cache.
+        apart = channels // runs
+        some = some[..., : runs * apart].unflatten(-1, (runs, apart))[..., :PROBED_RUN]
+    probe = some.flatten(2)
+    shared = probe.mean(1).square().sum(-1)
+    size = probe.square().sum((1, 2)) / probe.shape[1]
+    return bool((size - shared >= PLAIN_SPREAD * size).all())
+
+
+class Measured(NamedTuple):
+    """Numbers that tell how precise an (n, n) Gram matrix K is.
+
+    Attributes:
+        spread: the first of `Grams.traces`.
+        size: the second one.
+        whole: sum of all K_ij^2.
+        own: sum of the K_ii^2.
+        rows: sum over i of (sum over j other than i of K_ij)^2.
+        total: sum of all K_ij.
+        trace: sum of the K_ii.
+    """
+
+    spread: float
+    size: float
+    whole: float
+    own: float
+    rows: float
+    total: float
+    trace: float
+
+
+def _measured(grams: Grams) -> list[Measured]:
+    """Of each of m Gram matrices."""
+    values = grams.values
+    diagonal = values.diagonal(dim1=-2, dim2=-1)
+    sums = values.sum(-1)
+    whole, own, rows = (
+        torch.linalg.vector_norm(part, dim=-1).square() for part in (values.flatten(1), diagonal, sums - diagonal)
+    )
+    found = [*grams.traces(), whole, own, rows, sums.sum(-1), diagonal.sum(-1)]
+    return [Measured(*numbers) for numbers in torch.stack(found, -1).tolist()]
+
+
+def _is_precise(measured: Measured, n: int, width: int, chunk: int, shared: float = math.inf) -> bool:
+    """Whether float32 rounding in a Gram matrix of `width` features is below what 1e-5 in CKA allows.
+
+    `chunk` features were added up in float32 at a time. Rounding while a sum grows is relative to what it has grown
+    to: to K_ij where products have one sign, and to a part of |x_i| |x_j| that falls with the number of chunks where
+    they do not. What counts is this against the norm of the U-centred matrix: a shared component, an outlying sample
+    and overflow all show there. What it may be at most is `shared` times that norm and the root of its n(n-3).
+    """
+    _, _, whole, own, rows, total, trace = measured
+    # |U-centred|^2 = |K|^2 - 2/(n-2) |K1|^2 + (1'K1)^2 / ((n-1)(n-2)), zero diagonal (Székely & Rizzo 2014).
+    off_diagonal, off_total = whole - own, total - trace
+    centred = off_diagonal - 2 / (n - 2) * rows + off_total * off_total / ((n - 1) * (n - 2))
+    growth = math.sqrt(max(off_diagonal, 0.0)) + trace * min(1.0, chunk / max(width, 1)) ** 0.5
+    eps = torch.finfo(torch.float32).eps
+    is_small = (eps * growth) ** 2 <= (NOISE_TOLERANCE * n) ** 2 * centred
+    is_bounded = shared == math.inf or off_diagonal <= shared**2 * n * (n - 3) * centred
+    return is_small and is_bounded and trace >= n * TINY
+
+
+def _compiled(grouped: Tensor) -> tuple[Grams, list[Measured]]:
+    """As :func:`reference.shifted`, in one pass over the features."""
+    values, measures = native.grams(grouped.flatten(0, 1), grouped.shape[0])
+    return Grams(values, measures[:, -1]), [Measured(*numbers[:-1]) for numbers in measures.tolist()]
