@@ -1,6 +1,7 @@
 """`tolerance`, `max_samples` and `epochs` of `compare`: when a run ends, and what it says then."""
 
 import re
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from tqdm.auto import tqdm
 
 import cka_hooks
 from cka_hooks import CKAAccumulator, OptionError
@@ -144,6 +146,30 @@ def test_the_progress_bar_shows_the_largest_error_of_the_last_look(
     shown = re.findall(r"largest stderr ([0-9.e-]+)", capsys.readouterr().err)
     assert result.minibatches == 31
     assert shown[-1] == f"{float(at_look.stderr.max()):.2g}"
+
+
+def test_without_a_bar_nobody_waits_for_the_lock_of_bars(model: nn.Module) -> None:
+    """A process that was killed may hold it for ever."""
+    held, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with tqdm.get_lock():
+            held.set()
+            over.wait(120)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(60)
+    ended = threading.Event()
+    runner = threading.Thread(
+        target=lambda: (cka_hooks.compare(model, batches(1), progress=False), ended.set()), daemon=True
+    )
+    runner.start()
+    try:
+        assert ended.wait(60)
+    finally:
+        over.set()
+        holder.join(60)
 
 
 @settings(max_examples=15, deadline=None)
