@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,6 +29,9 @@ def net():
 
 def wider():
     return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 2))
+
+def of_images():
+    return nn.Sequential(nn.AvgPool2d(16), nn.Flatten(), nn.Linear(588, 5))
 
 def not_a_net():
     return 3
@@ -149,7 +153,7 @@ def test_json_is_all_that_stdout_has(nets, tmp_path, capsys):
     assert os.path.exists(report["files"]["result"])
 
 
-def test_an_image_folder_with_classes(tmp_path, capsys):
+def test_an_image_folder_with_classes(nets, tmp_path, capsys):
     pytest.importorskip("torchvision")
     image = pytest.importorskip("PIL.Image")
     generator = torch.Generator().manual_seed(0)
@@ -158,19 +162,20 @@ def test_an_image_folder_with_classes(tmp_path, capsys):
         folder.mkdir(parents=True, exist_ok=True)
         pixels = torch.randint(256, (40, 50, 3), generator=generator, dtype=torch.uint8).numpy()
         image.fromarray(pixels).save(folder / f"{i}.png")
-    words = ["run", "--model", "torchvision:squeezenet1_1", "--weights", "none", "--data", str(tmp_path / "photos")]
-    words += ["--out", str(tmp_path / "out"), "--layers", "features.*", "--minibatch", "8", "--batch-size", "8"]
+    words = ["run", "--model", f"{nets}:of_images", "--data", str(tmp_path / "photos")]
+    words += ["--out", str(tmp_path / "out"), "--minibatch", "8", "--batch-size", "8"]
     assert main(words) == 0
     assert "16 of 16 samples" in capsys.readouterr().out
     (tmp_path / "photos" / "a" / "broken.png").write_bytes(b"no image")
-    assert main(words) == 2
-    assert "broken.png cannot be read as an image" in capsys.readouterr().err
+    assert main([*words, "--overwrite", "--workers", "1"]) == 2
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"cka-hooks: could not read .*broken.png as an image \(.*\)\n", err)
 
 
 def test_a_torchvision_data_set(tmp_path, capsys):
     pytest.importorskip("torchvision")
     words = ["run", "--model", "torchvision:squeezenet1_1", "--weights", "none", "--layers", "features.*"]
-    words += ["--samples", "8", "--minibatch", "8", "--batch-size", "8", "--out", str(tmp_path)]
+    words += ["--samples", "8", "--minibatch", "8", "--batch-size", "8", "--out", str(tmp_path), "--overwrite"]
     assert main([*words, "--data", "torchvision:FakeData:"]) == 0
     assert main([*words, "--data", f"torchvision:CIFAR10:{tmp_path / 'none'}"]) == 2
     assert "--download gets it" in capsys.readouterr().err
@@ -182,8 +187,8 @@ def test_a_torchvision_data_set(tmp_path, capsys):
         (["--layers", "9"], "no layer matches '9'"),
         (["--device", "nowhere"], "--device nowhere"),
         (["--weights", "gone.pt"], "no weights file gone.pt"),
-        (["--weights", "IMAGENET1K_V1"], "takes a checkpoint file"),
-        (["--against-weights", "a.pt"], "name it with --against"),
+        (["--weights", "IMAGENET1K_V1"], "expected a checkpoint file"),
+        (["--against-weights", "a.pt"], "name that model with --against"),
         (["--minibatch", "2"], "at least 4"),
         (["--model", "resnet18"], "names no model: expected torchvision:NAME"),
         (["--model", "gone.py:net"], "no file gone.py"),
@@ -202,9 +207,9 @@ def test_bad_input_is_a_message_and_exit_code_2(nets, tmp_path, capsys, words, m
 @pytest.mark.parametrize(
     ("model", "data", "message"),
     [
-        ("not_a_net", "data", "returned int: expected an nn.Module"),
+        ("not_a_net", "data", "is of type int: expected an nn.Module"),
         ("broken", "data", "raised ValueError: no such thing"),
-        ("missing", "data", "has no function 'missing'; it has"),
+        ("missing", "data", "has no 'missing'; it has net, wider, "),
         ("net", "empty", "yielded no batch"),
         ("net", "not_a_net", "expected a loader or a data set"),
     ],
@@ -230,7 +235,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(nets, tmp_path, capsys):
 
     torch.save({"state_dict": Trap()}, tmp_path / "trap.pt")
     assert run(nets, tmp_path / "out", "--weights", str(tmp_path / "trap.pt")) == 2
-    assert "was not loaded" in capsys.readouterr().err
+    assert "holds Python objects, which are not loaded" in capsys.readouterr().err
     assert not (tmp_path / "sprung").exists()
 
 
@@ -273,8 +278,12 @@ def test_show_prints_and_redraws(tmp_path, capsys):
     CKAResult.example(models=("a", "b")).save(path)
     assert main(["show", str(path)]) == 0
     assert "6 layers" in capsys.readouterr().out
-    assert (tmp_path / "cka.png").exists()
-    assert main(["show", str(path), "--between", "a", "b", "--out", str(tmp_path / "x.svg"), "--values"]) == 0
+    assert list(tmp_path.iterdir()) == [path]
+    assert main(["show", str(path), "--values"]) == 2
+    assert "name its file with --out" in capsys.readouterr().err
+    for replaced in (False, True):
+        assert main(["show", str(path), "--between", "a", "b", "--out", str(tmp_path / "x.svg"), "--values"]) == 0
+        assert ("x.svg (replaced the earlier file)\n" in capsys.readouterr().out) is replaced
     assert (tmp_path / "x.svg").exists()
     assert main(["show", str(path), "--profile", "--out", str(tmp_path / "p.png")]) == 0
     assert main(["show", str(path), "--layers", "c/*"]) == 2
@@ -299,7 +308,7 @@ def test_layers(nets, capsys):
     assert "Linear" in capsys.readouterr().out
     assert main(["layers", "--model", f"{nets}:net", "--data", f"{nets}:data"]) == 0
     assert main(["layers", "--model", f"{nets}:net"]) == 2
-    assert "--input C,H,W or --data" in capsys.readouterr().err
+    assert "--input C,H,W, or --data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["demo", "run", "layers", "show", "diff"])

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from cka_hooks.command import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-HELP = re.sub(r"\\\n\s*", "", "\n".join((cli._TOP, cli._RUN, cli._LAYERS, cli._SHOW, cli._DIFF)))
+DESCRIPTIONS = [import_module(f"cka_hooks.command.{name}").DESCRIPTION for name in cli.COMMANDS]
+HELP = re.sub(r"\\\n\s*", "", "\n".join((cli.DESCRIPTION, *DESCRIPTIONS)))
 LINES = [line.strip() for line in (README + HELP).splitlines()]
 COMMANDS = [line for line in LINES if re.match("cka-hooks [a-z]", line)]
 
@@ -18,7 +20,7 @@ COMMANDS = [line for line in LINES if re.match("cka-hooks [a-z]", line)]
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_that_is_shown_can_be_parsed(command):
     words = shlex.split(re.split(r" {4,}| \| ", command)[0], comments=True)
-    assert callable(cli._parser().parse_args(words[1:]).command)
+    assert callable(cli.parser().parse_args(words[1:]).command)
 
 
 @pytest.mark.parametrize(("name", "end"), [("demo", "cka-hooks demo --out demo"), ("test", "python -m pytest")])

@@ -16,7 +16,7 @@ def test_a_short_demo_writes_pictures_and_result(tmp_path, capsys, monkeypatch):
         pytest.importorskip(package)
     few = [demo.TensorDataset(*(tensor[:192] for tensor in data.tensors)) for data in demo.digits()]
     monkeypatch.setattr(demo, "digits", lambda: few)
-    result = demo.run(tmp_path / "new" / "folder", epochs=1, progress=False)
+    result = demo.demo(tmp_path / "new" / "folder", epochs=1, progress=False)
     out = capsys.readouterr().out
     assert len(result.rows) == 16
     assert result.models == ("seed 0", "seed 1")
@@ -31,7 +31,7 @@ def test_a_short_demo_writes_pictures_and_result(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_each_block_is_most_alike_to_the_same_or_a_neighbouring_one(tmp_path):
-    result = demo.run(tmp_path, progress=False)
+    result = demo.demo(tmp_path, progress=False)
     across = result.between("seed 0", "seed 1").matrix
     places = (across.argmax(1) - demo.torch.arange(8)).abs()
     assert int((places <= 1).sum()) >= 7
@@ -51,4 +51,4 @@ def test_what_is_missing_is_named_with_the_line_that_installs_it(monkeypatch, tm
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r'scikit-learn and matplotlib.*pip install "cka-hooks\[demo\]"'):
-        demo.run(tmp_path)
+        demo.demo(tmp_path)

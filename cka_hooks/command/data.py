@@ -1,9 +1,9 @@
-"""Data from the command line's words: an image folder, ``torchvision:NAME:ROOT``, or ``file.py:function``."""
+"""Data from the command line's words: an image folder, ``torchvision:NAME:ROOT``, or ``file.py:name``."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,24 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from cka_hooks.command.models import SpecError, Transform, call_function, function_name
+from cka_hooks.command.models import SpecError, Transform, from_file, name_in_file
 from cka_hooks.errors import MissingExtraError
+from cka_hooks.names import closest
 from cka_hooks.recording.guest import RandomStream
 
-KINDS = "an image folder, torchvision:NAME:ROOT or file.py:function"
+DATA = """\
+data is one of
+  photos/                        a folder of images, or of one subfolder per class
+  torchvision:CIFAR10:data/      the test part of a torchvision data set, with the folder it lies in
+  nets.py:test_loader            a loader or data set in a Python file of yours, or a function there that
+                                 returns one
+
+Images are prepared as the weights of --model ask for, or else as is usual for ImageNet."""
+
+KINDS = "an image folder, torchvision:NAME:ROOT or file.py:NAME"
 IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
+# What may be behind these suffixes. Pillow goes by the content, and would start Ghostscript for PostScript.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF")
 
 
 class ImageFiles(Dataset[tuple[Tensor, int]]):
@@ -41,12 +53,12 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
 
         path = self.paths[index]
         try:
-            with Image.open(path) as image:
-                pixels = self._transform(image.convert("RGB"))
-        except OSError as error:
-            raise SpecError(f"{path} cannot be read as an image: {error}") from error
+            with Image.open(path, formats=FORMATS) as file:
+                image = file.convert("RGB")
+        except Exception as error:  # of many kinds: decoders raise what they like
+            raise SpecError(f"could not read {path} as an image ({type(error).__name__}: {error})") from error
         top = path.relative_to(self._root).parts[0]
-        return pixels, self.classes.index(top) if path.parent != self._root else 0
+        return self._transform(image), self.classes.index(top) if path.parent != self._root else 0
 
 
 def load_data(
@@ -61,10 +73,10 @@ def load_data(
 ) -> Iterable[Any]:
     """The loader that `spec` names, over a random subset in random order, the same one for the same seed.
 
-    A function's loader is taken as it is; a data set that it returns is treated as the others.
+    A loader in a file is taken as it is; a data set there is treated as the others.
 
     Args:
-        spec: ``photos/``, ``torchvision:CIFAR10:data/`` or ``file.py:function``.
+        spec: ``photos/``, ``torchvision:CIFAR10:data/`` or ``file.py:name``.
         transform: from a PIL image to a tensor; None is ImageNet's usual one.
         batch_size: of the loader.
         samples: how many, None for all.
@@ -73,18 +85,18 @@ def load_data(
         download: let torchvision download a data set that is not at ROOT.
 
     Raises:
-        SpecError: there is no such folder, data set, file or function, or it holds nothing.
+        SpecError: there is no such folder, data set, file or name in it, or it holds nothing.
         MissingExtraError: torchvision is not installed.
     """
     dataset: Any
     if spec.startswith("torchvision:"):
         dataset = _torchvision(spec, transform or imagenet_transform(), download)
     elif ".py:" in spec:
-        dataset = call_function(spec)
-        indexed = hasattr(dataset, "__getitem__") and not isinstance(dataset, list | tuple)
+        dataset = from_file(spec)
+        indexed = hasattr(dataset, "__getitem__") and not isinstance(dataset, list | tuple | Mapping | str)
         if isinstance(dataset, DataLoader) or not indexed:
-            if not isinstance(dataset, Iterable):
-                raise SpecError(f"{spec} returned {type(dataset).__name__}: expected a loader or a data set")
+            if not isinstance(dataset, Iterable) or isinstance(dataset, Mapping | str):
+                raise SpecError(f"{spec} is of type {type(dataset).__name__}: expected a loader or a data set")
             return dataset
     elif Path(spec).is_dir():
         dataset = ImageFiles(Path(spec), transform or imagenet_transform())
@@ -92,8 +104,16 @@ def load_data(
             raise SpecError(f"no images in the folder {spec}: looked for {', '.join(sorted(IMAGES))}")
     else:
         raise SpecError(f"{spec!r} is no folder and names no data: expected {KINDS}")
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:samples]
-    return DataLoader(Subset(dataset, order.tolist()), batch_size=batch_size, num_workers=workers)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    return DataLoader(Subset(dataset, order[:samples]), batch_size=batch_size, num_workers=workers)
+
+
+def sample_names(loader: Iterable[Any]) -> Sequence[str] | None:
+    """The file of each sample in the order of the loader, None where the data does not lie in files we know."""
+    dataset = getattr(loader, "dataset", None)
+    if isinstance(dataset, Subset) and isinstance(dataset.dataset, ImageFiles):
+        return [str(dataset.dataset.paths[index]) for index in dataset.indices]
+    return None
 
 
 def _torchvision(spec: str, transform: Transform, download: bool) -> Any:
@@ -104,14 +124,13 @@ def _torchvision(spec: str, transform: Transform, download: bool) -> Any:
     _, name, root = (*spec.split(":", 2), "")[:3]
     cls = getattr(datasets, name, None)
     if name not in datasets.__all__ or cls is None:
-        from cka_hooks.names import closest
-
-        raise SpecError(f"torchvision has no data set {name!r}; the closest are {closest(name, datasets.__all__)}")
+        near = ", ".join(closest(name, datasets.__all__))
+        raise SpecError(f"torchvision has no data set {name!r}; the closest are {near}")
     takes = inspect.signature(cls).parameters
     options: dict[str, Any] = {"transform": lambda image: transform(_rgb(image))}
     if "root" in takes:
         if not root:
-            raise SpecError(f"{spec} lacks its folder: torchvision:{name}:FOLDER")
+            raise SpecError(f"{spec} lacks the folder it lies in: expected torchvision:{name}:FOLDER")
         options["root"] = root
     if "download" in takes:
         options["download"] = download
@@ -193,4 +212,4 @@ def described(spec: str, loader: Iterable[Any]) -> str:
     dataset = getattr(loader, "dataset", None)
     if isinstance(dataset, Subset):
         return f"{len(dataset):,} of {len(dataset.dataset):,} samples of {spec}, drawn and ordered at random"  # type: ignore[arg-type]
-    return f"the loader of {function_name(spec)} as it is"
+    return f"the loader of {name_in_file(spec)} as it is"

@@ -1,37 +1,58 @@
-"""The demo: two small ResNets trained from two seeds on handwritten digits, and how alike their blocks are.
+"""``cka-hooks demo``: two small ResNets trained from two seeds on handwritten digits, and how alike their blocks are.
 
 Everything is real and comes with the dependencies: the images are scikit-learn's, the network is torchvision's.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from cka_hooks.command import numbers
+from cka_hooks.command.outputs import check_folder, folder_words, write_all
+from cka_hooks.command.terminal import say
 from cka_hooks.compare import compare
 from cka_hooks.errors import MissingExtraError
 from cka_hooks.progress import progress_bar
 from cka_hooks.results.result import CKAResult
+
+LINE = "train two small networks on digits and compare them"
+DESCRIPTION = """\
+Train torchvision's ResNet-18 from two seeds on scikit-learn's handwritten digits, then compare all residual
+blocks of both over the held-out images. This needs no network and takes less than two minutes."""
 
 BLOCKS = "layer*.?"
 HELD_OUT = 599
 EPOCHS = 6
 
 
-def run(out: Path, *, epochs: int = EPOCHS, progress: bool = True, stream: TextIO | None = None) -> CKAResult:
+def words(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    folder_words(parser, "cka-demo")
+    parser.add_argument("--epochs", type=numbers.count, default=EPOCHS, metavar="N",
+        help="passes over the training images; default: %(default)s")  # fmt: skip
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the demo; the exit code."""
+    check_folder(arguments)
+    demo(arguments.out, epochs=arguments.epochs, progress=not arguments.quiet)
+    return 0
+
+
+def demo(out: Path, *, epochs: int = EPOCHS, progress: bool = True) -> CKAResult:
     """Train both networks, compare all their residual blocks, write pictures and the result into `out`.
 
     Args:
         out: a folder, made where it does not exist.
         epochs: passes over the training images; fewer make a quicker demo of worse networks.
         progress: show progress bars on stderr.
-        stream: where the report goes, by default stdout.
 
     Returns:
         The result: both networks' blocks against each other, 16 by 16.
@@ -40,7 +61,6 @@ def run(out: Path, *, epochs: int = EPOCHS, progress: bool = True, stream: TextI
         MissingExtraError: scikit-learn, torchvision or matplotlib is not installed.
         OSError: `out` cannot be written to.
     """
-    stream = sys.stdout if stream is None else stream
     require("the demo")
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -49,16 +69,14 @@ def run(out: Path, *, epochs: int = EPOCHS, progress: bool = True, stream: TextI
     for seed in (0, 1):
         network = trained(train, seed, epochs=epochs, progress=progress)
         networks[f"seed {seed}"] = network
-        print(f"seed {seed}: {accuracy(network, held_out):.1%} of {len(held_out)} held-out digits right", file=stream)
+        say(f"seed {seed}: {accuracy(network, held_out):.1%} of {len(held_out)} held-out digits right")
 
     shuffled = DataLoader(held_out, batch_size=64, shuffle=True, generator=torch.Generator().manual_seed(0))
     result = compare(networks, shuffled, layers=BLOCKS, progress=progress)
-    across = result.between("seed 0", "seed 1")
-
-    print(f"\n{result.summary()}\n", file=stream)
-    for name, path in _written(result, across, out).items():
-        print(f"{name:<22}{path}", file=stream)
-    print(f"\n{time.perf_counter() - started:.0f} seconds in all", file=stream)
+    say(f"\n{result.summary()}\n")
+    for name, path in write_all(result, out).items():
+        say(f"{name:<10}{path}")
+    say(f"\n{time.perf_counter() - started:.0f} seconds in all")
     return result
 
 
@@ -72,9 +90,7 @@ def require(what: str) -> None:
         except ImportError:
             missing.append(package)
     if missing:
-        raise MissingExtraError(
-            f'{what} needs {" and ".join(missing)}, not installed here: pip install "cka-hooks[demo]"'
-        )
+        raise MissingExtraError(f'{what} needs {" and ".join(missing)}: pip install "cka-hooks[demo]"')
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
@@ -128,18 +144,3 @@ def accuracy(network: nn.Module, data: TensorDataset) -> float:
     images, classes = data.tensors
     outputs: Tensor = network(images)
     return float((outputs.argmax(1) == classes).float().mean())
-
-
-def _written(result: CKAResult, across: CKAResult, out: Path) -> dict[str, Path]:
-    """What was written into `out`: a short name -> the path."""
-    paths = {"heatmap": out / "cka.png", "seed 0 against seed 1": out / "between.png", "result": out / "cka.json"}
-    across.plot(paths["seed 0 against seed 1"])
-    result.plot(paths["heatmap"])
-    result.save(paths["result"])
-    try:
-        result.to_html(out / "cka.html")
-    except MissingExtraError:
-        pass
-    else:
-        paths["page"] = out / "cka.html"
-    return paths

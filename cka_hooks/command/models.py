@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
+import pickle
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -14,12 +16,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from cka_hooks.errors import CKAError, MissingExtraError
+from cka_hooks.names import closest
 
 Transform = Callable[[Any], Tensor]
 
-KINDS = "torchvision:NAME, timm:NAME, hf:NAME or file.py:function"
+MODELS = """\
+a model is one of
+  torchvision:resnet50           torchvision's, with its default weights (downloaded once)
+  timm:vit_tiny_patch16_224      timm's, pretrained
+  hf:google-bert/bert-base-uncased   a Hugging Face model, by its name or folder
+  nets.py:net                    a model in a Python file of yours, or a function there that returns one
+
+weights are the name of torchvision weights (IMAGENET1K_V2), "none" for random ones, or a checkpoint file
+(.pt, .pth, .safetensors), which is loaded without running any code in it."""
+
+KINDS = "torchvision:NAME, timm:NAME, hf:NAME or file.py:NAME"
 # Where training scripts keep the state dict in a checkpoint, and what wrappers put before its names.
 _NESTED = ("state_dict", "model_state_dict", "model", "net")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -50,9 +64,9 @@ def load_model(spec: str, weights: str | None = None, *, seed: int = 0) -> Loade
     """The model that `spec` names.
 
     Args:
-        spec: ``torchvision:resnet50``, ``timm:vit_tiny_patch16_224``, ``hf:bert-base-uncased`` or
-            ``file.py:function`` with a function that returns a module.
-        weights: None takes what the name stands for (pretrained ones; for a function, what it returns). "none"
+        spec: ``torchvision:resnet50``, ``timm:vit_tiny_patch16_224``, ``hf:bert-base-uncased`` or ``file.py:name``,
+            where the name is that of a module, or of a function that returns one.
+        weights: None takes what the name stands for (pretrained ones; for a file, what it has). "none"
             draws random ones. Else the name of torchvision weights, or a checkpoint file, which is loaded
             without running any code in it.
         seed: of random weights.
@@ -62,27 +76,43 @@ def load_model(spec: str, weights: str | None = None, *, seed: int = 0) -> Loade
         MissingExtraError: the package is not installed.
     """
     kind, _, name = spec.partition(":")
-    builders = {"torchvision": _torchvision, "timm": _timm, "hf": _hf}
     torch.manual_seed(seed)
-    is_file = weights is not None and weights.lower() != "none" and Path(weights).suffix != ""
-    if kind in builders:
+    file = Path(weights) if weights is not None and _is_file(weights) else None
+    if kind in _BUILDERS:
         if not name:
-            raise SpecError(f"{spec!r} lacks the name of a model: {KINDS}")
-        loaded = builders[kind](name, "none" if is_file else weights)
+            raise SpecError(f"{spec!r} lacks the name of a model: expected {KINDS}")
+        loaded = _BUILDERS[kind](name, "none" if file is not None else weights)
     elif ".py:" in spec:
-        if weights is not None and not is_file and weights.lower() != "none":
-            raise SpecError(f"weights {weights!r} for {spec}: a function's model takes a checkpoint file")
-        model = call_function(spec)
-        if not isinstance(model, nn.Module):
-            raise SpecError(f"{spec} returned {type(model).__name__}: expected an nn.Module")
-        loaded = LoadedModel(function_name(spec), model)
+        loaded = _from_file(spec, "none" if file is not None else weights)
+    elif Path(spec).is_file():
+        raise SpecError(f"{spec} is a file, and not a model: expected {KINDS}; pass a file of weights with --weights")
     else:
         raise SpecError(f"{spec!r} names no model: expected {KINDS}")
-    if is_file:
-        assert weights is not None
-        load_weights(loaded.model, Path(weights))
+    if file is not None:
+        load_weights(loaded.model, file)
     loaded.model.eval()
     return loaded
+
+
+def _is_file(weights: str) -> bool:
+    """Whether these are a file, be it one that is missing, and not a name."""
+    return Path(weights).is_file() or (weights.lower() != "none" and Path(weights).suffix != "")
+
+
+def _from_file(spec: str, weights: str | None) -> LoadedModel:
+    if weights is not None and weights.lower() != "none":
+        raise SpecError(f"weights {weights!r} for {spec}: expected a checkpoint file")
+    found = from_file(spec)
+    if isinstance(found, Mapping) and found and all(isinstance(value, Tensor) for value in found.values()):
+        raise SpecError(
+            f"{spec} is a state dict, and not a model: name a function that builds the model, and pass the file of "
+            "weights with --weights"
+        )
+    if not isinstance(found, nn.Module):
+        raise SpecError(
+            f"{spec} is of type {type(found).__name__}: expected an nn.Module or a function that returns one"
+        )
+    return LoadedModel(name_in_file(spec), found)
 
 
 def _torchvision(name: str, weights: str | None) -> LoadedModel:
@@ -91,7 +121,7 @@ def _torchvision(name: str, weights: str | None) -> LoadedModel:
     except ImportError as error:
         raise MissingExtraError('torchvision models need torchvision: pip install "cka-hooks[vision]"') from error
     if name not in models.list_models():
-        raise SpecError(f"torchvision has no model {name!r}{_closest(name, models.list_models())}")
+        raise SpecError(f"torchvision has no model {name!r}; the closest are {_closest(name, models.list_models())}")
     try:
         enum = models.get_model_weights(name)
         members = list(enum)
@@ -102,7 +132,7 @@ def _torchvision(name: str, weights: str | None) -> LoadedModel:
             chosen = enum[wanted]
         else:
             known = ", ".join([*enum.__members__, "none"])
-            raise SpecError(f"weights {wanted!r} of torchvision's {name}: it has {known}; or name a checkpoint file")
+            raise SpecError(f"torchvision's {name} has no weights {wanted!r}: expected {known}, or a checkpoint file")
         model = models.get_model(name, weights=chosen)
     except (OSError, RuntimeError) as error:
         raise SpecError(_no_download(f"torchvision's {name}", error)) from error
@@ -118,9 +148,12 @@ def _timm(name: str, weights: str | None) -> LoadedModel:
     except ImportError as error:
         raise MissingExtraError("timm models need timm: pip install timm") from error
     if not timm.is_model(name):
-        raise SpecError(f"timm has no model {name!r}{_closest(name, timm.list_models())}")
+        raise SpecError(f"timm has no model {name!r}; the closest are {_closest(name, timm.list_models())}")
     if weights is not None and weights.lower() != "none":
-        raise SpecError(f"weights {weights!r}: timm names them in the model, as in {name}.tag; or give 'none'")
+        raise SpecError(
+            f"weights {weights!r} for timm:{name}: expected a checkpoint file or none; timm names weights in the "
+            f"model, as in timm:{name}.TAG"
+        )
     try:
         model = timm.create_model(name, pretrained=weights is None)
     except (OSError, RuntimeError) as error:
@@ -135,7 +168,7 @@ def _hf(name: str, weights: str | None) -> LoadedModel:
     except ImportError as error:
         raise MissingExtraError("Hugging Face models need transformers: pip install transformers") from error
     if weights is not None and weights.lower() != "none":
-        raise SpecError(f"weights {weights!r}: hf:{name} takes a checkpoint file or 'none'")
+        raise SpecError(f"weights {weights!r} for hf:{name}: expected a checkpoint file or none")
     try:
         if weights is None:
             model = transformers.AutoModel.from_pretrained(name)
@@ -159,6 +192,13 @@ def _hf_transform(name: str) -> Transform | None:
     return lambda image: processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
+_BUILDERS: dict[str, Callable[[str, str | None], LoadedModel]] = {
+    "torchvision": _torchvision,
+    "timm": _timm,
+    "hf": _hf,
+}
+
+
 def load_weights(model: nn.Module, path: Path) -> None:
     """Fill `model` from a checkpoint file, a ``.safetensors`` or what ``torch.save`` wrote, running no code in it.
 
@@ -169,64 +209,90 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """
     if not path.is_file():
         raise SpecError(f"no weights file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SpecError(
-            f"{path} was not loaded ({reason}): save model.state_dict() and nothing else, "
-            "since files that hold Python objects would run code"
-        ) from error
-    if isinstance(state, dict):
-        state = next((state[key] for key in _NESTED if isinstance(state.get(key), dict)), state)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise SpecError(f"{path} holds no state dict: save model.state_dict()")
+    state = _state_dict(path)
     wanted = set(model.state_dict())
     for prefix in _PREFIXES:
         if not wanted & set(state) and all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except Exception as error:
         lines = [line.strip() for line in str(error).splitlines()]
-        shown = "; ".join(line[:160] for line in lines[1:4])
+        shown = "; ".join(line[:160] for line in lines[1:4]) or _reason(error)
         raise SpecError(f"{path} does not fit {type(model).__name__}: {shown}") from error
 
 
-def call_function(spec: str) -> Any:
-    """What the function in ``file.py:function`` returns when called without arguments.
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            found: Any = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise SpecError(
+            f"could not load {path}: it is damaged, or holds Python objects, which are not loaded because that could "
+            "run code. Save it with torch.save(model.state_dict(), path)"
+        ) from error
+    except Exception as error:
+        raise SpecError(
+            f"could not load {path} ({_reason(error)}): expected what torch.save(model.state_dict(), path) writes, "
+            "or a .safetensors file"
+        ) from error
+    if isinstance(found, Mapping):
+        found = next((found[key] for key in _NESTED if isinstance(found.get(key), Mapping)), found)
+    if not isinstance(found, Mapping) or not found:
+        raise SpecError(f"{path} holds no state dict: save it with torch.save(model.state_dict(), path)")
+    odd = [key for key, value in found.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
+    if odd:
+        raise SpecError(
+            f"{path} holds no state dict, because its entry {odd[0]!r:.60} is not a tensor with a name: "
+            "save it with torch.save(model.state_dict(), path)"
+        )
+    return dict(found)
+
+
+def from_file(spec: str) -> Any:
+    """What ``file.py:name`` stands for: what a function or class of this name returns, anything else as it is.
+
+    A module is copied, so that two sets of weights can be loaded into it.
 
     Raises:
-        SpecError: there is no such file or function, or it raised; its own error is chained.
+        SpecError: there is no such file or name, or the function raised; its own error is chained.
     """
     file, _, name = spec.rpartition(":")
     path = Path(file)
     if not path.is_file():
-        raise SpecError(f"no file {file}, to find the function {name} in")
+        raise SpecError(f"no file {file} to find {name!r} in")
     try:
         module = _imported(path)
-    except Exception as error:
-        raise SpecError(f"{file} cannot be imported: {_where(error, path)}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        there = [
-            n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__
-        ]
-        raise SpecError(f"{file} has no function {name!r}; it has {', '.join(there) or 'none'}")
-    try:
-        return function()
-    except Exception as error:
+        if not hasattr(module, name):
+            raise SpecError(f"{file} has no {name!r}; it has {', '.join(_own_names(module)) or 'nothing'}")
+        found = getattr(module, name)
+        if isinstance(found, nn.Module):
+            return copy.deepcopy(found)
+        is_data = not isinstance(found, type) and isinstance(found, Iterable | Dataset)
+        return found() if callable(found) and not is_data else found
+    except SpecError:
+        raise
+    except (Exception, SystemExit) as error:
         raise SpecError(f"{spec} raised {_where(error, path)}") from error
 
 
-def function_name(spec: str) -> str:
-    """The function in ``file.py:function``."""
+def name_in_file(spec: str) -> str:
+    """The name in ``file.py:name``."""
     return spec.rpartition(":")[2]
+
+
+def _own_names(module: ModuleType) -> list[str]:
+    """What a file of somebody's defines: its functions and classes, modules and data."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and (getattr(value, "__module__", "") == module.__name__ or isinstance(value, nn.Module | Dataset))
+    ]
 
 
 def _imported(path: Path) -> ModuleType:
@@ -250,21 +316,23 @@ def _imported(path: Path) -> ModuleType:
     return module
 
 
-def _where(error: Exception, path: Path) -> str:
+def _where(error: BaseException, path: Path) -> str:
     """An error of somebody's file in a line: kind, message and the line of the file it came from."""
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path.resolve()]
     return f"{type(error).__name__}: {error}" + (f" ({path}, line {lines[-1]})" if lines else "")
 
 
-def _closest(name: str, names: list[str]) -> str:
-    from cka_hooks.names import closest
+def _reason(error: Exception) -> str:
+    """The first line of an error's message, its kind where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
-    return f"; the closest are {', '.join(closest(name, names))}"
+
+def _closest(name: str, names: list[str]) -> str:
+    return ", ".join(closest(name, names))
 
 
 def _no_download(what: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
-        f"{what} could not be had with its weights ({reason}). Without a network, give a checkpoint file, "
-        "or 'none' for random weights"
+        f"could not load {what} with its weights ({_reason(error)}). Without a network, pass a checkpoint file with "
+        "--weights, or --weights none for random weights"
     )

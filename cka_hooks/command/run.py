@@ -1,4 +1,4 @@
-"""``cka-hooks run`` and ``cka-hooks layers``: a plan, the run, and what it found."""
+"""``cka-hooks run``: a plan, the run, and what it found."""
 
 from __future__ import annotations
 
@@ -8,35 +8,97 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cka_hooks.command import data as data_spec
-from cka_hooks.command.models import LoadedModel, SpecError, load_model
+from cka_hooks.command import numbers
+from cka_hooks.command.data import DATA, described, first_batch, load_data, sample_names
+from cka_hooks.command.models import MODELS, LoadedModel, SpecError, load_model
+from cka_hooks.command.outputs import check_file, check_folder, folder_words, write_all
+from cka_hooks.command.terminal import say
 from cka_hooks.compare import compare
-from cka_hooks.errors import CKAWarning, MissingExtraError, NonFiniteError, OptionError
+from cka_hooks.errors import CKAWarning, NonFiniteError, OptionError
 from cka_hooks.recording.batches import sample_count
-from cka_hooks.recording.recorder import LayerRecorder
 from cka_hooks.results.result import CKAResult
+from cka_hooks.results.words import SHARE
+
+LINE = "compare the layers of a model, or of two"
+DESCRIPTION = f"""\
+Run data through a model once, and write the CKA of every pair of its layers: a heatmap, an interactive page,
+the result with its standard errors, and a summary in words.
+
+examples
+  cka-hooks run --model torchvision:resnet50 --data photos/
+  cka-hooks run --model torchvision:resnet18 --against torchvision:resnet34 --data photos/ --layers 'layer?.?'
+  cka-hooks run --model nets.py:net --weights epoch1.pt --against nets.py:net --against-weights epoch90.pt \\
+      --data nets.py:test_loader --tolerance 0.005
+  cka-hooks run --model timm:vit_tiny_patch16_224 --data photos/ --layers 'blocks.*' --json | jq .summary
+
+{MODELS}
+
+{DATA}"""
 
 SAMPLES = 2048
 # A trial shorter than this is repeated: what the first call of a kernel costs would drown it.
 _SHORT = 2.0
 
 
+def words(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    what = parser.add_argument_group("what to compare")
+    what.add_argument("--model", required=True, metavar="MODEL", help="see above")
+    what.add_argument("--weights", metavar="W", help="of the model; default: pretrained, or as the file has it")
+    what.add_argument("--against", metavar="MODEL", help="a second model, over the same data")
+    what.add_argument("--against-weights", metavar="W", help="of the second model")
+    what.add_argument("--data", required=True, metavar="DATA", help="see above")
+    what.add_argument("--layers", nargs="+", metavar="L",
+        help="names or globs (* stops at dots, ** crosses them); default: every leaf module that runs")  # fmt: skip
+    what.add_argument("--features", default="flatten", metavar="F",
+        help="flatten, mean over positions, token, token:K or last; default: %(default)s")  # fmt: skip
+    how = parser.add_argument_group("how closely")
+    how.add_argument("--samples", type=numbers.samples, metavar="N",
+        help=f'how many, drawn at random, or "all"; default: {SAMPLES}, or all with --tolerance')  # fmt: skip
+    how.add_argument("--tolerance", type=numbers.positive, metavar="E",
+        help="stop as soon as every standard error is below E, such as 0.005")  # fmt: skip
+    how.add_argument("--minibatch", type=numbers.count, default=32, metavar="N",
+        help="samples in each estimate: a larger one costs more and scatters less; default: %(default)s")  # fmt: skip
+    how.add_argument("--sketch", action=_Gone, help=argparse.SUPPRESS)
+    how.add_argument("--kernel", default="linear", choices=("linear", "rbf", "cosine", "polynomial"))
+    how.add_argument("--estimator", default="unbiased", choices=("unbiased", "biased"))
+    how.add_argument("--seed", type=numbers.seed, default=0, metavar="N",
+        help="of the samples that are drawn, their order, and random weights; default: %(default)s")  # fmt: skip
+    where = parser.add_argument_group("where")
+    where.add_argument("--device", default="auto", metavar="D", help="auto (cuda if there is one), cpu, cuda:1, mps")
+    where.add_argument("--batch-size", type=numbers.count, default=64, metavar="N", help="default: %(default)s")
+    where.add_argument("--workers", type=numbers.count_or_none, default=0, metavar="N",
+        help="processes that read images; default: %(default)s")  # fmt: skip
+    where.add_argument("--download", action="store_true", help="let torchvision download the data set")
+    folder_words(where, "cka")
+    where.add_argument("--checkpoint", type=Path, metavar="FILE",
+        help="keep the run in this file: the same command continues from there")  # fmt: skip
+    where.add_argument("--json", action="store_true", help="print one JSON object, and everything else on stderr")
+    where.add_argument("--quiet", action="store_true", help="print neither the plan nor the progress")
+
+
+class _Gone(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        parser.error(
+            "--sketch is gone: --minibatch 32, the default, costs less and adds no noise; leave --sketch out"
+        )
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Plan, compare, summarise, write; the exit code."""
-
-    def say(text: str) -> None:
-        print(text, file=sys.stderr if arguments.json else sys.stdout, flush=True)
-
+    out = sys.stderr if arguments.json else sys.stdout
+    check_file(arguments.checkpoint, "--checkpoint")
+    check_folder(arguments)
     device = _device(arguments.device)
     loaded = _models(arguments)
     models = {one.name: one.model.to(device) for one in loaded} if len(loaded) > 1 else loaded[0].model.to(device)
-    loader = data_spec.load_data(
+    loader = load_data(
         arguments.data,
         transform=loaded[0].transform,
         batch_size=arguments.batch_size,
@@ -45,65 +107,52 @@ def run(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         download=arguments.download,
     )
+    names = sample_names(loader)
+    batch, loader = first_batch(loader)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    batch, loader = data_spec.first_batch(loader)
-    options = _options(arguments)
+    options = {
+        name: getattr(arguments, name) for name in ("layers", "features", "minibatch", "kernel", "estimator", "seed")
+    }
 
     def measured(loader: Iterable[Any], progress: bool, **bounds: Any) -> CKAResult:
         torch.manual_seed(arguments.seed)
-        return compare(models, loader, layers=arguments.layers, progress=progress, **options, **bounds)
+        return compare(models, loader, progress=progress, **options, **bounds)
 
-    bounds = {
-        "max_samples": _samples(arguments),
-        "tolerance": arguments.tolerance,
-        "checkpoint": arguments.checkpoint,
-    }
     if not arguments.quiet:
-        say(_plan(arguments, loaded, loader, batch, device, measured))
+        say(_plan(arguments, loaded, loader, batch, device, measured), file=out)
     code = 0
     try:
-        result = measured(loader, not arguments.quiet, **bounds)
+        result = measured(
+            loader,
+            not arguments.quiet,
+            max_samples=_samples(arguments),
+            tolerance=arguments.tolerance,
+            checkpoint=arguments.checkpoint,
+        )
     except NonFiniteError as error:
         if error.partial is None:
             raise
-        print(f"cka-hooks: {error}", file=sys.stderr)
+        say(f"cka-hooks: {error}", file=sys.stderr)
         result, code = error.partial, 1
     result = dataclasses.replace(result, settings={**result.settings, **_provenance(arguments, device)})
-    paths = _written(result, arguments.out)
+    paths = write_all(result, arguments.out)
+    if not _reached(result, arguments.tolerance):
+        largest = _largest_stderr(result)
+        found = "there are no standard errors" if largest is None else f"the largest standard error is {largest:.2g}"
+        say(
+            f"cka-hooks: warning: --tolerance {arguments.tolerance:g} was not reached before the data ended: {found}",
+            file=sys.stderr,
+        )
     if arguments.json:
-        print(json.dumps(_report(result, paths, complete=code == 0), indent=2))
+        print(json.dumps(_report(result, paths, names, arguments, complete=code == 0), indent=2))
     else:
-        say(f"\n{result.summary()}\n")
+        say(f"\n{result.summary()}")
+        for sample, name in _decisive(result, names).items():
+            say(f"Sample {sample} is {name}.")
+        say("")
         for name, path in paths.items():
             say(f"{name:<10}{path}")
     return code
-
-
-def list_layers(arguments: argparse.Namespace) -> int:
-    """Print the table of :meth:`LayerRecorder.describe`; the exit code."""
-    loaded = load_model(arguments.model, arguments.weights)
-    if arguments.data:
-        batch, _ = data_spec.first_batch(
-            data_spec.load_data(arguments.data, transform=loaded.transform, batch_size=4, samples=4)
-        )
-    else:
-        batch = _random_batch(loaded, arguments.input)
-    print(LayerRecorder(loaded.model, arguments.layers).describe(batch))
-    return 0
-
-
-def _random_batch(loaded: LoadedModel, shape: str | None) -> Any:
-    if shape is not None:
-        try:
-            return torch.randn(4, *(int(size) for size in shape.split(",")))
-        except ValueError:
-            raise SpecError(f"--input {shape} is no shape: give sizes with commas, such as 3,224,224") from None
-    if loaded.input_shape is not None:
-        return torch.randn(4, *loaded.input_shape)
-    vocabulary = getattr(getattr(loaded.model, "config", None), "vocab_size", None)
-    if isinstance(vocabulary, int):
-        return {"input_ids": torch.randint(vocabulary, (4, 16))}
-    raise SpecError(f"what {loaded.name} takes is not known: give --input C,H,W or --data")
 
 
 def _device(name: str) -> torch.device:
@@ -112,7 +161,7 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise OptionError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device
 
@@ -122,9 +171,14 @@ def _models(arguments: argparse.Namespace) -> list[LoadedModel]:
     first = load_model(arguments.model, arguments.weights, seed=arguments.seed)
     if arguments.against is None:
         if arguments.against_weights is not None:
-            raise OptionError("--against-weights is for a second model: name it with --against")
+            raise OptionError("--against-weights is for a second model: name that model with --against")
         return [first]
     second = load_model(arguments.against, arguments.against_weights, seed=arguments.seed + 1)
+    if second.model is first.model and arguments.weights != arguments.against_weights:
+        raise SpecError(
+            f"{arguments.against} returned the same module twice, which holds the weights of --against-weights now: "
+            "let the function make a new one each time"
+        )
     if first.name != second.name:
         return [first, second]
     stems = [Path(w).stem if w else "default" for w in (arguments.weights, arguments.against_weights)]
@@ -141,13 +195,6 @@ def _samples(arguments: argparse.Namespace) -> int | None:
     if arguments.samples is None:
         return None if arguments.tolerance is not None else SAMPLES
     return int(arguments.samples)
-
-
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    options: dict[str, Any] = {
-        name: getattr(arguments, name) for name in ("minibatch", "kernel", "estimator", "features")
-    }
-    return {**options, "seed": arguments.seed}
 
 
 def _plan(
@@ -173,23 +220,22 @@ def _plan(
             if seconds > _SHORT:
                 break
     size = sample_count(batch[0] if isinstance(batch, tuple | list) and batch else batch) or arguments.batch_size
-    bound = _samples(arguments)
-    total = _total(loader, bound)
+    total = _total(loader, _samples(arguments))
     count = len(trial.rows)
     lines = [
         f"models     {' and '.join(f'{one.name} ({type(one.model).__name__})' for one in loaded)} on {device}",
         f"layers     {count}, from {trial.rows[0]} to {trial.rows[-1]}: {count * (count - 1) // 2:,} pairs",
-        f"data       {data_spec.described(arguments.data, loader)}",
+        f"data       {described(arguments.data, loader)}",
         f"estimates  from minibatches of {min(arguments.minibatch, size)} in batches of {size}, "
         f"{arguments.estimator}, {arguments.kernel} kernel",
     ]
     if total is None:
-        lines.append(f"cost       {seconds / size * 1000:.3g} ms a sample; the loader does not say how many it has")
+        lines.append(f"cost       {seconds / size * 1000:.3g} ms per sample; the loader does not say how many it has")
     else:
         about = "at most " if arguments.tolerance is not None else "about "
         lines.append(
-            f"cost       {about}{_duration(seconds / size * total)} for {total:,} samples, by one batch of {size}, "
-            "without reading the data"
+            f"cost       {about}{_duration(seconds / size * total)} for {total:,} samples, estimated from one batch "
+            f"of {size}, without the time to read the data"
         )
     return "\n".join([*lines, ""])
 
@@ -217,35 +263,44 @@ def _provenance(arguments: argparse.Namespace, device: torch.device) -> dict[str
     return {"command": {**{name: getattr(arguments, name) for name in names}, "device": str(device)}}
 
 
-def _written(result: CKAResult, out: Path) -> dict[str, Path]:
-    """What was written into `out`: a short name -> the path. Pictures need their extras, the result does not."""
-    paths = {"result": out / "cka.json"}
-    result.save(paths["result"])
-    pictures: list[tuple[str, Path, Callable[[Path], Any]]] = [("heatmap", out / "cka.png", result.plot)]
-    if len(result.models) == 2:
-        pictures.append(("between", out / "between.png", result.between(*result.models).plot))
-    pictures.append(("page", out / "cka.html", result.to_html))
-    for name, path, write in pictures:
-        try:
-            write(path)
-        except MissingExtraError as error:
-            print(f"cka-hooks: no {name}: {error}", file=sys.stderr)
-        else:
-            paths[name] = path
-    return paths
-
-
-def _report(result: CKAResult, paths: dict[str, Path], *, complete: bool) -> dict[str, Any]:
-    """What ``--json`` prints."""
+def _largest_stderr(result: CKAResult) -> float | None:
     errors = result.stderr[~result.stderr.isnan()]
+    return float(errors.max()) if len(errors) else None
+
+
+def _reached(result: CKAResult, tolerance: float | None) -> bool:
+    """Whether every standard error is as small as was asked for; standard errors that are undefined are not."""
+    if tolerance is None:
+        return True
+    largest = _largest_stderr(result)
+    return largest is not None and largest < tolerance
+
+
+def _decisive(result: CKAResult, names: Sequence[str] | None) -> dict[int, str]:
+    """The samples that alone account for much of some layer's HSIC -> their names, where the data has names."""
+    samples = sorted({one.sample for one in result.influence.values() if one.share > SHARE})
+    return {sample: names[sample] for sample in samples if sample < len(names)} if names else {}
+
+
+def _report(
+    result: CKAResult,
+    paths: dict[str, Path],
+    names: Sequence[str] | None,
+    arguments: argparse.Namespace,
+    *,
+    complete: bool,
+) -> dict[str, Any]:
+    """What ``--json`` prints."""
     return {
         "complete": complete,
         "files": {name: str(path) for name, path in paths.items()},
         "layers": list(result.layers),
         "samples": result.samples,
         "minibatches": result.minibatches,
-        "largest_stderr": float(errors.max()) if len(errors) else None,
+        "largest_stderr": _largest_stderr(result),
+        "tolerance_reached": None if arguments.tolerance is None else _reached(result, arguments.tolerance),
         "summary": result.summary().splitlines(),
+        "decisive_samples": {str(sample): name for sample, name in _decisive(result, names).items()},
         "skipped": result.skipped,
         "degenerate": result.degenerate,
     }

@@ -1,0 +1,84 @@
+"""The files that a command writes: what would go wrong is said before the run, and no earlier result is lost."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cka_hooks.command.terminal import say
+from cka_hooks.errors import OptionError
+from cka_hooks.results.result import CKAResult
+
+RESULT, HEATMAP, BETWEEN, PAGE = "cka.json", "cka.png", "between.png", "cka.html"
+
+
+def folder_words(parser: Any, default: str) -> None:
+    """Add ``--out`` and ``--overwrite`` to the arguments of a command that writes a result and its pictures."""
+    parser.add_argument("--out", type=Path, default=Path(default), metavar="DIR",
+        help=f"folder for {RESULT}, {HEATMAP} and {PAGE}; default: %(default)s")  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true",
+        help="replace the files of an earlier run in that folder, which are kept otherwise")  # fmt: skip
+
+
+def check_folder(arguments: argparse.Namespace) -> None:
+    """See that files can be written into ``--out``, which need not exist yet.
+
+    Raises:
+        OptionError: they cannot be, or those of an earlier run are there and ``--overwrite`` was not given.
+    """
+    out: Path = arguments.out
+    earlier = [name for name in (RESULT, HEATMAP, BETWEEN, PAGE) if (out / name).exists()]
+    if earlier and not arguments.overwrite:
+        raise OptionError(
+            f"{out} already holds {', '.join(earlier)}: pass --overwrite to replace the files of the earlier run, "
+            "or name another folder with --out"
+        )
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise OptionError(f"--out {out}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OptionError(f"--out {out}: the folder {there} is read-only")
+
+
+def check_file(path: Path | None, option: str) -> None:
+    """See that a file can be written at ``path``.
+
+    Raises:
+        OptionError: its folder does not exist or is read-only, or it is a folder itself.
+    """
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise OptionError(f"{option} {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise OptionError(f"{option} {path}: this is a folder; name a file")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise OptionError(f"{option} {path}: the folder {path.parent} is read-only")
+
+
+def write_all(result: CKAResult, out: Path) -> dict[str, Path]:
+    """Write a result into the folder ``out``, then what can be drawn of it.
+
+    A picture that cannot be drawn is named on stderr; the result and the other pictures are written all the same.
+
+    Returns:
+        A short name of each file that was written -> its path.
+    """
+    result.save(out / RESULT)
+    paths = {"result": out / RESULT}
+    drawn: list[tuple[str, str, Callable[[Path], Any]]] = [("heatmap", HEATMAP, result.plot)]
+    if len(result.models) == 2:
+        drawn.append(("between", BETWEEN, result.between(*result.models).plot))
+    drawn.append(("page", PAGE, result.to_html))
+    for name, file, write in drawn:
+        try:
+            write(out / file)
+        except Exception as error:
+            say(f"cka-hooks: could not write the {name} ({file}): {error}", file=sys.stderr)
+        else:
+            paths[name] = out / file
+    return paths
