@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache, partial
+from threading import RLock
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 # Backends whose hardware has no float64: what is n x n goes to the CPU there.
 _WITHOUT_FLOAT64 = frozenset({"mps"})
+# Precisions of float32 products that change nothing. "none" is nobody's choice.
+_EXACT = frozenset({"none", "ieee", "highest"})
+# One thread at a time changes switches, and no other takes what it sees meanwhile for the user's.
+_switching = RLock()
 
 
 def accumulation_device(device: torch.device) -> torch.device:
@@ -16,31 +26,82 @@ def accumulation_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type in _WITHOUT_FLOAT64 else device
 
 
-def exact_products(device: torch.device) -> AbstractContextManager[None]:
-    """Products in the dtype they are written in: no autocast, no TF32, no bfloat16 inside float32.
+def exactly(device: torch.device, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """`function(*args, **kwargs)` with products in the dtype they are written in: no autocast, no TF32, no bfloat16.
 
-    A user's autocast region or ``torch.set_float32_matmul_precision("medium")`` holds inside a hook too.
+    A user's autocast region or ``torch.set_float32_matmul_precision("medium")`` holds inside a hook too. Afterwards
+    all switches are as they were, after exceptions and Ctrl-C, too.
     """
-    if torch.get_float32_matmul_precision() == "highest" and not _in_autocast(device):
-        return nullcontext()
-    return _exact_products(device)
+    kind = device.type
+    switch = _switch("cuda" if kind == "cuda" else "mkldnn", "matmul")
+    with _switching:
+        autocast = _has_autocast(kind) and torch.is_autocast_enabled(kind)
+        lowered = switch.get() not in _EXACT
+        if autocast or lowered:
+            before = _own(switch) if lowered else ""
+            # Functions of C only: between them Ctrl-C is caught by the `try` it falls into.
+            try:
+                if lowered:
+                    switch.set(switch.exact)
+                if autocast:
+                    torch.set_autocast_enabled(kind, False)
+                return function(*args, **kwargs)
+            finally:
+                try:
+                    if autocast:
+                        torch.set_autocast_enabled(kind, True)
+                finally:
+                    if lowered:
+                        switch.set(before)
+    return function(*args, **kwargs)
 
 
-@contextmanager
-def _exact_products(device: torch.device) -> Iterator[None]:
-    precision = torch.get_float32_matmul_precision()
-    if precision != "highest":
-        torch.set_float32_matmul_precision("highest")
+class _Switch(NamedTuple):
+    """One of PyTorch's switches for the precision of float32 products.
+
+    Attributes:
+        get: what holds, by this switch or by one that it inherits from.
+        set: what shall hold; "none" inherits.
+        exact: the value for exact products.
+        parent: backend and operation of the switch it inherits from.
+    """
+
+    get: Callable[[], str]
+    set: Callable[[str], None]
+    exact: str
+    parent: tuple[str, str] | None
+
+
+@cache
+def _switch(backend: str, operation: str) -> _Switch:
+    """Since 2.9 PyTorch has one for each backend, and asked for the older one, which sets them all, it may raise."""
+    get = getattr(torch._C, "_get_fp32_precision_getter", None)
+    set = getattr(torch._C, "_set_fp32_precision_setter", None)
+    if get is None or set is None:
+        return _Switch(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest", None)
+    parent = (backend, "all") if operation != "all" else ("generic", "all") if backend != "generic" else None
+    return _Switch(partial(get, backend, operation), partial(set, backend, operation), "ieee", parent)
+
+
+def _own(switch: _Switch) -> str:
+    """What a switch that is not exact was set to itself, "none" where it inherits. PyTorch does not tell."""
+    value = switch.get()
+    if switch.parent is None:
+        return value
+    parent = _switch(*switch.parent)
+    if parent.get() != value:
+        return value
+    before = _own(parent)
     try:
-        with torch.autocast(device.type, enabled=False) if _in_autocast(device) else nullcontext():
-            yield
+        parent.set(parent.exact)
+        return value if switch.get() == value else "none"
     finally:
-        if precision != "highest":
-            torch.set_float32_matmul_precision(precision)
+        parent.set(before)
 
 
-def _in_autocast(device: torch.device) -> bool:
-    return bool(torch.amp.is_autocast_available(device.type)) and torch.is_autocast_enabled(device.type)
+@cache
+def _has_autocast(kind: str) -> bool:
+    return bool(torch.amp.is_autocast_available(kind))
 
 
 def without_gradients() -> AbstractContextManager[None]:

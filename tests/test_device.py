@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cka_hooks
 from cka_hooks import precision
-from cka_hooks.precision import accumulation_device, exact_products
+from cka_hooks.precision import accumulation_device
 
 # What waits for a value of the device, or has a size that depends on values.
 WAITING = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "_unique2"}
@@ -291,15 +291,3 @@ def test_a_device_without_float64(
             accumulator.update({"x": x, "y": x[:, 0]})
     assert accumulator._sums is not None
     assert accumulator._sums.moments.device.type == "cpu"
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda", "mps", "meta"])
-def test_exact_products_on_any_device(device: str) -> None:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with exact_products(torch.device(device)):
-            assert torch.get_float32_matmul_precision() == "highest"
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cka_hooks.errors import OptionError
-from cka_hooks.precision import accumulation_device, exact_products
+from cka_hooks.precision import accumulation_device, exactly
 from cka_hooks.similarity.products.choose import linear_grams
 from cka_hooks.similarity.products.grams import Grams
 
@@ -63,8 +63,7 @@ def on_raw_features(function: Callable[[Tensor], Tensor]) -> Kernel:
     def grams(features: Tensor, minibatches: int) -> Grams:
         device = accumulation_device(features.device)
         rows = features.flatten(1).to(device, torch.float64).unflatten(0, (minibatches, -1))
-        with exact_products(device):
-            values = torch.stack([_checked(function(group), group) for group in rows])
+        values = torch.stack([_checked(exactly(device, function, group), group) for group in rows])
         centred = rows - rows.mean(1, keepdim=True)
         spread, size = centred.square().sum((1, 2)), rows.square().sum((1, 2))
         return Grams(values.to(device, torch.float64), None, spread, size)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cka_hooks.precision import exact_products
+from cka_hooks.precision import exactly
 from cka_hooks.similarity.products import native, reference
 from cka_hooks.similarity.products.grams import Grams
 
@@ -49,10 +49,9 @@ def linear_grams(features: Tensor, minibatches: int = 1) -> Grams:
         features = features.half()
     rows, positions, channels = features.shape
     grouped = features.view(minibatches, rows // minibatches, positions, channels)
-    with exact_products(features.device):
-        if not _can_branch(features):
-            return reference.shifted(grouped)
-        return _on_cpu(grouped)
+    if not _can_branch(features):
+        return exactly(features.device, reference.shifted, grouped)
+    return _on_cpu(grouped)
 
 
 def _on_cpu(grouped: Tensor) -> Grams:
@@ -65,10 +64,10 @@ def _on_cpu(grouped: Tensor) -> Grams:
         chunk = reference.chunk_of(n)
         cheap = grouped.numel() * n <= CHEAP
         if dtype in (torch.float32, torch.float64) and (cheap or _looks_spread(grouped)):
-            grams = reference.plain(grouped)
+            grams = exactly(grouped.device, reference.plain, grouped)
             if all(_is_precise(of_one, n, width, chunk, PLAIN_SHARED) for of_one in _measured(grams)):
                 return grams
-        grams = reference.shifted(grouped)
+        grams = exactly(grouped.device, reference.shifted, grouped)
         if dtype is torch.float64:
             return grams
         measured = _measured(grams)
