@@ -1,4 +1,4 @@
-"""Globs over dotted names, and the names that are most like one that is not there."""
+"""Globs over dotted names, the names that are most like one that is not there, and names as they are printed."""
 
 from __future__ import annotations
 
@@ -54,6 +54,16 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
 def closest(name: str, names: Sequence[str], count: int = 5) -> list[str]:
     """Up to `count` of `names` that are most like `name`; the first ones where none is."""
     return difflib.get_close_matches(name, names, n=count, cutoff=0.4) or list(names[:count])
+
+
+def printable(text: str) -> str:
+    r"""Text as a terminal can show it: control characters, which could move the cursor, as escapes.
+
+    Example:
+        >>> print(printable("layer\x1b[2J\n"))
+        layer\x1b[2J\n
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 class PerLayer:

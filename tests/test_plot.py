@@ -12,7 +12,7 @@ from matplotlib.image import AxesImage
 
 from cka_hooks.errors import CKAWarning, OptionError
 from cka_hooks.results.result import CKAResult
-from cka_hooks.views.labels import boundaries, stages, thinned
+from cka_hooks.views.labels import boundaries, sections, thinned
 
 RESNET18, RESNET152 = resnet_labels((2, 2, 2, 2)), resnet_labels((3, 8, 36, 3))
 DENSENET = [
@@ -239,12 +239,19 @@ def test_axes_of_a_subfigure(tmp_path):
 # ---- the profile ------------------------------------------------------------------------------------
 
 
-def test_the_profile_has_each_layer_with_the_next(tmp_path):
+def test_the_profile_has_each_layer_with_the_one_it_follows(tmp_path):
     result = RESULTS["two"]
     _, axes = result.plot_profile(tmp_path / "a.png")
     drawn = {line.get_label(): line.get_ydata() for line in axes.get_lines() if not line.get_label().startswith("_")}
     assert drawn.keys() == {"resnet18", "resnet152"}
-    assert drawn["resnet18"].tolist() == result.matrix.diagonal(1)[: len(RESNET18) - 1].tolist()
+    # A downsampling branch follows nothing, and what comes behind it follows the last layer before it.
+    around = [i for i, name in enumerate(RESNET18) if name.endswith("downsample.0")]
+    expected = [
+        result.matrix[i - 3 if RESNET18[i - 1].endswith("downsample.1") else i - 1, i].item()
+        for i in range(1, len(RESNET18))
+        if i not in around
+    ]
+    assert drawn["resnet18"].tolist() == expected
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["resnet18", "resnet152"]
     colours = {line.get_color() for line in axes.get_legend().get_lines()}
     assert len(colours) == 2
@@ -294,11 +301,11 @@ def test_a_name_never_covers_two_models():
         assert span.stop <= 40 or span.start >= 40
 
 
-def test_stages_are_the_large_parts():
-    assert [span.name for span in stages([""] * len(RESNET18), RESNET18)] == [
+def test_sections_are_the_large_parts():
+    assert [span.name for span in sections([""] * len(RESNET18), RESNET18)] == [
         "conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool", "fc",
     ]  # fmt: skip
-    assert [span.name for span in stages([""] * len(DENSENET), DENSENET)] == [
+    assert [span.name for span in sections([""] * len(DENSENET), DENSENET)] == [
         "features.conv0", "features.norm0", "features.denseblock1", "features.denseblock2", "features.denseblock3",
         "classifier",
     ]  # fmt: skip

@@ -32,6 +32,9 @@ def changed(**fields):
         ({"minibatch_hsic": torch.tensor(1.0, dtype=torch.float64)}, r"shape \(\)"),
         ({"matrix": torch.zeros(3, 3)}, "float32"),
         ({"matrix": [[1.0]]}, "list"),
+        ({"models": ("a", "")}, "empty name"),
+        ({"rows": "abc"}, r"its labels ask for \(1, 3\)"),
+        ({"samples": 2**60}, "samples is"),
         ({"matrix": torch.full((3, 3), math.inf, dtype=torch.float64)}, "infinity"),
         ({"stderr": torch.full((3, 3), -1.0, dtype=torch.float64)}, "negative"),
         ({"samples": -1}, "samples is -1"),
@@ -41,7 +44,6 @@ def changed(**fields):
         ({"minibatch_layers": ("a",)}, "minibatch_hsic has shape"),
         ({"minibatch_hsic": None}, "no minibatch_hsic"),
         ({"settings": {"model": object()}}, "settings"),
-        ({"settings": {"scale": math.nan}}, "settings"),
         ({"settings": [1]}, "expected a dict"),
     ],
 )

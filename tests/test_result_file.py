@@ -4,6 +4,7 @@ import json
 import math
 import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -202,9 +203,11 @@ def test_an_edited_number_is_refused(tmp_path):
         ("rows", [], "at least one row"),
         ("matrix", [[1.0]], "labels ask for"),
         ("matrix", [[1.0], [1.0, 2.0], [1.0]], "different lengths"),
-        ("matrix", None, "not a list"),
-        ("matrix", [1.0, 2.0, 3.0], "nested"),
-        ("matrix", [[[1.0]] * 3] * 3, "neither a number"),
+        ("matrix", None, "labels ask for"),
+        ("matrix", [1.0, 2.0, 3.0], "labels ask for"),
+        ("matrix", [[[1.0]] * 3] * 3, "labels ask for"),
+        ("matrix", [[[[1.0]]] * 3] * 3, "neither a number"),
+        ("matrix", [[1.0, 2.0, 3.0], 1.0, 1.0], "different lengths"),
         ("matrix", [[1] * 3] * 3, "neither a number"),
         ("matrix", [["1.0"] * 3] * 3, "neither a number"),
         ("matrix", [[True] * 3] * 3, "neither a number"),
@@ -212,6 +215,7 @@ def test_an_edited_number_is_refused(tmp_path):
         ("samples", 1.5, "whole number"),
         ("samples", True, "whole number"),
         ("samples", -1, "0 or more"),
+        ("samples", 10**300, "0 or more"),
         ("passes", 0, "1 or more"),
         ("degenerate", {"a": 1}, "reason"),
         ("degenerate", [], "not an object"),
@@ -219,6 +223,7 @@ def test_an_edited_number_is_refused(tmp_path):
         ("influence", {"a": 1.0}, "influence"),
         ("influence", {"a": {"share": "1", "sample": 1}}, "influence"),
         ("influence", {"a": {"share": 0.5, "sample": True}}, "influence"),
+        ("influence", {"a": {"share": 0.5, "sample": -1}}, "influence"),
         ("minibatch_hsic", [[[1.0]]], "labels ask for"),
         ("minibatch_hsic", None, "no minibatch_hsic"),
         ("minibatch_hsic", [], "labels ask for"),
@@ -233,6 +238,46 @@ def test_wrong_content_is_refused_even_with_a_fitting_checksum(tmp_path, key, va
     with pytest.raises(ResultFileError, match=reason) as caught:
         CKAResult.load(path)
     assert str(path) in str(caught.value)
+
+
+# ---- files of other versions -------------------------------------------------------------------------
+
+OLD = Path(__file__).parent / "data"
+
+
+@pytest.mark.parametrize("name", ["result_plain", "result_models_sketch"])
+def test_results_that_the_first_version_saved_are_read(name, tmp_path):
+    """Written at commit 37b5a96: one model; and two, with minibatches, what was left out, and a sketch."""
+    result = CKAResult.load(OLD / f"{name}.json")
+    assert (result.samples, result.minibatches) == (96, 6)
+    assert "96 samples in 6 minibatches" in result.summary()
+    result.plot(tmp_path / "cka.png")
+    result.plot_profile(tmp_path / "profile.png")
+    result.to_html(tmp_path / "cka.html")
+    result.save(tmp_path / "again.json")
+    assert CKAResult.load(tmp_path / "again.json") == result
+    if name == "result_plain":
+        assert result["0", "1"] == pytest.approx(0.786, abs=5e-4)
+        assert result.minibatch_hsic is None
+    else:
+        assert result.settings["sketch"] == 64
+        assert (result.skipped.keys(), result.degenerate.keys()) == ({"other/aux"}, {"other/dead"})
+        assert result.between("small", "other").matrix.shape == (5, 6)
+        found = result.difference(("small/0", "small/1"), ("small/0", "small/2"))
+        assert found.value == pytest.approx(result["small/0", "small/1"] - result["small/0", "small/2"], abs=1e-12)
+
+
+def test_a_field_with_a_default_may_be_missing(tmp_path):
+    document = json.loads(text_of(CKAResult.example(), tmp_path))
+    for entry in dataclasses.fields(CKAResult):
+        path = tmp_path / "older.json"
+        path.write_text(json.dumps(signed({key: value for key, value in document.items() if key != entry.name})))
+        required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+        if required or entry.name in ("minibatch_hsic", "minibatch_layers"):  # the last two belong together
+            with pytest.raises(ResultFileError):
+                CKAResult.load(path)
+        else:
+            assert CKAResult.load(path).matrix.shape == (3, 3)
 
 
 # ---- anything at all --------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ The file is one JSON object with one key to a line, in plain ASCII:
     influence                {layer: {"share": number, "sample": index}}
     sha256                   of the other keys, so that an edited number does not pass for a measured one
 
-Floats are written in the shortest form that gives the same 64 bits back.
+The other keys are the other fields of :class:`CKAResult`. A field that has a default may be missing: the file is of a
+version that did not know it. Floats are written in the shortest form that gives the same 64 bits back.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -36,11 +37,16 @@ VERSION = 1
 MAX_BYTES = 1 << 30
 # A float takes at most 24 characters and a separator, so this many stay below MAX_BYTES.
 _MAX_NUMBERS = 40_000_000
+# What Python makes of a text can be 30 times as large as the text. Files with more commas (numbers), brackets (lists)
+# or quotation marks than a result can have are not parsed, so that 5 GB are enough for any file.
+_MAX_MARKS = {b",": _MAX_NUMBERS + 10_000_000, b"[": 5_000_000, b"{": 1_000_000, b'"': 10_000_000}
 
-_TENSORS = {"matrix": 2, "stderr": 2, "minibatch_hsic": 3}
-_LABELS = ("rows", "columns", "models", "minibatch_layers")
-_COUNTS = ("samples", "minibatches", "degrees_of_freedom", "passes")
-_REASONS = ("degenerate", "skipped")
+_FIELDS = dataclasses.fields(CKAResult)
+_REQUIRED = {"format", "format_version", "sha256"} | {
+    entry.name
+    for entry in _FIELDS
+    if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+}
 
 
 def write_result(result: CKAResult, path: PathLike) -> None:
@@ -50,17 +56,19 @@ def write_result(result: CKAResult, path: PathLike) -> None:
         OptionError: the result is larger than :func:`read_result` would read.
         OSError: the file cannot be written.
     """
-    numbers = 2 * result.matrix.numel()
-    if result.minibatch_hsic is not None:
-        numbers += result.minibatch_hsic.numel()
-    if numbers > _MAX_NUMBERS:
+    values = [getattr(result, entry.name) for entry in _FIELDS]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    numbers = sum(tensor.numel() for tensor in tensors)
+    lists = sum(tensor.numel() // max(tensor.shape[-1], 1) + len(tensor) for tensor in tensors)
+    if numbers > _MAX_NUMBERS or lists > _MAX_MARKS[b"["] - 1000:
         raise OptionError(
-            f"{path}: the result holds {numbers:,} numbers and a result file at most {_MAX_NUMBERS:,}. "
+            f"{path}: the result holds {numbers:,} numbers in {lists:,} rows, and a result file at most "
+            f"{_MAX_NUMBERS:,} in {_MAX_MARKS[b'['] - 1000:,}. "
             "save(path, minibatches=False) leaves the values of the single minibatches out."
         )
     document: dict[str, Any] = {"format": FORMAT, "format_version": VERSION}
-    for entry in dataclasses.fields(result):
-        document[entry.name] = _plain(getattr(result, entry.name))
+    for entry, value in zip(_FIELDS, values, strict=True):
+        document[entry.name] = _plain(value)
     document["sha256"] = _digest(document)
     lines = ",\n".join(f"{json.dumps(key)}: {_text(value)}" for key, value in document.items())
     replace_file(path, lambda file: file.write(f"{{\n{lines}\n}}\n".encode("ascii")))
@@ -97,15 +105,16 @@ def read_result(path: PathLike) -> CKAResult:
         refuse(f'it has no "format": "{FORMAT}"')
     if type(document.get("format_version")) is not int or document["format_version"] != VERSION:
         refuse(f"its format_version is {document.get('format_version')!r:.40}, and {VERSION} is the one known")
-    names = {entry.name for entry in dataclasses.fields(CKAResult)}
-    expected = names | {"format", "format_version", "sha256"}
-    if document.keys() != expected:
-        odd = sorted(document.keys() ^ expected)[0]
-        refuse(f"the key {odd!r:.60} is {'missing' if odd in expected else 'not one of its keys'}")
+    types = {entry.name: str(entry.type) for entry in _FIELDS}
+    odd = sorted(_REQUIRED - document.keys() or document.keys() - types.keys() - _REQUIRED)
+    if odd:
+        refuse(f"the key {odd[0]!r:.60} is {'missing' if odd[0] in _REQUIRED else 'not one of its keys'}")
     try:
         if document["sha256"] != _digest(document):
             refuse("its checksum does not fit its content, so it was edited or damaged")
-        return CKAResult(**{name: _field(name, document[name]) for name in names})
+        return CKAResult(
+            **{name: _READERS[kind](name, document[name]) for name, kind in types.items() if name in document}
+        )
     except RecursionError as error:
         refuse("its lists or objects are nested too deeply", error)
     except (OptionError, ValueError) as error:
@@ -122,6 +131,9 @@ def _read(path: PathLike, refuse: Callable[[str], NoReturn]) -> bytes:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         refuse(f"it is larger than {MAX_BYTES:,} bytes")
+    for mark, most in _MAX_MARKS.items():
+        if content.count(mark) > most:
+            refuse(f"it has more than {most:,} times the sign {mark.decode()}, which no result has")
     return content
 
 
@@ -144,9 +156,25 @@ def _text(value: object) -> str:
 
 
 def _digest(document: dict[str, Any]) -> str:
-    content = {key: value for key, value in document.items() if key != "sha256"}
-    canonical = json.dumps(content, allow_nan=False, separators=(",", ":"), sort_keys=True)
-    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+    sha = hashlib.sha256()
+    for piece in _canonical({key: value for key, value in document.items() if key != "sha256"}, 2):
+        sha.update(piece.encode("ascii"))
+    return sha.hexdigest()
+
+
+def _canonical(value: object, depth: int) -> Iterator[str]:
+    """JSON with sorted keys and without spaces, in pieces: the whole of it would be as large as the file."""
+    if not depth or not value or not isinstance(value, dict | list):
+        yield json.dumps(value, allow_nan=False, separators=(",", ":"), sort_keys=True)
+        return
+    start, end = "{}" if isinstance(value, dict) else "[]"
+    for item in sorted(value) if isinstance(value, dict) else value:
+        yield start
+        if isinstance(value, dict):
+            yield f"{json.dumps(item)}:"
+        yield from _canonical(value[item] if isinstance(value, dict) else item, depth - 1)
+        start = ","
+    yield end
 
 
 def _plain(value: Any) -> Any:
@@ -168,50 +196,68 @@ def _null_for_nan(value: Any) -> Any:
     return None if value != value else value
 
 
-def _field(name: str, value: Any) -> Any:
-    """The value of one field from its JSON, or a ValueError that says what is wrong with it."""
-    if name in _TENSORS:
-        if value is None and name == "minibatch_hsic":
-            return None
-        return _tensor(name, value, _TENSORS[name])
-    if name in _LABELS:
-        if not (isinstance(value, list) and all(isinstance(label, str) for label in value)):
-            raise ValueError(f"{name} is not a list of text")
+def _labels(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, list) and all(isinstance(label, str) for label in value):
         return tuple(value)
-    if name in _COUNTS:
-        if type(value) is not int:
-            raise ValueError(f"{name} is not a whole number")
+    raise ValueError(f"{name} is not a list of text")
+
+
+def _count(name: str, value: Any) -> int:
+    if type(value) is int:
         return value
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is not an object")
-    if name in _REASONS and not all(isinstance(reason, str) for reason in value.values()):
-        raise ValueError(f"{name} gives a reason that is not text")
-    if name == "influence":
-        return {layer: _influence(item) for layer, item in value.items()}
-    return value
+    raise ValueError(f"{name} is not a whole number")
 
 
-def _influence(value: Any) -> Influence:
-    if isinstance(value, dict) and value.keys() == {"share", "sample"}:
-        share, sample = value["share"], value["sample"]
-        if type(sample) is int and (share is None or type(share) is float):
-            return Influence(math.nan if share is None else share, sample)
-    raise ValueError("influence is not {layer: {share, sample}}")
+def _object(name: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    raise ValueError(f"{name} is not an object")
 
 
-def _tensor(name: str, value: Any, dimensions: int) -> torch.Tensor:
+def _reasons(name: str, value: Any) -> dict[str, str]:
+    if all(isinstance(reason, str) for reason in _object(name, value).values()):
+        return _object(name, value)
+    raise ValueError(f"{name} gives a reason that is not text")
+
+
+def _influences(name: str, value: Any) -> dict[str, Influence]:
+    found = {}
+    for layer, item in _object(name, value).items():
+        if not (isinstance(item, dict) and item.keys() == {"share", "sample"}):
+            raise ValueError(f"{name} is not {{layer: {{share, sample}}}}")
+        share, sample = item["share"], item["sample"]
+        if type(sample) is not int or not 0 <= sample <= (1 << 53) or not (share is None or type(share) is float):
+            raise ValueError(f"{name} is not {{layer: {{share, sample}}}} with a number and a position")
+        found[layer] = Influence(math.nan if share is None else share, sample)
+    return found
+
+
+def _tensor(name: str, value: Any) -> torch.Tensor:
+    """A tensor of as many dimensions as the lists are deep; whether these fit, the result knows."""
     shape: list[int] = []
     level = [value]
-    for _ in range(dimensions):
-        if not all(isinstance(item, list) for item in level):
-            raise ValueError(f"{name} is not a list nested {dimensions} deep")
-        lengths = {len(item) for item in level}
-        if len(lengths) > 1:
+    while level and isinstance(level[0], list) and len(shape) < 3:
+        if len({len(item) if isinstance(item, list) else -1 for item in level}) > 1:
             raise ValueError(f"{name} has rows of different lengths")
-        # Nothing further in where a list is empty; its inner lengths are then 0 too.
-        shape.append(lengths.pop() if lengths else 0)
+        shape.append(len(level[0]))
         level = [item for part in level for item in part]
     if not all(item is None or type(item) is float for item in level):
         raise ValueError(f"{name} holds something that is neither a number with a fraction nor null")
     numbers = [math.nan if item is None else item for item in level]
-    return torch.tensor(numbers, dtype=torch.float64).reshape(shape)
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu").reshape(shape)
+
+
+def _tensor_or_none(name: str, value: Any) -> torch.Tensor | None:
+    return None if value is None else _tensor(name, value)
+
+
+#: The type of a field -> (its name, its JSON) to its value, or a ValueError that says what is wrong with it.
+_READERS: dict[str, Callable[[str, Any], Any]] = {
+    "tuple[str, ...]": _labels,
+    "int": _count,
+    "dict[str, Any]": _object,
+    "dict[str, str]": _reasons,
+    "dict[str, Influence]": _influences,
+    "torch.Tensor": _tensor,
+    "torch.Tensor | None": _tensor_or_none,
+}

@@ -1,34 +1,34 @@
 """What a comparison found: labels, CKA values, their standard errors, and what was left out and why.
 
     CKAResult    the matrix with its labels and uncertainty; save, load, cut, draw, export
-    Difference   the difference of two entries of one result, with its own standard error
     Influence    the largest share a single sample has in one layer's own HSIC
 
-Nothing in this file knows a model. Drawing and writing live in ``plot``, ``report``, ``export``,
-``reading`` and ``resultfile``; the methods here open those only when they are called, so that a
-result needs neither matplotlib nor plotly nor pandas until it is drawn or exported.
+Nothing in this file knows a model. What draws and writes is imported by the methods that call it, so that a
+result needs neither matplotlib nor pandas until it is drawn or exported.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from scipy.special import stdtrit
 
 from cka_hooks.errors import LayerError, OptionError
 from cka_hooks.files import PathLike
-from cka_hooks.names import closest, matching
+from cka_hooks.names import matching
+from cka_hooks.results.checks import checked
+from cka_hooks.results.choice import chosen, known, known_model, model_of, pair_of, patterns_of
+from cka_hooks.results.uncertainty import Difference, paired_difference, t_quantile
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 
@@ -47,41 +47,13 @@ class Influence:
     sample: int
 
 
-@dataclass(frozen=True)
-class Difference:
-    """The difference between two CKA values of one run, with a standard error that knows they are correlated.
-
-    Attributes:
-        value: first CKA value minus the second.
-        stderr: standard error of ``value``; NaN with fewer than 3 minibatches.
-        degrees_of_freedom: of the Student t distribution that :meth:`interval` uses.
-    """
-
-    value: float
-    stderr: float
-    degrees_of_freedom: int
-
-    def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Confidence interval of the difference: ``(low, high)``, NaN where the standard error is.
-
-        Raises:
-            OptionError: ``level`` is not between 0 and 1.
-
-        Example:
-            >>> low, high = Difference(0.25, 0.05, degrees_of_freedom=19).interval(0.95)
-            >>> f"{low:.3f} {high:.3f}"
-            '0.145 0.355'
-        """
-        half = _t_quantile(level, self.degrees_of_freedom) * self.stderr
-        return self.value - half, self.value + half
-
-
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class CKAResult:
     """CKA between every row layer and every column layer, with standard errors.
 
     A comparison gives a square result, whose rows and columns are the same layers. :meth:`between`
-    and :meth:`select` cut rectangular ones out of it.
+    and :meth:`select` cut rectangular ones out of it. Results of two equal runs are equal: ``==`` compares
+    everything but ``settings["seconds"]``, the time a run took.
 
     Attributes:
         rows: labels of the R rows in order of execution; ``name/layer`` where models are named.
@@ -138,31 +110,8 @@ class CKAResult:
     passes: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("rows", "columns", "models", "minibatch_layers"):
-            labels = tuple(getattr(self, name))
-            _check_labels(name, labels)
-            object.__setattr__(self, name, labels)
-        shape = (len(self.rows), len(self.columns))
-        if 0 in shape:
-            raise OptionError(f"a result of {shape[0]} x {shape[1]} layers; expected at least one row and column")
-        _check_tensor("matrix", self.matrix, shape)
-        _check_tensor("stderr", self.stderr, shape)
-        if bool((self.stderr < 0).any()):
-            raise OptionError("stderr holds negative numbers; standard errors are 0 or more, or NaN")
-        for name, least in (("samples", 0), ("minibatches", 0), ("degrees_of_freedom", 0), ("passes", 1)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise OptionError(f"{name} is {value!r}; expected a whole number, {least} or more")
-        if self.minibatch_hsic is not None:
-            count = len(self.minibatch_layers)
-            batches = len(self.minibatch_hsic) if self.minibatch_hsic.dim() else 0
-            _check_tensor("minibatch_hsic", self.minibatch_hsic, (max(batches, 1), count, count))
-        elif self.minibatch_layers:
-            raise OptionError("minibatch_layers has labels, but there is no minibatch_hsic they could belong to")
-        for name in ("degenerate", "skipped", "influence"):
-            # Copied, so that two results never share a dict that one of them could change.
-            object.__setattr__(self, name, dict(getattr(self, name)))
-        object.__setattr__(self, "settings", _plain_json(self.settings))
+        for name, value in checked(self).items():
+            object.__setattr__(self, name, value)
 
     # ---- reading values -------------------------------------------------------------------------
 
@@ -184,6 +133,10 @@ class CKAResult:
     def _column_index(self) -> dict[str, int]:
         return {label: index for index, label in enumerate(self.columns)}
 
+    @cached_property
+    def _model_set(self) -> frozenset[str]:
+        return frozenset(self.models)
+
     def __getitem__(self, pair: tuple[str, str]) -> float:
         """CKA of two layers, in either order.
 
@@ -195,12 +148,12 @@ class CKAResult:
         return float(self.matrix[row, column])
 
     def _position(self, pair: tuple[str, str]) -> tuple[int, int]:
-        first, second = _two_labels(pair)
+        first, second = pair_of(pair)
         for row, column in ((first, second), (second, first)):
             if row in self._row_index and column in self._column_index:
                 return self._row_index[row], self._column_index[column]
-        _known(first, self.layers)
-        _known(second, self.layers)
+        known(first, self.layers)
+        known(second, self.layers)
         side = "rows" if first in self._row_index else "columns"
         raise LayerError(
             f"{first!r} and {second!r} are both {side} of this result, which pairs rows with columns only. "
@@ -224,7 +177,7 @@ class CKAResult:
             >>> f"{low[0, 1]:.3f} {high[0, 1]:.3f}"
             '0.858 0.942'
         """
-        half = _t_quantile(level, self.degrees_of_freedom) * self.stderr
+        half = t_quantile(level, self.degrees_of_freedom) * self.stderr
         # An exact value has an interval of no width, also where t has no degrees of freedom.
         half = torch.where(self.stderr == 0, torch.zeros_like(half), half)
         return self.matrix - half, self.matrix + half
@@ -256,29 +209,11 @@ class CKAResult:
                 "a difference needs the values of every minibatch, and this result has none. "
                 "Run the comparison again with keep_minibatches=True."
             )
-        theta_ab, errors_ab = self._linearised(self.minibatch_hsic, first)
-        theta_cd, errors_cd = self._linearised(self.minibatch_hsic, second)
-        batches = len(errors_ab)
-        stderr = math.nan
-        if self.degrees_of_freedom >= 2:
-            spread = float(((errors_ab - errors_cd) ** 2).sum())
-            # Passes over the same samples are not independent: what counts is the minibatches of one.
-            stderr = math.sqrt(batches / self.degrees_of_freedom * spread)
-        return Difference(theta_ab - theta_cd, stderr, self.degrees_of_freedom)
-
-    def _linearised(self, hsic: torch.Tensor, pair: tuple[str, str]) -> tuple[float, torch.Tensor]:
-        """CKA of a pair and each minibatch's part in its error, to first order: float, (B,)."""
-        a, b = _two_labels(pair)
-        i, j = (self.minibatch_layers.index(_known(label, self.minibatch_layers)) for label in (a, b))
-        own_i, own_j = hsic[:, i, i], hsic[:, j, j]
-        total_i, total_j = float(own_i.sum()), float(own_j.sum())
-        if a in self.degenerate or b in self.degenerate or not (total_i > 0 and total_j > 0):
-            return math.nan, torch.full((len(hsic),), math.nan, dtype=torch.float64)
-        if i == j:
-            return 1.0, torch.zeros(len(hsic), dtype=torch.float64)
-        cross = hsic[:, i, j] / math.sqrt(total_i) / math.sqrt(total_j)
-        theta = float(cross.sum())
-        return theta, cross - theta / 2 * (own_i / total_i + own_j / total_j)
+        layers = self.minibatch_layers
+        (a, b), (c, d) = ([layers.index(known(label, layers)) for label in pair_of(it)] for it in (first, second))
+        if self.degenerate.keys() & {*first, *second}:
+            return Difference(math.nan, math.nan, self.degrees_of_freedom)
+        return paired_difference(self.minibatch_hsic, (a, b), (c, d), self.degrees_of_freedom)
 
     # ---- cutting --------------------------------------------------------------------------------
 
@@ -289,9 +224,7 @@ class CKAResult:
             >>> CKAResult.example(models=("a", "b")).model_of("b/conv1")
             'b'
         """
-        owners = [name for name in self.models if label.startswith(name + "/")]
-        # The longest, because one model may be called "a" and another "a/b".
-        return max(owners, key=len, default="")
+        return model_of(label, self._model_set)
 
     def layer_of(self, label: str) -> str:
         """The label without the name of its model.
@@ -319,16 +252,7 @@ class CKAResult:
             ('a/conv1', 'a/conv2', 'a/fc')
         """
         for name in (first, second):
-            if name not in self.models:
-                raise LayerError(
-                    f"no model {name!r} in this result; "
-                    + (
-                        f"its models are {', '.join(map(repr, self.models))}."
-                        if self.models
-                        else "its layers come from one unnamed model. Name models by comparing a mapping, "
-                        "compare({'a': model_a, 'b': model_b}, loader)."
-                    )
-                )
+            known_model(name, self.models)
         rows = [label for label in self.rows if self.model_of(label) == first]
         columns = [label for label in self.columns if self.model_of(label) == second]
         for name, found, side in ((first, rows, "row"), (second, columns, "column")):
@@ -359,13 +283,13 @@ class CKAResult:
             >>> CKAResult.example().select("conv*").layers
             ('conv1', 'conv2')
         """
-        both = None if layers is None else _patterns(layers)
-        for_rows = both if rows is None else _patterns(rows)
-        for_columns = both if columns is None else _patterns(columns)
+        both = None if layers is None else patterns_of(layers)
+        for_rows = both if rows is None else patterns_of(rows)
+        for_columns = both if columns is None else patterns_of(columns)
         asked = (for_rows or ()) + (for_columns or ())
         return self._cut(
-            self.rows if for_rows is None else _matching(for_rows, self.rows),
-            self.columns if for_columns is None else _matching(for_columns, self.columns),
+            self.rows if for_rows is None else chosen(for_rows, self.rows),
+            self.columns if for_columns is None else chosen(for_columns, self.columns),
             [label for label in self.skipped if not asked or any(matching(p, [label]) for p in asked)],
             self.models,
         )
@@ -374,10 +298,16 @@ class CKAResult:
         self, rows: Iterable[str], columns: Iterable[str], skipped: Iterable[str], models: tuple[str, ...]
     ) -> CKAResult:
         rows, columns = tuple(rows), tuple(columns)
-        row_at = torch.tensor([self._row_index[label] for label in rows])
-        column_at = torch.tensor([self._column_index[label] for label in columns])
+        row_at = [self._row_index[label] for label in rows]
+        column_at = [self._column_index[label] for label in columns]
         kept = set(rows) | set(columns)
         owners = {self.model_of(label) for label in kept}
+        hsic = self.minibatch_hsic
+        gone = [i for i, label in enumerate(self.minibatch_layers) if label in self.degenerate and label not in kept]
+        if hsic is not None and gone:
+            # Pairs that are cut off can still be asked for in `difference`, and the reason goes with the label.
+            hsic = hsic.clone()
+            hsic[:, gone] = hsic[:, :, gone] = torch.nan
         return dataclasses.replace(
             self,
             rows=rows,
@@ -388,6 +318,7 @@ class CKAResult:
             skipped={label: self.skipped[label] for label in skipped},
             influence={label: value for label, value in self.influence.items() if label in kept},
             models=tuple(name for name in models if name in owners),
+            minibatch_hsic=hsic,
         )
 
     # ---- keeping and exporting ------------------------------------------------------------------
@@ -429,6 +360,29 @@ class CKAResult:
         from cka_hooks.results.file import read_result
 
         return read_result(path)
+
+    def export(self, path: PathLike) -> None:
+        """Write this result in the format that the suffix of ``path`` names.
+
+        ``.json`` is what :meth:`save` writes, ``.csv`` and ``.npz`` are the matrix for other tools, ``.html`` is a
+        page to look around in, ``.png``, ``.svg``, ``.pdf`` and others are the heatmap. :meth:`to_csv`,
+        :meth:`to_html`, :meth:`plot` and so on write the same with options.
+
+        Raises:
+            OptionError: no format has this suffix; the message lists those that there are.
+            MissingExtraError: the format needs a package that is not installed.
+            OSError: the file cannot be written.
+
+        Example:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     CKAResult.example().export(f"{folder}/cka.csv")
+            ...     print(open(f"{folder}/cka.csv").readline())
+            layer,conv1,conv2,fc
+        """
+        from cka_hooks.views.formats import export
+
+        export(self, path)
 
     def to_dataframe(self, *, tidy: bool = False) -> pandas.DataFrame:
         """The matrix as a pandas DataFrame, index ``rows`` and columns ``columns``.
@@ -472,7 +426,7 @@ class CKAResult:
             title: heading of the page; by default it is made from the names of the models.
 
         Raises:
-            MissingExtraError: plotly is not installed.
+            OSError: the file cannot be written.
         """
         from cka_hooks.views.page import write_page
 
@@ -488,6 +442,10 @@ class CKAResult:
         values: bool = False,
         stderr: bool = False,
         title: str | None = None,
+        cmap: str | Colormap | None = None,
+        vmin: float | Literal["data"] | None = None,
+        vmax: float | Literal["data"] | None = None,
+        figsize: tuple[float, float] | None = None,
     ) -> tuple[Figure, Axes]:
         """Draw the matrix as a heatmap, scale 0 to 1, depth upwards from the origin.
 
@@ -497,23 +455,35 @@ class CKAResult:
             values: write each value into its cell, where cells are large enough to read it.
             stderr: colour by standard error instead; with ``values``, colour by CKA and write both.
             title: title; by default it is made from the names of the models and the number of samples.
+            cmap: colour map, a name that matplotlib knows or one of its objects.
+            vmin: value of the first colour, 0 by default. ``"data"`` takes the smallest value that there is, so that
+                values from 0.9 to 1 can be told apart; the scale then says where it begins.
+            vmax: value of the last colour, 1 by default, or ``"data"``.
+            figsize: width and height of the figure in inches; by default as large as the labels need.
 
         Returns:
             The matplotlib figure and axes.
 
         Raises:
             MissingExtraError: matplotlib is not installed.
+            OptionError: ``cmap``, ``vmin``, ``vmax``, ``figsize`` or the suffix of ``path`` is none that can be used.
         """
-        from cka_hooks.views.plot import heatmap
+        from cka_hooks.views.heatmap import Scale, heatmap
 
-        return heatmap(self, path, ax=ax, values=values, stderr=stderr, title=title)
+        scale = Scale(cmap, vmin, vmax)
+        return heatmap(self, path, ax=ax, values=values, stderr=stderr, title=title, scale=scale, figsize=figsize)
 
     def plot_profile(
-        self, path: PathLike | None = None, *, ax: Axes | None = None, title: str | None = None
+        self,
+        path: PathLike | None = None,
+        *,
+        ax: Axes | None = None,
+        title: str | None = None,
+        figsize: tuple[float, float] | None = None,
     ) -> tuple[Figure, Axes]:
-        """Draw each layer's similarity to the next one, or its best match in the other network.
+        """Draw each layer's similarity to the one before, or its best match in the other network.
 
-        A square result shows, within each model, the CKA of every layer with the one after it: dips
+        A square result shows, within each model, the CKA of every layer with the one that it follows: dips
         are where the representation changes. A rectangular one shows for every row the largest CKA
         among the columns. Error bars are 95 % intervals.
 
@@ -521,38 +491,29 @@ class CKAResult:
             path: also write the picture there.
             ax: draw into these axes instead of a new figure.
             title: title; a plain one by default.
+            figsize: width and height of the figure in inches; by default as large as the labels need.
 
         Returns:
             The matplotlib figure and axes.
 
         Raises:
             MissingExtraError: matplotlib is not installed.
+            OptionError: there are not two layers to compare, or ``figsize`` or the suffix of ``path`` cannot be used.
         """
-        from cka_hooks.views.plot import profile
+        from cka_hooks.views.profile import profile
 
-        return profile(self, path, ax=ax, title=title)
+        return profile(self, path, ax=ax, title=title, figsize=figsize)
 
     def summary(self) -> str:
-        """A short reading of the matrix in words, a few lines."""
+        """The matrix in words, a few lines: what is alike, where it changes most, what was left out."""
         from cka_hooks.results.words import summary
 
         return summary(self)
 
     def __repr__(self) -> str:
-        size = f"{len(self.rows)}" if self.square else f"{len(self.rows)} x {len(self.columns)}"
-        head = f"CKAResult({size} layers, {self.samples} samples, {self.minibatches} minibatches)"
-        if max(len(self.rows), len(self.columns)) > 8:
-            return head
-        # Columns are numbered, because labels side by side would be wider than a terminal.
-        width = max((len(label) for label in self.rows), default=0)
-        lines = [head, " " * (width + 2) + "".join(f"{i + 1:>8}" for i in range(len(self.columns)))]
-        for index, label in enumerate(self.rows):
-            number = f"{index + 1} " if self.square else "  "
-            cells = "".join(f"{float(value):>8.3f}" for value in self.matrix[index])
-            lines.append(f"{number}{label:<{width}}{cells}")
-        if not self.square:
-            lines.append("columns: " + ", ".join(f"{i + 1} {label}" for i, label in enumerate(self.columns)))
-        return "\n".join(lines)
+        from cka_hooks.results.tables import as_text
+
+        return as_text(self)
 
     def _repr_html_(self) -> str:
         from cka_hooks.views.notebook import notebook_html
@@ -564,6 +525,9 @@ class CKAResult:
             return NotImplemented
         for entry in dataclasses.fields(self):
             mine, theirs = getattr(self, entry.name), getattr(other, entry.name)
+            if entry.name == "settings":
+                # How long a run took is no part of what it found.
+                mine, theirs = ({**settings, "seconds": None} for settings in (mine, theirs))
             if isinstance(mine, torch.Tensor) and isinstance(theirs, torch.Tensor):
                 if mine.shape != theirs.shape or not torch.allclose(mine, theirs, 0, 0, equal_nan=True):
                     return False
@@ -587,92 +551,6 @@ class CKAResult:
             2 conv2    0.900   1.000   0.600
             3 fc       0.500   0.600   1.000
         """
-        block = torch.tensor([[1.0, 0.9, 0.5], [0.9, 1.0, 0.6], [0.5, 0.6, 1.0]], dtype=torch.float64)
-        names = [f"{name}/" for name in models] or [""]
-        labels = tuple(f"{name}{layer}" for name in names for layer in ("conv1", "conv2", "fc"))
-        matrix = torch.kron(torch.full((len(names),) * 2, 0.95, dtype=torch.float64), block)
-        for start in range(0, len(labels), 3):
-            matrix[start : start + 3, start : start + 3] = block
-        return cls(
-            rows=labels,
-            columns=labels,
-            matrix=matrix,
-            stderr=torch.full_like(matrix, 0.02).fill_diagonal_(0.0),
-            samples=640,
-            minibatches=20,
-            degrees_of_freedom=19,
-            models=models,
-            minibatch_hsic=matrix.expand(20, -1, -1) / 20,
-            minibatch_layers=labels,
-        )
+        from cka_hooks.results.example import example
 
-
-def _t_quantile(level: float, degrees_of_freedom: int) -> float:
-    if not (isinstance(level, (int, float)) and 0 < level < 1):
-        raise OptionError(f"level is {level!r}; expected a number between 0 and 1, such as 0.95")
-    return float(stdtrit(degrees_of_freedom, (1 + level) / 2))
-
-
-def _two_labels(pair: tuple[str, str]) -> tuple[str, str]:
-    if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(label, str) for label in pair)):
-        raise OptionError(f"{pair!r} is not a pair of layers; expected two labels, such as ('conv1', 'fc')")
-    return pair
-
-
-def _known(label: str, labels: Sequence[str]) -> str:
-    if label in labels:
-        return label
-    close = closest(label, labels, 3)
-    raise LayerError(
-        f"no layer {label!r} in this result; the closest of its {len(labels)} are "
-        f"{', '.join(map(repr, close))}. result.layers lists them all."
-    )
-
-
-def _patterns(choice: str | Sequence[str]) -> tuple[str, ...]:
-    patterns = (choice,) if isinstance(choice, str) or not isinstance(choice, Iterable) else tuple(choice)
-    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
-        raise OptionError(f"{choice!r} chooses no layers; expected a label, a glob, or a sequence of them")
-    return patterns
-
-
-def _matching(patterns: tuple[str, ...], labels: tuple[str, ...]) -> list[str]:
-    chosen: set[str] = set()
-    for pattern in patterns:
-        found = matching(pattern, labels)
-        if not found:
-            _known(pattern, labels)
-        chosen.update(found)
-    return [label for label in labels if label in chosen]
-
-
-def _check_labels(name: str, labels: tuple[object, ...]) -> None:
-    for label in labels:
-        if not isinstance(label, str):
-            raise OptionError(f"{name} holds {label!r}; expected text")
-    if len(set(labels)) < len(labels):
-        twice = next(label for label in labels if labels.count(label) > 1)
-        raise OptionError(f"{name} has {twice!r} more than once; labels must differ")
-
-
-def _check_tensor(name: str, tensor: object, shape: tuple[int, ...]) -> None:
-    if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float64 or tensor.device.type != "cpu":
-        found = f"{tensor.dtype} on {tensor.device}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise OptionError(f"{name} is {found}; expected a float64 tensor on the CPU")
-    if tuple(tensor.shape) != shape:
-        raise OptionError(f"{name} has shape {tuple(tensor.shape)}; its labels ask for {shape}")
-    if bool(tensor.isinf().any()):
-        raise OptionError(f"{name} holds infinity; expected finite numbers, or NaN where undefined")
-
-
-def _plain_json(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings as a file would give them back: found out here, not when a long run is saved."""
-    try:
-        plain = json.loads(json.dumps(settings, allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise OptionError(
-            f"settings cannot be written as JSON ({error}); use plain numbers, text, lists, dicts"
-        ) from error
-    if not isinstance(plain, dict):
-        raise OptionError(f"settings is {type(settings).__name__}; expected a dict")
-    return plain
+        return example(models)

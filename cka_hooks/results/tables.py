@@ -1,4 +1,4 @@
-"""A result in the forms other tools read: a pandas DataFrame, CSV, NumPy ``.npz``."""
+"""A result as a table: of text, a pandas DataFrame, CSV, NumPy ``.npz``."""
 
 from __future__ import annotations
 
@@ -12,12 +12,39 @@ import numpy as np
 
 from cka_hooks.errors import MissingExtraError
 from cka_hooks.files import PathLike, replace_file
+from cka_hooks.names import printable
 from cka_hooks.results.result import CKAResult
 
 if TYPE_CHECKING:
     import pandas
 
 _TIDY = ("row", "column", "cka", "stderr")
+
+
+def as_text(result: CKAResult) -> str:
+    """How a result prints: what it is, and up to 8 rows and columns of values.
+
+    Example:
+        >>> print(as_text(CKAResult.example().select("conv*")))
+        CKAResult(2 layers, 640 samples, 20 minibatches)
+                       1       2
+        1 conv1    1.000   0.900
+        2 conv2    0.900   1.000
+    """
+    size = f"{len(result.rows)}" if result.square else f"{len(result.rows)} x {len(result.columns)}"
+    head = f"CKAResult({size} layers, {result.samples} samples, {result.minibatches} minibatches)"
+    if max(len(result.rows), len(result.columns)) > 8:
+        return head
+    # Columns are numbered, because labels side by side would be wider than a terminal.
+    rows, columns = map(printable, result.rows), map(printable, result.columns)
+    labels = [f"{i} {row}" if result.square else f"  {row}" for i, row in enumerate(rows, 1)]
+    width = max(map(len, labels))
+    lines = [head, " " * width + "".join(f"{i + 1:>8}" for i in range(len(result.columns)))]
+    for label, values in zip(labels, result.matrix.tolist(), strict=True):
+        lines.append(f"{label:<{width}}" + "".join(f"{value:>8.3f}" for value in values))
+    if not result.square:
+        lines.append("columns: " + ", ".join(f"{i} {column}" for i, column in enumerate(columns, 1)))
+    return "\n".join(lines)
 
 
 def to_dataframe(result: CKAResult, *, tidy: bool = False) -> pandas.DataFrame:
@@ -47,6 +74,9 @@ def to_dataframe(result: CKAResult, *, tidy: bool = False) -> pandas.DataFrame:
 def to_csv(result: CKAResult, path: PathLike, *, tidy: bool = False) -> None:
     """Write the matrix as CSV in UTF-8; see :meth:`CKAResult.to_csv`.
 
+    A label that a spreadsheet would run as a formula, since it begins with ``=``, ``+``, ``-`` or ``@``, gets a ``'``
+    in front.
+
     Raises:
         OSError: the file cannot be written.
 
@@ -64,11 +94,12 @@ def to_csv(result: CKAResult, path: PathLike, *, tidy: bool = False) -> None:
     writer = csv.writer(text, lineterminator="\n")
     if tidy:
         writer.writerow(_TIDY)
-        writer.writerows([row, column, _cell(cka), _cell(stderr)] for row, column, cka, stderr in _pairs(result))
+        for row, column, cka, stderr in _pairs(result):
+            writer.writerow([_no_formula(row), _no_formula(column), _cell(cka), _cell(stderr)])
     else:
-        writer.writerow(["layer", *result.columns])
+        writer.writerow(["layer", *map(_no_formula, result.columns)])
         for label, values in zip(result.rows, result.matrix.tolist(), strict=True):
-            writer.writerow([label, *map(_cell, values)])
+            writer.writerow([_no_formula(label), *map(_cell, values)])
     replace_file(path, lambda file: file.write(text.getvalue().encode("utf-8", "backslashreplace")))
 
 
@@ -107,3 +138,9 @@ def _pairs(result: CKAResult) -> Iterator[tuple[str, str, float, float]]:
 
 def _cell(value: float) -> str:
     return "" if math.isnan(value) else repr(value)
+
+
+def _no_formula(label: str) -> str:
+    # Spreadsheets pass over control characters and spaces in front, and read the wide forms of the signs, too.
+    first = label.lstrip("".join(map(chr, range(33))))[:1]
+    return f"'{label}" if first and first in "=+-@＝＋－＠" else label

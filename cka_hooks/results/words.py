@@ -1,27 +1,33 @@
-"""A short reading of a result in words: how large, what is alike, where it changes, what is missing.
+"""A result in a few words: how large, what is alike, where it changes, what is missing.
 
-The words claim no more than the matrix holds. "Alike" is CKA, which does not see rotations and a
-common scale of the features; "next" is the order of execution, also where a network branches.
+The words claim no more than the matrix holds. "Alike" is CKA, which does not see rotations and a common scale of the
+features; which layer follows which is what :mod:`cka_hooks.results.order` makes of the labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import pairwise
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from cka_hooks.names import printable
+from cka_hooks.results.order import followers
 from cka_hooks.results.result import CKAResult
 
-#: Consecutive layers whose CKA with each other is above this are called a block.
-BLOCK = 0.95
+#: Consecutive layers whose CKA with each other is above this are near-identical.
+NEAR = 0.95
 #: Pairs this close to 1 are the same representation but for rotation and scale: a flatten, a dropout in eval.
 SAME = 1 - 1e-6
 #: A layer in which one sample has more than this share of its HSIC is named.
 SHARE = 0.5
 
 _LISTED = 3
+# Models that get a line each; of more, the extremes are named.
+_FEW = 3
 
 Positions = list[int]
 
@@ -35,40 +41,69 @@ def summary(result: CKAResult) -> str:
         Most alike: conv1 and conv2, CKA 0.900 (standard error 0.020).
         Changes most from one layer to the next at conv2 -> fc, CKA 0.600 (standard error 0.020).
     """
-    lines = [_size(result)]
+    lines = [*_size(result)]
     if result.square:
         groups = _by_model(result, result.rows)
         lines += _most_alike(result, groups)
-        for model, positions in groups.items():
-            lines += _largest_change(result, model, positions)
-            lines += _blocks(result, model, positions)
-        names = list(groups)
-        for i, first in enumerate(names):
-            for second in names[i + 1 :]:
-                lines += _matches(result.between(first, second), first, second)
+        changes = [found for found in (_largest_change(result, *group) for group in groups.items()) if found]
+        lines += _largest_changes(changes)
+        lines += _near_identical(result, groups)
+        lines += _same_depth([_depth(result, *pair) for pair in combinations(groups.items(), 2)])
     else:
         lines += _alike_across(result)
         if not set(result.rows) & set(result.columns):
-            lines += _matches(result, _one_model(result, result.rows), _one_model(result, result.columns))
+            sides = [(_one_model(result, labels), [*range(len(labels))]) for labels in (result.rows, result.columns)]
+            lines += _same_depth([_depth(result, *sides)])
     lines += _left_out(result)
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
-def _size(result: CKAResult) -> str:
+def value_in_words(value: float, error: float = math.nan) -> str:
+    """A CKA value with its standard error, in as many digits as tell it from 1 and the error from 0.
+
+    Example:
+        >>> value_in_words(0.99995, 0.000021)
+        'CKA 0.99995 (standard error 0.000021)'
+        >>> value_in_words(0.5, 0.0), value_in_words(math.nan)
+        ('CKA 0.500 (standard error 0)', 'CKA is undefined')
+    """
+    if math.isnan(value):
+        return "CKA is undefined"
+    # A value just below 1 must not read as 1.
+    digits = max(3, _leading_zeros(1 - value) + 1 if abs(1 - value) < 5e-4 else 0)
+    return f"CKA {value:.{digits}f}" + ("" if math.isnan(error) else f" (standard error {error_in_words(error)})")
+
+
+def error_in_words(error: float) -> str:
+    """A standard error in 3 digits after the point, or as many as it takes to tell it from 0."""
+    if not error > 0:
+        return f"{error:.3g}"
+    return f"{error:.{max(3, _leading_zeros(error) + 2)}f}" if error >= 1e-5 else f"{error:.1e}"
+
+
+def _leading_zeros(value: float) -> int:
+    """Zeros after the point, before the first digit."""
+    return min(12, -math.floor(math.log10(abs(value))) - 1) if value else 0
+
+
+def _size(result: CKAResult) -> Iterator[str]:
     count = _count(len(result.rows), "layer")
     if not result.square:
         count = f"{count} against {len(result.columns)}"
     elif len(result.models) > 1:
         groups = _by_model(result, result.rows)
-        count += " (" + ", ".join(f"{name} {len(positions)}" for name, positions in groups.items()) + ")"
+        each = _listing([f"{name} {len(positions)}" for name, positions in groups.items()])
+        count += f" of {len(groups)} models ({each})" if len(groups) > _FEW else f" ({each})"
     line = f"{count}, {_count(result.samples, 'sample')} in {_count(result.minibatches, 'minibatch', 'es')}"
     if result.passes > 1:
         line += f" over {result.passes} passes"
     errors = result.stderr.numpy()
     if np.isfinite(errors).any() and result.degrees_of_freedom >= 2:
-        return f"{line}; largest standard error {np.nanmax(errors):.3f}."
-    per_pass = result.degrees_of_freedom + 1
-    return f"{line}.\nNo standard errors: they need 3 minibatches in a pass, and this run had {per_pass}."
+        yield f"{line}; largest standard error {error_in_words(float(np.nanmax(errors)))}."
+    else:
+        yield f"{line}."
+        per_pass = result.degrees_of_freedom + 1
+        yield f"No standard errors: they need 3 minibatches in a pass, and this run had {per_pass}."
 
 
 def _most_alike(result: CKAResult, groups: dict[str, Positions]) -> Iterator[str]:
@@ -99,33 +134,44 @@ def _alike_across(result: CKAResult) -> Iterator[str]:
         yield f"Most alike: {_pair(result, *best)}."
 
 
-def _largest_change(result: CKAResult, model: str, positions: Positions) -> Iterator[str]:
+def _largest_change(result: CKAResult, model: str, positions: Positions) -> tuple[float, str, str] | None:
+    """CKA of the two layers of a model, one following the other, that are least alike; where; the model."""
     defined = _defined(result, positions)
-    if len(defined) < 3:
-        return
-    steps = [float(result.matrix[i, j]) for i, j in pairwise(defined)]
-    at = int(np.argmin(steps))
-    before, after = defined[at], defined[at + 1]
-    yield (
-        f"Changes most from one layer to the next{_of(model)} at {result.layer_of(result.rows[before])} "
-        f"-> {result.layer_of(result.rows[after])}, {_value(result, before, after)}."
-    )
+    pairs = [(defined[a], defined[b]) for a, b in followers([result.layer_of(result.rows[i]) for i in defined])]
+    if len(defined) < 3 or not pairs:
+        return None
+    before, after = min(pairs, key=lambda pair: float(result.matrix[pair]))
+    where = f"{result.layer_of(result.rows[before])} -> {result.layer_of(result.rows[after])}"
+    return float(result.matrix[before, after]), f"{where}, {_value(result, before, after)}", model
 
 
-def _blocks(result: CKAResult, model: str, positions: Positions) -> Iterator[str]:
-    found = near_identical(result, positions)
-    if not found:
-        return
-    found.sort(key=len, reverse=True)
-    words = [
-        f"{result.layer_of(result.rows[block[0]])} to {result.layer_of(result.rows[block[-1]])} ({len(block)} layers)"
-        for block in found
-    ]
-    yield f"Near-identical in a row{_of(model)} (CKA above {BLOCK} with each other): {_thinned(words)}."
+def _largest_changes(found: list[tuple[float, str, str]]) -> Iterator[str]:
+    start = "Changes most from one layer to the next"
+    if len(found) <= _FEW:
+        yield from (f"{start}{_of(model)} at {where}." for _, where, model in found)
+    else:
+        where = _listing([f"{where}{_of(model)}" for _, where, model in sorted(found)], "; ", most=2)
+        yield f"{start} at {where}."
+
+
+def _near_identical(result: CKAResult, groups: dict[str, Positions]) -> Iterator[str]:
+    start, all_found = f"Near-identical in a row (CKA above {NEAR} with each other)", []
+    for model, positions in groups.items():
+        found = sorted(near_identical(result, positions), key=len, reverse=True)
+        names = [
+            f"{result.layer_of(result.rows[run[0]])} to {result.layer_of(result.rows[run[-1]])} ({len(run)} layers)"
+            for run in found
+        ]
+        if names and len(groups) <= _FEW:
+            yield f"{start}{_of(model)}: {_listing(names)}."
+        all_found += [(len(run), f"{name}{_of(model)}") for run, name in zip(found, names, strict=True)]
+    if all_found and len(groups) > _FEW:
+        longest = sorted(all_found, key=lambda entry: entry[0], reverse=True)
+        yield f"{start}: {_listing([name for _, name in longest])}."
 
 
 def near_identical(result: CKAResult, positions: Positions) -> list[Positions]:
-    """Runs of 3 or more consecutive layers, all of whose pairs have CKA above :data:`BLOCK`.
+    """Runs of 3 or more consecutive layers, all of whose pairs have CKA above :data:`NEAR`.
 
     Args:
         result: a square result.
@@ -136,39 +182,59 @@ def near_identical(result: CKAResult, positions: Positions) -> list[Positions]:
         []
     """
     values = result.matrix.numpy()
-    blocks: list[Positions] = []
-    block: Positions = []
+    runs: list[Positions] = []
+    run: Positions = []
     for position in _defined(result, positions):
-        # Against all of the block and not only the last: similarity fades over many small steps.
-        if block and not (values[position, block] > BLOCK).all():
-            blocks.append(block)
-            block = []
-        block = [*block, position]
-    return [block for block in [*blocks, block] if len(block) >= 3]
+        # Against all of the run and not only the last: similarity fades over many small steps.
+        if run and not (values[position, run] > NEAR).all():
+            runs.append(run)
+            run = []
+        run = [*run, position]
+    return [run for run in [*runs, run] if len(run) >= 3]
 
 
-def _matches(block: CKAResult, first: str, second: str) -> Iterator[str]:
-    """How many rows are most alike to a column at about their own depth, beside what chance would give."""
-    values = block.matrix.numpy()
-    rows = [i for i in range(len(block.rows)) if np.isfinite(values[i]).any()]
-    columns = [j for j in range(len(block.columns)) if np.isfinite(values[:, j]).any()]
+class _Depth(NamedTuple):
+    """How many rows of one model are most alike to a column of another at about their own depth."""
+
+    share: float
+    words: str
+    short: str
+
+
+def _depth(result: CKAResult, one: tuple[str, Positions], other: tuple[str, Positions]) -> _Depth | None:
+    """Counted beside what chance would give; None where there is too little to count."""
+    (first, rows), (second, columns) = one, other
+    values = result.matrix.numpy()
+    rows = [i for i in rows if np.isfinite(values[i, columns]).any()]
+    columns = [j for j in columns if np.isfinite(values[rows, j]).any()]
     if min(len(rows), len(columns)) < 3:
-        return
+        return None
     values = values[np.ix_(rows, columns)]
     depth = np.linspace(0, 1, len(rows))[:, None] - np.linspace(0, 1, len(columns))[None, :]
     # One place in the network with fewer layers; rounding must not decide at exactly one place.
     near = np.abs(depth) <= 1 / (min(values.shape) - 1) + 1e-9
     best = np.nanargmax(values, axis=1)
     hits = int(near[np.arange(len(rows)), best].sum())
+    chance = float(near.mean(axis=1).sum())
     where = "position" if len(rows) == len(columns) else "relative depth"
-    line = (
+    words = (
         f"{hits} of {_count(len(rows), 'layer')}{_of(first)} are most alike to a layer{_of(second)} at the "
-        f"same or a neighbouring {where} (chance: {near.mean(axis=1).sum():.1f})"
+        f"same or a neighbouring {where} (chance: {chance:.1f})"
     )
-    names = [block.layer_of(block.columns[j]) for j in columns]
-    if names == [block.layer_of(block.rows[i]) for i in rows]:
-        line += f"; {int((best == np.arange(len(rows))).sum())} to the layer of the same name"
-    yield line + "."
+    if [result.layer_of(result.columns[j]) for j in columns] == [result.layer_of(result.rows[i]) for i in rows]:
+        words += f"; {int((best == np.arange(len(rows))).sum())} to the layer of the same name"
+    return _Depth(hits / len(rows), words, f"{hits} of {len(rows)} (chance: {chance:.1f}), {first} with {second}")
+
+
+def _same_depth(pairs: list[_Depth | None]) -> Iterator[str]:
+    found = sorted((pair for pair in pairs if pair is not None), key=lambda pair: pair.share)
+    if len(found) <= _FEW:
+        yield from (f"{pair.words}." for pair in pairs if pair is not None)
+    else:
+        yield (
+            "Layers that are most alike to one at the same or a neighbouring depth of another model, over "
+            f"{len(found)} pairs of models: from {found[0].short}, to {found[-1].short}."
+        )
 
 
 def _left_out(result: CKAResult) -> Iterator[str]:
@@ -176,16 +242,17 @@ def _left_out(result: CKAResult) -> Iterator[str]:
         by_reason: dict[str, list[str]] = {}
         for label, reason in reasons.items():
             by_reason.setdefault(reason.strip().rstrip("."), []).append(label)
-        groups = [f"{_thinned(labels)} ({reason})" for reason, labels in by_reason.items()]
+        groups = [f"{_listing(labels)} ({reason})" for reason, labels in by_reason.items()]
         if groups:
-            yield f"{word}: {_count(len(reasons), 'layer')}. {_thinned(groups, '; ')}."
+            yield f"{word}: {_count(len(reasons), 'layer')}. {_listing(groups, '; ')}."
     shares = [(value.share, label) for label, value in result.influence.items() if value.share > SHARE]
     if shares:
         share, label = max(shares)
-        others = f", and in {_count(len(shares) - 1, 'other layer')} more than half" if len(shares) > 1 else ""
+        sample = result.influence[label].sample
+        others = f", and more than half in {_count(len(shares) - 1, 'other layer')}" if len(shares) > 1 else ""
         yield (
-            f"One sample decides much: number {result.influence[label].sample} has {share:.0%} of the HSIC "
-            f"of {label}{others}."
+            f"One sample decides much: sample {sample} alone accounts for {share:.0%} of HSIC(layer, layer) of "
+            f"{label}{others}."
         )
 
 
@@ -218,10 +285,7 @@ def _pair(result: CKAResult, row: int, column: int) -> str:
 
 
 def _value(result: CKAResult, row: int, column: int) -> str:
-    value, error = float(result.matrix[row, column]), float(result.stderr[row, column])
-    # A value just below 1 must not read as 1.
-    digits = 3 if abs(1 - value) >= 5e-4 else 6
-    return f"CKA {value:.{digits}f}" + ("" if np.isnan(error) else f" (standard error {error:.{digits}f})")
+    return value_in_words(float(result.matrix[row, column]), float(result.stderr[row, column]))
 
 
 def _of(model: str) -> str:
@@ -232,6 +296,6 @@ def _count(number: int, noun: str, plural: str = "s") -> str:
     return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
-def _thinned(words: list[str], separator: str = ", ") -> str:
-    more = len(words) - _LISTED
-    return separator.join(words[:_LISTED]) + (f"{separator}and {more} more" if more > 0 else "")
+def _listing(words: Sequence[str], separator: str = ", ", most: int = _LISTED) -> str:
+    more = len(words) - most
+    return separator.join(words[:most]) + (f"{separator}and {more} more" if more > 0 else "")

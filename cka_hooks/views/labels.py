@@ -1,4 +1,4 @@
-"""Which of many layer labels to write along an axis: thinned so that none overlap, grouped by stage.
+"""Which of many layer labels to write along an axis: thinned so that none overlap, grouped by section.
 
 A dotted label is a path in a tree: ``layer3`` holds ``layer3.22`` holds ``layer3.22.bn2``. Where the
 labels of all layers have no room, a run of layers with a common beginning gets one label, that
@@ -62,7 +62,7 @@ def thinned(models: Sequence[str], labels: Sequence[str], gap: float) -> list[Sp
     return _spaced(spans, gap)
 
 
-def stages(models: Sequence[str], labels: Sequence[str]) -> list[Span]:
+def sections(models: Sequence[str], labels: Sequence[str]) -> list[Span]:
     """The few large parts of each model, such as ``layer1`` to ``layer4``; what no part holds stays single.
 
     Args:
@@ -72,7 +72,7 @@ def stages(models: Sequence[str], labels: Sequence[str]) -> list[Span]:
     Example:
         >>> labels = ["features.conv0", "features.block1.a", "features.block1.b", "features.block2.a",
         ...           "features.block2.b", "fc"]
-        >>> [span.name for span in stages([""] * 6, labels)]
+        >>> [span.name for span in sections([""] * 6, labels)]
         ['features.conv0', 'features.block1', 'features.block2', 'fc']
     """
     found: list[Span] = []
@@ -92,7 +92,7 @@ def stages(models: Sequence[str], labels: Sequence[str]) -> list[Span]:
 
 
 def boundaries(models: Sequence[str], labels: Sequence[str]) -> list[float]:
-    """Where to draw a line between two stages: half way between two positions.
+    """Where to draw a line between two sections: half way between two positions.
 
     Example:
         >>> boundaries([""] * 5, ["conv1", "layer1.0", "layer1.1", "layer2.0", "layer2.1"])
@@ -100,7 +100,7 @@ def boundaries(models: Sequence[str], labels: Sequence[str]) -> list[float]:
     """
     return [
         after.start - 0.5
-        for before, after in pairwise(stages(models, labels))
+        for before, after in pairwise(sections(models, labels))
         # Between two single layers a line would only say that they are two.
         if max(before.stop - before.start, after.stop - after.start) > 1
     ]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import html
 import math
 
+from cka_hooks.names import printable
 from cka_hooks.results.result import CKAResult
+from cka_hooks.results.words import value_in_words
 
 #: Values are written into the cells up to this many rows and columns; beyond, the colours alone are shown.
 WITH_VALUES = 12
@@ -36,8 +38,8 @@ def notebook_html(result: CKAResult) -> str:
     for i in reversed(rows):
         if written:
             cells = "".join(
-                _cell(values[i][j], f"{result.rows[i]}\n{result.columns[j]}\n{_words(values[i][j], errors[i][j])}")
-                for j in columns
+                _cell(value, f"{result.rows[i]}\n{result.columns[j]}\n{value_in_words(value, errors[i][j])}")
+                for j, value in ((j, values[i][j]) for j in columns)
             )
         else:
             cells = "".join(_dot(values[i][j]) for j in columns)
@@ -63,17 +65,12 @@ def _spread(count: int) -> list[int]:
 
 
 def _label(label: str) -> str:
+    label = printable(label)
     short = label if len(label) <= 28 else f"{label[:8]}…{label[-19:]}"
     return (
         f'<th title="{html.escape(label)}" style="text-align:right;font-weight:normal;padding:0 4px;'
         f'white-space:nowrap;background:none">{html.escape(short)}</th>'
     )
-
-
-def _words(value: float, error: float) -> str:
-    if math.isnan(value):
-        return "CKA is undefined"
-    return f"CKA {value:.3f}" + ("" if math.isnan(error) else f", standard error {error:.3f}")
 
 
 def _cell(value: float, title: str) -> str:

@@ -6,7 +6,7 @@ import torch
 from made_up import resnet_labels, result_of
 
 from cka_hooks.results.result import CKAResult, Influence
-from cka_hooks.results.words import near_identical, summary
+from cka_hooks.results.words import near_identical, summary, value_in_words
 
 
 def with_values(labels, pairs, models=(), **fields):
@@ -50,7 +50,15 @@ def test_the_most_alike_pair_is_not_a_trivial_one():
 
 
 def test_a_value_just_below_1_does_not_read_as_1():
-    assert "CKA 0.999950 (standard error 0.010000)" in summary(with_values(["a", "b"], {("a", "b"): 0.99995}))
+    assert "CKA 0.99995 (standard error 0.010)" in summary(with_values(["a", "b"], {("a", "b"): 0.99995}))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(0.0204, "0.020"), (0.0004, "0.00040"), (0.000043, "0.000043"), (4.29e-7, "4.3e-07"), (0.0, "0")],
+)
+def test_an_error_has_as_many_digits_as_tell_it_from_0(error, words):
+    assert value_in_words(0.5, error) == f"CKA 0.500 (standard error {words})"
 
 
 def test_the_largest_change_is_told_for_each_model():
@@ -118,7 +126,7 @@ def test_what_was_left_out_is_grouped_by_reason_and_thinned():
 def test_a_sample_that_decides_is_named():
     influence = {"conv1": Influence(0.2, 1), "conv2": Influence(0.7, 41), "fc": Influence(math.nan, 0)}
     text = summary(dataclasses.replace(CKAResult.example(), influence=influence))
-    assert "One sample decides much: number 41 has 70% of the HSIC of conv2." in text
+    assert "One sample decides much: sample 41 alone accounts for 70% of HSIC(layer, layer) of conv2." in text
     assert "decides" not in summary(CKAResult.example())
 
 

@@ -1,0 +1,94 @@
+"""Which layer follows which, as far as labels in order of execution tell it.
+
+A label does not say what its layer reads. Two things are known: the layers ran one after another, and names such as
+``downsample``, ``branch3x3`` or ``q_proj`` tell that a layer is on a branch, beside others. A layer follows the last
+one on its own branch. The first of a branch follows what came before all branches of the block, but a way around the
+block (``downsample``) follows nothing, since its input came long before.
+"""
+
+from __future__ import annotations
+
+import re
+
+from cka_hooks.results.result import CKAResult
+
+_BYPASS = r"(?:downsample|shortcut|skip|identity|residual)\w*"
+# One part of a dotted name that stands beside its neighbours: ways around a block, Inception's and SqueezeNet's
+# branches, the projections of attention, both halves of a gated feed-forward, the towers of CLIP.
+_BRANCH = re.compile(
+    rf"{_BYPASS}"
+    r"|(branch\w+?)(?:_\d+([a-z]?))?|branch"
+    r"|(expand_?\dx\d)(?:_\w+)?"
+    r"|(?:to_|w|c_)?[qkv](?:_?(?:proj|lin|norm|attn|layer))?|query|key|value"
+    r"|(?:query|key|value|gate|up)_(?:proj|layer|norm)|wi_[01]"
+    r"|(?:text|vision|visual|image|audio)_(?:model|encoder|tower)",
+    re.IGNORECASE,
+)
+
+
+_TRUNK = ("", "")
+
+
+def steps(result: CKAResult) -> dict[str, list[tuple[int, int]]]:
+    """For each model, the rows of pairs (a layer, the one that follows it).
+
+    Args:
+        result: a square result.
+
+    Example:
+        >>> steps(CKAResult.example())
+        {'': [(0, 1), (1, 2)]}
+    """
+    found: dict[str, list[tuple[int, int]]] = {}
+    positions: dict[str, list[int]] = {}
+    for position, label in enumerate(result.rows):
+        positions.setdefault(result.model_of(label), []).append(position)
+    for model, rows in positions.items():
+        names = [result.layer_of(result.rows[row]) for row in rows]
+        found[model] = [(rows[a], rows[b]) for a, b in followers(names)]
+    return found
+
+
+def followers(names: list[str]) -> list[tuple[int, int]]:
+    """Positions of pairs (a layer, the one that follows it) of one model's layers in order of execution.
+
+    Example:
+        >>> names = ["block.conv", "block.downsample.0", "block.downsample.1", "block.relu", "fc"]
+        >>> [(names[a], names[b]) for a, b in followers(names)]  # doctest: +NORMALIZE_WHITESPACE
+        [('block.downsample.0', 'block.downsample.1'), ('block.conv', 'block.relu'), ('block.relu', 'fc')]
+    """
+    places = [_branch(name) for name in names]
+    last: dict[tuple[str, str], int] = {}
+    forks: dict[str, int | None] = {}
+    pairs = []
+    for here, (name, place) in enumerate(zip(names, places, strict=True)):
+        if place not in last:
+            if place != _TRUNK and place[0] not in forks:
+                forks[place[0]] = here - 1 if here and places[here - 1] == _TRUNK else None
+            bypass = re.match(_BYPASS, place[1], re.IGNORECASE)
+            before = None if place == _TRUNK or bypass else forks[place[0]]
+        else:
+            before = last[place]
+            between = places[before + 1 : here]
+            if not all(_around(other, names[before], name) for other in between):
+                before = None
+        if before is not None:
+            pairs.append((before, here))
+        last[place] = here
+    return pairs
+
+
+def _branch(name: str) -> tuple[str, str]:
+    """What the branch of a layer belongs to and what it is called, ``_TRUNK`` on none."""
+    parts = name.split("#")[0].split(".")
+    for depth, part in enumerate(parts):
+        match = _BRANCH.fullmatch(part)
+        if match:
+            return ".".join(parts[:depth]), "".join(filter(None, match.groups())) or part
+    return _TRUNK
+
+
+def _around(place: tuple[str, str], before: str, after: str) -> bool:
+    """Whether a branch leads around two layers: all three belong to one block."""
+    inside = f"{place[0]}." if place[0] else ""
+    return place != _TRUNK and before.startswith(inside) and after.startswith(inside)

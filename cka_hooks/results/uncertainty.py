@@ -1,0 +1,84 @@
+"""What the errors of a result say: confidence intervals, and differences of two entries.
+
+Tensors only: what labels a result has, and which of its entries are meant, ``result`` knows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from scipy.special import stdtrit
+
+from cka_hooks.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The difference between two CKA values of one run, with a standard error that knows they are correlated.
+
+    Attributes:
+        value: first CKA value minus the second.
+        stderr: standard error of ``value``; NaN with fewer than 3 minibatches.
+        degrees_of_freedom: of the Student t distribution that :meth:`interval` uses.
+    """
+
+    value: float
+    stderr: float
+    degrees_of_freedom: int
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Confidence interval of the difference: ``(low, high)``, NaN where the standard error is.
+
+        Raises:
+            OptionError: ``level`` is not between 0 and 1.
+
+        Example:
+            >>> low, high = Difference(0.25, 0.05, degrees_of_freedom=19).interval(0.95)
+            >>> f"{low:.3f} {high:.3f}"
+            '0.145 0.355'
+        """
+        half = t_quantile(level, self.degrees_of_freedom) * self.stderr
+        return self.value - half, self.value + half
+
+
+def t_quantile(level: float, degrees_of_freedom: int) -> float:
+    """Half the width, in standard errors, of an interval that holds the true value with probability ``level``."""
+    if not (isinstance(level, (int, float)) and 0 < level < 1):
+        raise OptionError(f"level is {level!r}; expected a number between 0 and 1, such as 0.95")
+    return float(stdtrit(degrees_of_freedom, (1 + level) / 2))
+
+
+def paired_difference(
+    hsic: torch.Tensor, first: tuple[int, int], second: tuple[int, int], degrees_of_freedom: int
+) -> Difference:
+    """CKA of the pair ``first`` minus CKA of the pair ``second``, from the HSIC of every minibatch.
+
+    Args:
+        hsic: (B, L, L) weighted HSIC of each minibatch and pair, float64.
+        first: positions of two layers.
+        second: positions of two layers.
+        degrees_of_freedom: minibatches of one pass minus 1.
+    """
+    value, errors = _linearised(hsic, *first)
+    other, other_errors = _linearised(hsic, *second)
+    stderr = math.nan
+    if degrees_of_freedom >= 2:
+        spread = float(((errors - other_errors) ** 2).sum())
+        # Passes over the same samples are not independent: what counts is the minibatches of one.
+        stderr = math.sqrt(len(errors) / degrees_of_freedom * spread)
+    return Difference(value - other, stderr, degrees_of_freedom)
+
+
+def _linearised(hsic: torch.Tensor, i: int, j: int) -> tuple[float, torch.Tensor]:
+    """CKA of a pair and each minibatch's part in its error, to first order: float, (B,)."""
+    own_i, own_j = hsic[:, i, i], hsic[:, j, j]
+    total_i, total_j = float(own_i.sum()), float(own_j.sum())
+    if not (total_i > 0 and total_j > 0):
+        return math.nan, torch.full_like(own_i, math.nan)
+    if i == j:
+        return 1.0, torch.zeros_like(own_i)
+    cross = hsic[:, i, j] / math.sqrt(total_i) / math.sqrt(total_j)
+    theta = float(cross.sum())
+    return theta, cross - theta / 2 * (own_i / total_i + own_j / total_j)

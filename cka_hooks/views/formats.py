@@ -1,0 +1,105 @@
+"""Every format that a result is written in, and which of them a run writes: one table.
+
+A new format is a function that writes it and a line in :data:`FORMATS`. ``result.export(path)`` and the command
+line's ``show --out`` find it there by its suffix; with a ``name`` it is among the files that ``run`` and ``demo``
+write.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cka_hooks.errors import OptionError
+from cka_hooks.files import PathLike
+from cka_hooks.results.result import CKAResult
+from cka_hooks.results.tables import to_csv, to_npz
+from cka_hooks.views.heatmap import heatmap
+from cka_hooks.views.page import write_page
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format.
+
+    Attributes:
+        suffixes: the ends of file names that choose it, with their dot.
+        line: what it is for, one line.
+        write: writes a result to a path.
+        extra: the extra of this package that it needs.
+        name: what a run calls the file in which it writes it, None where a run does not.
+    """
+
+    suffixes: tuple[str, ...]
+    line: str
+    write: Callable[[CKAResult, PathLike], object]
+    extra: str | None = None
+    name: str | None = None
+
+
+FORMATS = (
+    Format((".json",), "the whole result, which CKAResult.load reads", CKAResult.save, name="result"),
+    Format(
+        (".png", ".svg", ".pdf", ".jpg", ".webp", ".eps"), "the heatmap as a picture", heatmap, "plot", name="heatmap"
+    ),
+    Format((".html",), "a page to look around in, without a network", write_page, name="page"),
+    Format((".csv",), "the matrix as a table with labels", to_csv),
+    Format((".npz",), "labels, matrix and standard errors as NumPy arrays", to_npz),
+)
+
+
+def format_of(path: PathLike) -> Format:
+    """The format that the suffix of a path names.
+
+    Raises:
+        OptionError: none; the message lists all.
+    """
+    suffix = os.path.splitext(os.fspath(path))[1].lower()
+    for found in FORMATS:
+        if suffix in found.suffixes:
+            return found
+    known = ", ".join(f"{'/'.join(one.suffixes)} ({one.line})" for one in FORMATS)
+    raise OptionError(
+        f"{os.fspath(path)} ends in {suffix or 'no suffix'}, which names no format of a result; expected {known}"
+    )
+
+
+def export(result: CKAResult, path: PathLike) -> None:
+    """Write a result in the format that the suffix of ``path`` names; see :meth:`CKAResult.export`.
+
+    Raises:
+        OptionError: no format has this suffix.
+        MissingExtraError: the format needs a package that is not installed.
+        OSError: the file cannot be written.
+    """
+    format_of(path).write(result, path)
+
+
+def export_all(result: CKAResult, folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    """Write the files of a run: ``cka.json`` first, then ``cka.png`` and so on, with two models ``between.png``, too.
+
+    What cannot be drawn never loses the rest.
+
+    Returns:
+        Name of a file -> its path, and name of a file that could not be written -> the reason.
+
+    Raises:
+        OSError: ``cka.json``, the result itself, cannot be written.
+    """
+    plan = [(one.name, f"cka{one.suffixes[0]}", one.write) for one in FORMATS if one.name]
+    if len(result.models) == 2:
+        plan.append(("between", "between.png", lambda whole, path: heatmap(whole.between(*whole.models), path)))
+    written: dict[str, Path] = {}
+    failed: dict[str, str] = {}
+    for name, file, write in plan:
+        try:
+            write(result, folder / file)
+        except Exception as error:  # matplotlib's, too: its settings come from the environment
+            if name == "result":
+                raise
+            failed[name] = str(error) or type(error).__name__
+        else:
+            written[name] = folder / file
+    return written, failed
