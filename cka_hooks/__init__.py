@@ -27,7 +27,8 @@ from cka_hooks.errors import (
     TooFewSamplesError,
 )
 from cka_hooks.recording.recorder import LayerRecorder
-from cka_hooks.results.result import CKAResult, Difference, Influence
+from cka_hooks.results.result import CKAResult, Influence
+from cka_hooks.results.uncertainty import Difference
 from cka_hooks.similarity.accumulator import CKAAccumulator
 from cka_hooks.similarity.tensors import cka, cka_matrix
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -57,13 +58,21 @@ def closest(name: str, names: Sequence[str], count: int = 5) -> list[str]:
 
 
 def printable(text: str) -> str:
-    r"""Text as a terminal can show it: control characters, which could move the cursor, as escapes.
+    r"""Text on one line, with control characters spelled out.
+
+    Those are the escapes that move the cursor or set the window's title, and the marks that turn the direction of
+    writing, behind which one label can be shown as another.
 
     Example:
-        >>> print(printable("layer\x1b[2J\n"))
-        layer\x1b[2J\n
+        >>> print(printable("conv1\x1b[2J\n"))
+        conv1\x1b[2J\x0a
     """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(_spelled_out(c) if unicodedata.category(c)[0] == "C" or c in "\u2028\u2029" else c for c in text)
+
+
+def _spelled_out(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else character.encode("ascii", "backslashreplace").decode("ascii")
 
 
 class PerLayer:

@@ -10,7 +10,15 @@ from cka_hooks import CKAResult, OptionError
 from cka_hooks.views import formats
 
 TWO = result_of({"a": ["x", "y", "z"], "b": ["x", "y"]})
-MAGIC = {".json": b"{\n", ".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF", ".html": b"<!doc", ".csv": b"layer", ".npz": b"PK"}
+MAGIC = {
+    ".json": b"{\n",
+    ".png": b"\x89PNG",
+    ".svg": b"<?xml",
+    ".pdf": b"%PDF",
+    ".html": b"<!doc",
+    ".csv": b"layer",
+    ".npz": b"PK",
+}
 
 
 @pytest.mark.parametrize("suffix", MAGIC)

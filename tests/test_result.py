@@ -9,7 +9,8 @@ from made_up import resnet_labels, result_of
 from scipy import stats
 
 from cka_hooks.errors import LayerError, OptionError
-from cka_hooks.results.result import CKAResult, Difference, Influence
+from cka_hooks.results.result import CKAResult, Influence
+from cka_hooks.results.uncertainty import Difference
 
 TWO = {"small": ["conv1", "layer1.0", "fc"], "small/b": ["conv1", "layer1.0", "layer1.1", "fc"]}
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from cka_hooks.command.terminal import say
 from cka_hooks.errors import OptionError
 from cka_hooks.results.result import CKAResult
-
-RESULT, HEATMAP, BETWEEN, PAGE = "cka.json", "cka.png", "between.png", "cka.html"
+from cka_hooks.views.formats import export_all, files_of_a_run
 
 
 def folder_words(parser: Any, default: str) -> None:
     """Add ``--out`` and ``--overwrite`` to the arguments of a command that writes a result and its pictures."""
     parser.add_argument("--out", type=Path, default=Path(default), metavar="DIR",
-        help=f"folder for {RESULT}, {HEATMAP} and {PAGE}; default: %(default)s")  # fmt: skip
+        help=f"folder for {', '.join(files_of_a_run().values())}; default: %(default)s")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true",
         help="replace the files of an earlier run in that folder, which are kept otherwise")  # fmt: skip
 
@@ -31,7 +29,7 @@ def check_folder(arguments: argparse.Namespace) -> None:
         OptionError: they cannot be, or those of an earlier run are there and ``--overwrite`` was not given.
     """
     out: Path = arguments.out
-    earlier = [name for name in (RESULT, HEATMAP, BETWEEN, PAGE) if (out / name).exists()]
+    earlier = [name for name in files_of_a_run().values() if (out / name).exists()]
     if earlier and not arguments.overwrite:
         raise OptionError(
             f"{out} already holds {', '.join(earlier)}: pass --overwrite to replace the files of the earlier run, "
@@ -68,17 +66,7 @@ def write_all(result: CKAResult, out: Path) -> dict[str, Path]:
     Returns:
         A short name of each file that was written -> its path.
     """
-    result.save(out / RESULT)
-    paths = {"result": out / RESULT}
-    drawn: list[tuple[str, str, Callable[[Path], Any]]] = [("heatmap", HEATMAP, result.plot)]
-    if len(result.models) == 2:
-        drawn.append(("between", BETWEEN, result.between(*result.models).plot))
-    drawn.append(("page", PAGE, result.to_html))
-    for name, file, write in drawn:
-        try:
-            write(out / file)
-        except Exception as error:
-            say(f"cka-hooks: could not write the {name} ({file}): {error}", file=sys.stderr)
-        else:
-            paths[name] = out / file
+    paths, failed = export_all(result, out)
+    for name, reason in failed.items():
+        say(f"cka-hooks: could not write the {name} ({files_of_a_run()[name]}): {reason}", file=sys.stderr)
     return paths

@@ -28,7 +28,7 @@ def words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--between", nargs=2, metavar=("A", "B"), help="only model A against model B")
     parser.add_argument("--layers", nargs="+", metavar="L", help="only these labels, or globs of labels")
     parser.add_argument("--out", type=Path, metavar="FILE",
-        help="draw a picture into this file, in the format of its suffix, and replace an earlier one")  # fmt: skip
+        help="write this file, a picture or a table as its suffix says, and replace an earlier one")  # fmt: skip
     parser.add_argument("--values", action="store_true", help="write the values into the cells of the picture")
     parser.add_argument("--stderr", action="store_true", help="draw standard errors instead of CKA")
     parser.add_argument("--profile", action="store_true", help="draw the CKA of each layer with the next one instead")
@@ -61,8 +61,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _draw(result: CKAResult, path: Path, arguments: argparse.Namespace) -> None:
     if arguments.profile:
         result.plot_profile(path)
-    else:
+    elif arguments.values or arguments.stderr:
         result.plot(path, values=arguments.values, stderr=arguments.stderr)
+    else:
+        result.export(path)
 
 
 def _write(name: str, path: Path, write: Callable[[Path], Any]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-import unicodedata
 from typing import TextIO
+
+from cka_hooks.names import printable
 
 
 def say(text: object, *, file: TextIO | None = None) -> None:
@@ -20,20 +21,10 @@ def say(text: object, *, file: TextIO | None = None) -> None:
 
 
 def plain(text: str) -> str:
-    r"""The text with its control characters spelled out, all but the end of a line.
-
-    Those are the escapes that move the cursor or set the window's title, and the marks that turn the direction of
-    writing, behind which one label can be shown as another.
+    r"""The text with all control characters spelled out but the end of a line.
 
     Example:
         >>> print(plain("conv1\x1b[2J"))
         conv1\x1b[2J
     """
-    return "".join(
-        character
-        if character == "\n" or not unicodedata.category(character).startswith("C")
-        else character.encode("ascii", "backslashreplace").decode("ascii")
-        if ord(character) > 0x7F
-        else f"\\x{ord(character):02x}"
-        for character in text
-    )
+    return "\n".join(map(printable, text.split("\n")))

@@ -39,11 +39,12 @@ class Format:
     name: str | None = None
 
 
+# Those that matplotlib writes everywhere.
+_PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps", ".pgf", ".svgz")
+
 FORMATS = (
     Format((".json",), "the whole result, which CKAResult.load reads", CKAResult.save, name="result"),
-    Format(
-        (".png", ".svg", ".pdf", ".jpg", ".webp", ".eps"), "the heatmap as a picture", heatmap, "plot", name="heatmap"
-    ),
+    Format(_PICTURES, "the heatmap as a picture", heatmap, "plot", name="heatmap"),
     Format((".html",), "a page to look around in, without a network", write_page, name="page"),
     Format((".csv",), "the matrix as a table with labels", to_csv),
     Format((".npz",), "labels, matrix and standard errors as NumPy arrays", to_npz),
@@ -77,29 +78,34 @@ def export(result: CKAResult, path: PathLike) -> None:
     format_of(path).write(result, path)
 
 
-def export_all(result: CKAResult, folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
-    """Write the files of a run: ``cka.json`` first, then ``cka.png`` and so on, with two models ``between.png``, too.
+def files_of_a_run() -> dict[str, str]:
+    """Name of each file that a run writes -> its name in the folder; ``between`` where two models were compared."""
+    files = {one.name: f"cka{one.suffixes[0]}" for one in FORMATS if one.name}
+    return {**files, "between": "between.png"}
 
-    What cannot be drawn never loses the rest.
+
+def export_all(result: CKAResult, folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    """Write the files of a run, first the result itself. What cannot be drawn never loses the rest.
 
     Returns:
-        Name of a file -> its path, and name of a file that could not be written -> the reason.
+        Name of each file that was written -> its path, and name of each that could not be -> the reason.
 
     Raises:
         OSError: ``cka.json``, the result itself, cannot be written.
     """
-    plan = [(one.name, f"cka{one.suffixes[0]}", one.write) for one in FORMATS if one.name]
+    writes = {one.name: one.write for one in FORMATS if one.name}
     if len(result.models) == 2:
-        plan.append(("between", "between.png", lambda whole, path: heatmap(whole.between(*whole.models), path)))
+        writes["between"] = lambda whole, path: heatmap(whole.between(*whole.models), path)
     written: dict[str, Path] = {}
     failed: dict[str, str] = {}
-    for name, file, write in plan:
+    for name, write in writes.items():
+        path = folder / files_of_a_run()[name]
         try:
-            write(result, folder / file)
+            write(result, path)
         except Exception as error:  # matplotlib's, too: its settings come from the environment
             if name == "result":
                 raise
             failed[name] = str(error) or type(error).__name__
         else:
-            written[name] = folder / file
+            written[name] = path
     return written, failed
