@@ -4,6 +4,7 @@ Recording is torch (plain forward hooks that clone), all algebra is numpy in flo
 
 Sources: Song et al. 2012, "Feature selection via dependence maximization", JMLR 13 (unbiased HSIC);
 Gretton et al. 2005, "Measuring statistical dependence with Hilbert-Schmidt norms" (biased HSIC);
+Székely & Rizzo 2013, "The distance correlation t-test of independence in high dimension" (distance kernel);
 Kornblith et al. 2019, "Similarity of neural network representations revisited" (CKA, kernels);
 Nguyen, Raghu & Kornblith 2021, "Do wide and deep networks learn the same things?" (minibatch CKA).
 """
@@ -89,6 +90,11 @@ def rbf_gram(x: Array, bandwidth: float = 1.0, sigma: float | None = None) -> Ar
     return np.exp(-distances / (2 * variance))
 
 
+def distance_gram(x: Array) -> Array:
+    """K_ij = -|x_i - x_j| (Székely & Rizzo 2013: U-centred, the bias-corrected distance covariance)."""
+    return -np.sqrt(squared_distances(x))
+
+
 def cosine_gram(x: Array) -> Array:
     """K_ij = <x_i, x_j> / (|x_i| |x_j|), and 0 for a sample that is 0."""
     norms = np.linalg.norm(x, axis=1, keepdims=True)
@@ -105,6 +111,7 @@ def polynomial_gram(x: Array, degree: int = 3, gamma: float | None = None, coef0
 KERNELS: dict[str, Gram] = {
     "linear": linear_gram,
     "rbf": rbf_gram,
+    "distance": distance_gram,
     "cosine": cosine_gram,
     "polynomial": polynomial_gram,
 }

@@ -98,6 +98,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"minibatch": 12, "estimator": "biased"},
     {"kernel": "rbf"},
     {"kernel": "rbf", "sigma": 2.0, "minibatch": 8},
+    {"kernel": "distance"},
     {"kernel": "cosine"},
     {"keep_minibatches": True},
 ]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+import dcor
 import numpy as np
 import oracle
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cka_hooks import CKAAccumulator, OptionError, cka, compare
+from cka_hooks.similarity import kernels
 from cka_hooks.similarity.kernels import as_kernel
 
 LAYERS = ["conv1", "bn1", "relu", "layer1.0.bn1", "layer1.0.bn2", "layer2.0.conv1", "layer3.1.bn2", "avgpool", "fc"]
@@ -32,6 +34,7 @@ OPTIONS: dict[str, tuple[dict[str, object], Callable[[np.ndarray], np.ndarray]]]
     "rbf": ({"kernel": "rbf"}, oracle.rbf_gram),
     "rbf, bandwidth": ({"kernel": "rbf", "bandwidth": 0.4}, partial(oracle.rbf_gram, bandwidth=0.4)),
     "rbf, sigma": ({"kernel": "rbf", "sigma": 20.0}, partial(oracle.rbf_gram, sigma=20.0)),
+    "distance": ({"kernel": "distance"}, oracle.distance_gram),
     "cosine": ({"kernel": "cosine"}, oracle.cosine_gram),
     "polynomial": ({"kernel": "polynomial"}, oracle.polynomial_gram),
     "callable": ({"kernel": laplacian}, laplacian_of_oracle),
@@ -80,7 +83,7 @@ def test_gram_matrices_equal_the_oracle(n: int, name: str, shift: float, equal: 
     )
     x[:, :equal] = x[:, :1]
     options, gram = OPTIONS[name]
-    kernel = as_kernel(**{"kernel": "linear", "bandwidth": None, "sigma": None, **options})  # type: ignore[arg-type]
+    kernel = as_kernel(**options)  # type: ignore[arg-type]
     found = kernel(x.flatten(0, 1).unsqueeze(1), 2).values
     wanted = np.stack([gram(group.numpy()) for group in x])
     # Where the median is 0, K tells equal samples from different ones, and rounding must not.
@@ -150,6 +153,36 @@ def test_samples_that_are_equal_but_for_a_few() -> None:
     assert cka(x, y, kernel="rbf") == pytest.approx(oracle.cka_minibatch(grams)[0, 1], abs=1e-6)
 
 
+@pytest.mark.parametrize("shared", [0.0, 1e4])
+@pytest.mark.parametrize("n", [4, 7, 50])
+def test_distance_is_the_distance_correlation_of_dcor(n: int, shared: float) -> None:
+    x = torch.randn(n, 5, dtype=torch.float64)
+    y = x[:, :1] * torch.randn(n, 3, dtype=torch.float64) + shared
+    for estimator, of_dcor in (
+        ("unbiased", dcor.u_distance_correlation_sqr),
+        ("biased", dcor.distance_correlation_sqr),
+    ):
+        wanted = float(of_dcor(x.numpy(), y.numpy()))
+        assert cka(x, y, kernel="distance", estimator=estimator) == pytest.approx(wanted, abs=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore::cka_hooks.CKAWarning")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("apart", [0.0, 1e-6, 1e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize("width", [3, 50, 3000])
+def test_distances_of_samples_that_are_nearly_the_same(width: int, apart: float, dtype: torch.dtype) -> None:
+    """What cancels in |x|^2 + |y|^2 - 2 <x, y> would be all of it in float32, and the root doubles its digits."""
+    signal = torch.randn(12, 3)
+    x = (signal @ torch.randn(3, width) + torch.randn(12, width)).repeat_interleave(2, 0)
+    x[1::2] += apart * torch.randn(12, width)
+    for shared in (0.0, 3.0):
+        layers = {"x": (x + shared).to(dtype), "y": x.relu().to(dtype), "z": signal.repeat(2, 1).to(dtype)}
+        accumulator = CKAAccumulator(kernel="distance")
+        accumulator.update(layers)
+        grams = [[oracle.distance_gram(oracle.flatten(layer)) for layer in layers.values()]]
+        np.testing.assert_allclose(accumulator.compute().matrix, oracle.cka_minibatch(grams), rtol=0, atol=1e-6)
+
+
 def test_callables_get_raw_wide_features() -> None:
     seen: list[Tensor] = []
 
@@ -167,7 +200,11 @@ def test_callables_get_raw_wide_features() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"kernel": "gauss"}, "gauss"),
+        ({"kernel": "gauss"}, "'gauss' is not known: use one of 'linear', 'rbf', 'distance'"),
+        ({"kernel": ["rbf"]}, "is not known"),
+        ({"kernel": None}, "is not known"),
+        ({"kernel": "distance", "bandwidth": 1.0}, "bandwidth=1.0 belongs to kernel='rbf', and kernel is 'distance'"),
+        ({"kernel": laplacian, "sigma": 1.0}, "sigma=1.0 belongs to kernel='rbf'"),
         ({"kernel": "linear", "bandwidth": 1.0}, "bandwidth"),
         ({"kernel": "rbf", "bandwidth": 0.0}, "bandwidth"),
         ({"kernel": "rbf", "sigma": -1.0}, "sigma"),
@@ -178,6 +215,26 @@ def test_callables_get_raw_wide_features() -> None:
 def test_options_that_cannot_be(options: dict[str, object], words: str) -> None:
     with pytest.raises(OptionError, match=words):
         CKAAccumulator(**options)  # type: ignore[arg-type]
+
+
+def test_a_new_kernel_is_an_entry_of_one_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cka_hooks.command.cli import main
+
+    def new(sigma: float) -> kernels.Kernel:
+        return kernels.on_raw_features(lambda x: torch.exp(-torch.cdist(x, x) / sigma))
+
+    monkeypatch.setitem(kernels.KERNELS, "new", new)
+    x, y = torch.randn(2, 12, 3)
+    assert cka(x, y, kernel="new", sigma=2.0) == cka(x, y, kernel=lambda x: torch.exp(-torch.cdist(x, x) / 2))
+    with pytest.raises(OptionError, match="'polynomial', 'new', or a callable"):
+        cka(x, y, kernel="old")
+    with pytest.raises(OptionError, match="sigma=1 belongs to kernel='rbf' and kernel='new', and kernel is 'linear'"):
+        cka(x, y, sigma=1)
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    assert "polynomial,new" in capsys.readouterr().out.replace(" ", "")
 
 
 def test_a_kernel_of_the_wrong_shape_is_named() -> None:

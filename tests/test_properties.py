@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:one sample decides")
 few = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 seeds = st.integers(0, 2**31)
 estimators = st.sampled_from(["unbiased", "biased"])
-kernels = st.sampled_from(["linear", "rbf"])
+kernels = st.sampled_from(["linear", "rbf", "distance"])
 
 
 @st.composite

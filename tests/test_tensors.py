@@ -20,6 +20,7 @@ KERNELS: dict[str, tuple[dict[str, Any], Any]] = {
     "rbf": ({"kernel": "rbf"}, oracle.rbf_gram),
     "rbf bandwidth": ({"kernel": "rbf", "bandwidth": 0.5}, lambda x: oracle.rbf_gram(x, 0.5)),
     "rbf sigma": ({"kernel": "rbf", "sigma": 3.0}, lambda x: oracle.rbf_gram(x, sigma=3.0)),
+    "distance": ({"kernel": "distance"}, oracle.distance_gram),
     "cosine": ({"kernel": "cosine"}, oracle.cosine_gram),
     "polynomial": ({"kernel": "polynomial"}, oracle.polynomial_gram),
     "callable": (
@@ -127,7 +128,7 @@ def test_samples_that_do_not_differ_give_nan(d: int, estimator: Any) -> None:
 
 
 @pytest.mark.parametrize("d", [1, 3, 30])
-@pytest.mark.parametrize("kernel", ["linear", "rbf"])
+@pytest.mark.parametrize("kernel", ["linear", "rbf", "distance"])
 @pytest.mark.parametrize("value", [1.0, 0.3, 1e-3, 1e3])
 def test_one_sample_that_differs_has_no_unbiased_cka(d: int, kernel: str, value: float) -> None:
     """Its U-centred Gram matrix is 0: a quotient of two roundings is no number to report."""
@@ -150,7 +151,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "inf": ([torch.full((5,), math.inf)], {}, cka_hooks.NonFiniteError, "tensor 0"),
     "kernel": ([torch.ones(5)], {"kernel": "rfb"}, cka_hooks.OptionError, "'rfb' is not known.*'rbf'"),
     "estimator": ([torch.ones(5)], {"estimator": "x"}, cka_hooks.OptionError, "'unbiased' or 'biased'"),
-    "bandwidth": ([torch.ones(5)], {"bandwidth": 1.0}, cka_hooks.OptionError, "belong to kernel='rbf'"),
+    "bandwidth": ([torch.ones(5)], {"bandwidth": 1.0}, cka_hooks.OptionError, "belongs to kernel='rbf'"),
     "negative": ([torch.ones(5)], {"kernel": "rbf", "bandwidth": -1.0}, cka_hooks.OptionError, "above 0"),
     "both": ([torch.ones(5)], {"kernel": "rbf", "bandwidth": 1.0, "sigma": 1.0}, cka_hooks.OptionError, "exclude"),
     "large subset": ([torch.ones(5)], {"subset": 6}, cka_hooks.OptionError, "from 4 to the 5"),

@@ -24,6 +24,7 @@ from cka_hooks.errors import CKAWarning, NonFiniteError, OptionError
 from cka_hooks.recording.batches import sample_count
 from cka_hooks.results.result import CKAResult
 from cka_hooks.results.words import SHARE
+from cka_hooks.similarity.kernels import KERNELS
 
 LINE = "compare the layers of a model, or of two"
 DESCRIPTION = f"""\
@@ -66,7 +67,7 @@ def words(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--minibatch", type=numbers.count, default=32, metavar="N",
         help="samples in each estimate: a larger one costs more and scatters less; default: %(default)s")  # fmt: skip
     how.add_argument("--sketch", action=_Gone, help=argparse.SUPPRESS)
-    how.add_argument("--kernel", default="linear", choices=("linear", "rbf", "cosine", "polynomial"))
+    how.add_argument("--kernel", default="linear", choices=tuple(KERNELS))
     how.add_argument("--estimator", default="unbiased", choices=("unbiased", "biased"))
     how.add_argument("--seed", type=numbers.seed, default=0, metavar="N",
         help="of the samples that are drawn, their order, and random weights; default: %(default)s")  # fmt: skip

@@ -108,7 +108,8 @@ class CKAAccumulator:
     `CKAResult.influence` names the sample.
 
     Args:
-        kernel: "linear", "rbf", "cosine", "polynomial", or a callable (n, d) -> (n, n) on raw float64 features.
+        kernel: a name in `cka_hooks.similarity.kernels.KERNELS` ("linear", "rbf", "distance", ...), or a callable
+            (n, d) -> (n, n) on raw float64 features.
         bandwidth: of "rbf", a multiple of the root of the minibatch's median squared distance; default 1.
         sigma: of "rbf", in the features' units and the same over the whole run, instead of `bandwidth`.
         estimator: "unbiased" or "biased".
@@ -146,7 +147,7 @@ class CKAAccumulator:
         seed: int = 0,
         keep_minibatches: bool = False,
     ) -> None:
-        self._kernel = as_kernel(kernel, bandwidth, sigma)
+        self._kernel = as_kernel(kernel, bandwidth=bandwidth, sigma=sigma)
         if estimator not in ("unbiased", "biased"):
             raise OptionError(f"estimator={estimator!r} is not known: use 'unbiased' or 'biased'")
         if minibatch is not None and (not isinstance(minibatch, int) or minibatch < MIN_SAMPLES):

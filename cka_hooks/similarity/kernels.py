@@ -1,46 +1,113 @@
 """Kernels: features to Gram matrices by name. To add one, write a function here and name it in `KERNELS`.
 
-The linear and the RBF kernel do not change when all samples are shifted, so they get features less a common
-vector in float32. All others get the raw features, widened to float64.
+HSIC with the linear, the RBF and the distance kernel does not change when all samples are shifted, so they start
+from `linear_grams`, which takes a common vector off. All others get the raw features, widened to float64. What a
+kernel's function takes are its options: the same names in `cka`, `compare` and `CKAAccumulator`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cka_hooks.errors import OptionError
+from cka_hooks.hsic import centre
 from cka_hooks.precision import accumulation_device, exactly
 from cka_hooks.similarity.products.choose import linear_grams
 from cka_hooks.similarity.products.grams import Grams
 
 # (m * n, P, C) features and m -> m Gram matrices.
 Kernel = Callable[[Tensor, int], Grams]
+# Of |x|^2 + |y|^2: what may be left of it in float64 where x is y.
+_ROUNDING = 16 * torch.finfo(torch.float64).eps
+# Of |x|^2 + |y|^2: a squared distance that float32 rounding cannot have made by itself.
+_NEARLY_SAME = 1e-5
+# Distances from float32 products are kept where rounding is at most this per sample, of the U-centred norm. Measured:
+# errors in CKA are below it.
+_ROOT_NOISE = 5e-7
 
 
-def rbf(bandwidth: float = 1.0, sigma: float | None = None) -> Kernel:
+def rbf(bandwidth: float | None = None, sigma: float | None = None) -> Kernel:
     """exp(-D / (2 s^2)) with s^2 = bandwidth^2 * median(D), or s = `sigma` in the features' units.
 
     D are the squared distances of all n * n pairs of a minibatch, zeros included, and the median of an even
     count the mean of the middle two (Kornblith et al. 2019, published demo). Where the median is 0 the
-    kernel is its limit: 1 for equal samples, else 0.
+    kernel is its limit: 1 for equal samples, else 0. The default bandwidth is 1.
     """
+    if bandwidth is not None and sigma is not None:
+        raise OptionError(
+            "bandwidth= (a multiple of the median distance) and sigma= (in the features' units) exclude each other"
+        )
 
     def grams(features: Tensor, minibatches: int) -> Grams:
         linear = linear_grams(features, minibatches)
-        spread, size = linear.traces()
-        norms = linear.values.diagonal(dim1=-2, dim2=-1)
-        distances = (norms.unsqueeze(-1) + norms.unsqueeze(-2) - 2 * linear.values).clamp_min_(0)
+        squares = _squared_distances(linear)
         if sigma is not None:
-            return Grams(torch.exp(distances / (-2 * sigma**2)), None, spread, size)
-        variance = bandwidth**2 * _median(distances)[:, None, None]
-        values = torch.exp(distances / (-2 * variance))
-        return Grams(torch.where(variance > 0, values, (distances == 0).to(values)), None, spread, size)
+            return Grams(torch.exp(squares / (-2 * sigma**2)), None, *linear.traces())
+        variance = (bandwidth or 1.0) ** 2 * _median(squares)[:, None, None]
+        some = variance > 0
+        values = torch.exp(squares / (-2 * torch.where(some, variance, 1)))
+        return Grams(torch.where(some, values, (squares == 0).to(values)), None, *linear.traces())
 
     return grams
+
+
+def distance() -> Kernel:
+    """-|x - y|: unbiased CKA is then the bias-corrected distance correlation (Székely & Rizzo 2013, 2014).
+
+    A root doubles the digits that cancel in |x|^2 + |y|^2 - 2 <x, y>: samples that are nearly the same need products
+    in float64. A CPU makes them where the distances show that need, an accelerator always: a look would wait.
+    """
+
+    def grams(features: Tensor, minibatches: int) -> Grams:
+        if features.device.type == "cpu":
+            linear = linear_grams(features, minibatches)
+            squares = _squared_distances(linear)
+            values = _roots(squares)
+            if features.dtype is torch.float64 or _are_precise(values, squares, linear.values):
+                return Grams(values, None, *linear.traces())
+        linear = linear_grams(features, minibatches, torch.float64)
+        return Grams(_roots(_squared_distances(linear)), None, *linear.traces())
+
+    return grams
+
+
+def _roots(squares: Tensor) -> Tensor:
+    same = squares == 0
+    # The root of 0 has no gradient.
+    return torch.where(same, 0, -torch.where(same, 1, squares).sqrt())
+
+
+def _are_precise(values: Tensor, squares: Tensor, linear: Tensor) -> bool:
+    """Whether rounding in float32 Gram matrices is small in the roots of the squared distances they give.
+
+    An error of eps (|x|^2 + |y|^2) in D is one of eps (|x|^2 + |y|^2) / (2 sqrt(D)) in the root. Its sign is random,
+    so that it averages out over pairs of samples, unless it is as large as D.
+    """
+    both = _norms(linear)
+    apart = squares + both.diagonal(dim1=-2, dim2=-1).diag_embed()
+    if bool((apart < _NEARLY_SAME * both).any()):
+        return False
+    noise = torch.where(both > 0, both.square() / apart, 0).sum((-2, -1)) * (torch.finfo(torch.float32).eps / 2) ** 2
+    spread = centre(values).square().sum((-2, -1))
+    return bool((noise <= (_ROOT_NOISE * values.shape[-1]) ** 2 * spread).all())
+
+
+def _norms(linear: Tensor) -> Tensor:
+    """|x|^2 + |y|^2 of all pairs of samples."""
+    norms = linear.diagonal(dim1=-2, dim2=-1)
+    return norms.unsqueeze(-1) + norms.unsqueeze(-2)
+
+
+def _squared_distances(linear: Grams) -> Tensor:
+    """(m, n, n) from linear Gram matrices; 0 where rounding in float64 could have made what is there."""
+    both = _norms(linear.values)
+    squares = both - 2 * linear.values
+    return torch.where(squares <= _ROUNDING * both, 0, squares)
 
 
 def _median(distances: Tensor) -> Tensor:
@@ -106,33 +173,32 @@ def linear() -> Kernel:
 KERNELS: dict[str, Callable[..., Kernel]] = {
     "linear": linear,
     "rbf": rbf,
+    "distance": distance,
     "cosine": cosine,
     "polynomial": polynomial,
 }
 
 
-def as_kernel(kernel: str | Callable[[Tensor], Tensor], bandwidth: float | None, sigma: float | None) -> Kernel:
-    """The kernel that the options `kernel`, `bandwidth` and `sigma` name.
+def as_kernel(kernel: str | Callable[[Tensor], Tensor], **options: float | None) -> Kernel:
+    """The kernel that a name, or a callable (n, d) -> (n, n), and its options stand for; None is no option.
 
     Raises:
-        OptionError: an unknown name, a bandwidth for a kernel that has none, or one that is not positive.
+        OptionError: an unknown name, an option that is not in the signature of the kernel's function, or one that is
+            not above 0.
     """
-    if kernel != "rbf" and (bandwidth is not None or sigma is not None):
-        raise OptionError(f"bandwidth= and sigma= belong to kernel='rbf', and kernel is {kernel!r}")
-    if callable(kernel):
-        return on_raw_features(kernel)
-    if kernel not in KERNELS:
+    given = {name: value for name, value in options.items() if value is not None}
+    if not callable(kernel) and not (isinstance(kernel, str) and kernel in KERNELS):
         raise OptionError(
             f"kernel={kernel!r} is not known: use one of {', '.join(map(repr, KERNELS))}, "
             "or a callable (n, d) -> (n, n)"
         )
-    if kernel != "rbf":
-        return KERNELS[kernel]()
-    if bandwidth is not None and sigma is not None:
-        raise OptionError(
-            "bandwidth= (a multiple of the median distance) and sigma= (in the features' units) exclude each other"
-        )
-    for name, value in (("bandwidth", bandwidth), ("sigma", sigma)):
-        if value is not None and not value > 0:
+    for name, value in given.items():
+        owners = [known for known, make in KERNELS.items() if name in signature(make).parameters]
+        if kernel not in owners:
+            raise OptionError(
+                f"{name}={value!r} belongs to {' and '.join(f'kernel={owner!r}' for owner in owners)}, "
+                f"and kernel is {kernel!r}"
+            )
+        if not value > 0:
             raise OptionError(f"{name}={value!r} must be above 0")
-    return rbf(1.0 if bandwidth is None else bandwidth, sigma)
+    return on_raw_features(kernel) if callable(kernel) else KERNELS[kernel](**given)

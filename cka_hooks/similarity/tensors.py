@@ -82,7 +82,8 @@ def cka_matrix(
     Args:
         xs: tensors (n, ...), floating point, the same n samples in each.
         ys: further ones for the columns; None pairs `xs` with themselves.
-        kernel: "linear", "rbf", "cosine", "polynomial" or a callable (n, d) -> (n, n).
+        kernel: a name in `cka_hooks.similarity.kernels.KERNELS` ("linear", "rbf", "distance", ...), or a callable
+            (n, d) -> (n, n) on raw float64 features.
         bandwidth: of "rbf", a multiple of the root of the median squared distance; default 1.
         sigma: of "rbf", in the features' units, instead of `bandwidth`.
         estimator: "unbiased" (Song et al. 2012) or "biased" (Gretton et al. 2005).
@@ -104,7 +105,7 @@ def cka_matrix(
         >>> cka_hooks.cka_matrix([x, x[:, :5]], [x]).shape
         torch.Size([2, 1])
     """
-    gram = as_kernel(kernel, bandwidth, sigma)
+    gram = as_kernel(kernel, bandwidth=bandwidth, sigma=sigma)
     if estimator not in ("unbiased", "biased"):
         raise OptionError(f"estimator={estimator!r} is not known: use 'unbiased' or 'biased'")
     columns = xs if ys is None else ys

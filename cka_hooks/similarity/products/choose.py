@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cka_hooks.precision import exactly
+from cka_hooks.precision import accumulation_device, exactly
 from cka_hooks.similarity.products import native, reference
 from cka_hooks.similarity.products.grams import Grams
 
@@ -36,19 +36,23 @@ CHEAP = 1 << 22
 TINY = 1e-30
 
 
-def linear_grams(features: Tensor, minibatches: int = 1) -> Grams:
+def linear_grams(features: Tensor, minibatches: int = 1, dtype: torch.dtype | None = None) -> Grams:
     """Linear Gram matrices of `minibatches` equal groups of consecutive samples, right to 1e-5 in CKA.
 
     Args:
         features: (m * n, P, C) floating point, of any strides: the P * C features of each sample. A view of
             an activation is as good as a copy, since only the sum over all features counts.
         minibatches: m, the number of groups.
+        dtype: torch.float64 for products in it, right to its own rounding; None for the cheapest that are right.
     """
     if features.dtype.itemsize == 1:
         # PyTorch computes nothing in floats of one byte, all of which float16 holds.
         features = features.half()
     rows, positions, channels = features.shape
     grouped = features.view(minibatches, rows // minibatches, positions, channels)
+    if dtype is not None:
+        device = accumulation_device(features.device)
+        return exactly(device, reference.shifted, grouped.to(device), dtype)
     if not _can_branch(features):
         return exactly(features.device, reference.shifted, grouped)
     return _on_cpu(grouped)
