@@ -51,8 +51,7 @@ def linear_grams(features: Tensor, minibatches: int = 1, dtype: torch.dtype | No
     rows, positions, channels = features.shape
     grouped = features.view(minibatches, rows // minibatches, positions, channels)
     if dtype is not None:
-        device = accumulation_device(features.device)
-        return exactly(device, reference.shifted, grouped.to(device), dtype)
+        return reference.shifted(grouped.to(accumulation_device(features.device)), dtype)
     if not _can_branch(features):
         return exactly(features.device, reference.shifted, grouped)
     return _on_cpu(grouped)
