@@ -268,19 +268,30 @@ class _Plan:
         for name, model in models.items():
             prefix = f"{name}/" if name else ""
 
-            def consumer(layer: str, activation: Tensor, prefix: str = prefix) -> None:
-                accumulator.observe(prefix + layer, activation)
-
             recorders[name] = LayerRecorder(
                 model,
                 layers[name],
-                consumer=consumer,
+                consumer=_Prefixed(accumulator, prefix) if prefix else accumulator.observe,
                 features=self.options["features"],
                 batch_dim=self.options["batch_dim"],
             )
             # Two names may stand for one model, or for models that share a part.
             recorders[name].only_in_passes = True
         return recorders
+
+
+class _Prefixed:
+    """`accumulator.observe` for one of several models."""
+
+    def __init__(self, accumulator: CKAAccumulator, prefix: str) -> None:
+        self._accumulator = accumulator
+        self._prefix = prefix
+
+    def __call__(self, layer: str, activation: Tensor) -> None:
+        self._accumulator.observe(self._prefix + layer, activation)
+
+    def slot(self, layer: str) -> Callable[[Tensor], None] | None:
+        return self._accumulator.slot(self._prefix + layer)
 
 
 def _per_model(option: Any, models: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -6,6 +6,8 @@ raises on purpose and nothing else.
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -76,3 +78,14 @@ class MissingExtraError(CKAError, ImportError):
 
 class CKAWarning(UserWarning):
     """Category of every warning of this package: filter it to silence or to raise."""
+
+
+def warn(message: str) -> None:
+    """A :class:`CKAWarning` that points at the line which called this package, or a model it listens to."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USERS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, CKAWarning, stacklevel=level)
+
+
+_NOT_THE_USERS = ("cka_hooks", "torch", "contextlib")

@@ -227,6 +227,10 @@ def test_left_padding_and_the_last_token() -> None:
     assert torch.equal(*(seen["bert.embeddings.word_embeddings"] for seen in (right, left)))
 
 
+def ignored(layer: str, activation: Tensor) -> None:
+    pass
+
+
 def test_flatten_warns_once_of_padding() -> None:
     model = bert()
     with pytest.warns(cka_hooks.CKAWarning, match="attention mask has zeros") as caught:
@@ -236,5 +240,5 @@ def test_flatten_warns_once_of_padding() -> None:
     cka_hooks.compare(model, [whole], progress=False)
     # Layers without tokens have no padding in them.
     cka_hooks.compare(model, [text(11)], layers=["bert.pooler.**", "classifier"], progress=False)
-    with pytest.warns(cka_hooks.CKAWarning, match="attention mask"), cka_hooks.LayerRecorder(model):
+    with pytest.warns(cka_hooks.CKAWarning, match="attention mask"), cka_hooks.LayerRecorder(model, None, ignored):
         model(**text(11))

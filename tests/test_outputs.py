@@ -261,7 +261,7 @@ def test_batch_dim_names_the_dimension() -> None:
         turned(X)
     assert seen["part"].shape == (6, 12, 5)
     with (
-        cka_hooks.LayerRecorder(turned, "part", batch_dim={"part": 2}),
+        cka_hooks.LayerRecorder(turned, "part", print, batch_dim={"part": 2}),
         pytest.raises(cka_hooks.LayerError, match=r"batch_dim=2 of its shape .* does not have the 6 samples"),
     ):
         turned(X)

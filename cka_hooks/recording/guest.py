@@ -1,14 +1,29 @@
-"""Running somebody's model as a guest: afterwards it, and torch's random state, are as they were."""
+"""Running somebody's model as a guest: afterwards it, and torch's random state, are as they were.
+
+Everything here is undone by a method that may be called twice, so that Ctrl-C in the middle of it loses nothing:
+``try: undo() finally: undo()``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+import threading
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cka_hooks.errors import ModelError
 from cka_hooks.recording.layers import wrapped_attribute
+
+_lock = threading.RLock()
+# Who measures: the thread, and the ids of the modules.
+_claims: dict[object, tuple[int, frozenset[int]]] = {}
+_eager: set[object] = set()
+_stance: list[Any] = []
+# Modules by class name that leave parts out at random, and the attribute with the rate of them.
+_RANDOM = {"DropPath": "drop_prob", "StochasticDepth": "p"}
 
 
 def runnable(model: nn.Module) -> nn.Module:
@@ -21,35 +36,131 @@ def runnable(model: nn.Module) -> nn.Module:
     return model
 
 
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def claim(owner: object, model: nn.Module) -> None:
+    """Measure a model in this thread, until :func:`release`; a thread may do so several times.
+
+    Raises:
+        ModelError: another thread measures it, or a part of it.
+    """
+    modules = frozenset(map(id, model.modules()))
+    own = threading.get_ident()
+    with _lock:
+        alive = {thread.ident: thread.name for thread in threading.enumerate()}
+        for thread, claimed in _claims.values():
+            if thread != own and thread in alive and not modules.isdisjoint(claimed):
+                raise ModelError(
+                    f"the model, or a part of it, is being measured in thread {alive[thread]!r}: wait until that run "
+                    "has ended, or give each thread a copy of the model (copy.deepcopy(model))"
+                )
+        _claims[owner] = own, modules
+
+
+def release(owner: object) -> None:
+    """The end of a :func:`claim`; nothing where there is none."""
+    _claims.pop(owner, None)
+
+
+def run_eagerly(owner: object) -> None:
+    """Compiled code runs uncompiled from here on, since hooks do not fire in it, until `run_compiled`."""
+    with _lock:
+        # Whoever compiled something has imported this module; importing it for others takes seconds.
+        if "torch._dynamo" in sys.modules and not _stance:
+            _stance.append(torch.compiler.set_stance("force_eager"))
+        _eager.add(owner)
+
+
+def run_compiled(owner: object) -> None:
+    """The end of `run_eagerly`: compiled code runs again when the last of all owners is done, in whatever order."""
+    with _lock:
+        _eager.discard(owner)
+        if not _eager and _stance:
+            _stance[0].__exit__(None, None, None)
+            _stance.clear()
+
+
+def remove_hooks(module: nn.Module, owner: object) -> None:
+    """Remove every forward hook that is a method of `owner`, also one whose registration was interrupted."""
+    for hooks, marks in (
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+    ):
+        for number in [number for number, hook in hooks.items() if getattr(hook, "__self__", None) is owner]:
+            hooks.pop(number, None)
+            marks.pop(number, None)
+
+
+def varies_in_train_mode(module: nn.Module) -> bool:
+    """Whether what a module returns in train mode depends on chance, or on the other samples of the batch."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.RReLU):
+        return True
+    rate = _RANDOM.get(type(module).__name__)
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        rate = "p"
+    elif isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+        rate = "dropout"
+    return rate is not None and (getattr(module, rate, None) or 0) > 0
+
+
+def untouched(model: nn.Module) -> AbstractContextManager[None]:
     """Eval mode inside, and after it every mode, and every buffer to the bit, as before.
 
-    The flags are set one by one and not by ``eval()``, which some modules override to do more.
+    The flags are set one by one and not by ``eval()``, which some modules override to do more. A buffer that was None
+    is None again.
+
+    Raises:
+        ModelError: another thread measures the model.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    buffers: list[tuple[nn.Module, str, Tensor, Tensor, int]] = []
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and not buffer.is_inference():
-                buffers.append((module, name, buffer, buffer.detach().clone(), buffer._version))
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes:
+    return _Untouched(model)
+
+
+class _Untouched:
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._modes: list[tuple[nn.Module, bool]] = []
+        self._buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None, int]] = []
+
+    def __enter__(self) -> None:
+        try:
+            claim(self, self._model)
+            for module in self._model.modules():
+                for name, buffer in module._buffers.items():
+                    if buffer is None:
+                        self._buffers.append((module, name, None, None, 0))
+                    elif not buffer.is_inference():
+                        self._buffers.append((module, name, buffer, buffer.detach().clone(), buffer._version))
+            self._modes = [(module, module.training) for module in self._model.modules()]
+            for module, _ in self._modes:
+                module.training = False
+        except BaseException:
+            self._restore()
+            raise
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            self._restore()
+        finally:
+            self._restore()
+
+    def _restore(self) -> None:
+        for module, training in self._modes:
             module.training = training
         with torch.no_grad():
-            for module, name, buffer, copy, version in buffers:
-                if buffer._version != version:
-                    buffer.copy_(copy)
-                elif buffer.layout is torch.strided and 0 not in buffer.stride():
-                    # What a module wrote through `.data` counts as no version, and neither does this. (Expanded
-                    # tensors cannot be written to.)
-                    buffer.data.copy_(copy)
+            for module, name, buffer, copy, version in self._buffers:
+                if buffer is not None and copy is not None:
+                    _write_back(buffer, copy, version)
                 if module._buffers.get(name) is not buffer:
                     module._buffers[name] = buffer
+        release(self)
+        self._modes, self._buffers = [], []
+
+
+def _write_back(buffer: Tensor, copy: Tensor, version: int) -> None:
+    if buffer._version != version:
+        buffer.copy_(copy)
+    elif buffer.layout is torch.strided and 0 not in buffer.stride():
+        # What a module wrote through `.data` counts as no version, and neither does this. (Expanded tensors cannot be
+        # written to.)
+        buffer.data.copy_(copy)
 
 
 class RandomStream:
@@ -64,12 +175,18 @@ class RandomStream:
 
     def __enter__(self) -> None:
         self._outer = self._state()
-        if self._own is not None:
-            self._restore(self._own)
+        try:
+            if self._own is not None:
+                self._restore(self._own)
+        except BaseException:
+            self._restore(self._outer)
+            raise
 
     def __exit__(self, *exception: object) -> None:
-        self._own = self._state()
-        self._restore(self._outer)
+        try:
+            self._own = self._state()
+        finally:
+            self._restore(self._outer)
 
     @staticmethod
     def _state() -> list[Tensor]:

@@ -6,36 +6,26 @@ operation further on (the ``ReLU(inplace=True)`` after a ``bn1``) cannot have ch
 
 from __future__ import annotations
 
-import sys
-import warnings
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.utils.hooks import RemovableHandle
+from torch._C import _functorch
 
-from cka_hooks.errors import CKAWarning, LayerError
-from cka_hooks.features import Layout, Reduction, check_reduction, feature_rows
+from cka_hooks.errors import LayerError, OptionError, warn
+from cka_hooks.features import Reduction, check_reduction, feature_rows, memory_order
 from cka_hooks.names import PerLayer
 from cka_hooks.precision import without_gradients
-from cka_hooks.recording import axes, batches, outputs
+from cka_hooks.recording import axes, batches, guest, outputs
 from cka_hooks.recording.describe import Description, described
-from cka_hooks.recording.guest import RandomStream, runnable, untouched
-from cka_hooks.recording.layers import (
-    ROOT,
-    Layers,
-    Selection,
-    check_model,
-    named_layers,
-    select_layers,
-    unwrap,
-)
+from cka_hooks.recording.layers import Layers, Selection, check_model, named_layers, select_layers, unwrap
+from cka_hooks.recording.left_out import silent, twice_named
+from cka_hooks.recording.routes import LONG_WAY, Consumer, Pass, Route, Tap, slots_of
 
-Consumer = Callable[[str, Tensor], None]
 Features = Reduction | str | Mapping[str, Reduction | str]
 
 
@@ -62,6 +52,8 @@ class LayerRecorder:
         batch_dim: the dimension with the samples where it cannot be told: for the batch and all layers, or a
             mapping from layer pattern to it.
         forward: ``(model, batch) -> anything``, how :meth:`stream` runs the model.
+        detach: hand activations over without their graph. False keeps it, so that a loss of them can be
+            differentiated; a consumer that copies has to keep it, too.
 
     Attributes:
         only_in_passes: record nothing outside of :meth:`forward_pass`, so that of several recorders on one module
@@ -71,7 +63,7 @@ class LayerRecorder:
     Raises:
         ModelError: a ``ScriptModule`` or something else that hooks cannot see into.
         LayerError: an entry of `layers` that matches nothing.
-        OptionError: `features` is no reduction.
+        OptionError: `features` is no reduction; ``with`` has no consumer.
 
     Example:
         >>> import torch
@@ -93,85 +85,125 @@ class LayerRecorder:
         features: Features = "flatten",
         batch_dim: int | Mapping[str, int] | None = None,
         forward: batches.Forward | None = None,
+        detach: bool = True,
     ) -> None:
         self.model = check_model(model)
-        self.consumer = consumer
         self._forward = forward
-        self._by_default = layers is None
-        self._selections: dict[int, list[Selection]] = defaultdict(list)
-        self._chosen_before: dict[tuple[int, int, bool], dict[str, Selection]] = {}
-        for selection in select_layers(model, layers):
-            self._selections[id(selection.module)].append(selection)
-        names = named_layers(model)
-        self._features = PerLayer(features, names, "features")
+        self._detaches = detach
+        self._names = named_layers(model)
+        self._features = PerLayer(features, self._names, "features")
         for reduction in self._features.values:
             check_reduction(reduction)
-        self._dimension = axes.SampleDimension(names, batch_dim)
-        self._channels = axes.ChannelDimension()
-        self._above: dict[int, set[int]] = defaultdict(set)
-        for module in names.values():
-            for child in module.modules():
-                if child is not module:
-                    self._above[id(child)].add(id(module))
+        self._dimension = axes.SampleDimension(self._names, batch_dim)
         pools = any(reduction != "flatten" for reduction in self._features.values)
-        self._channel_modules = [m for m in {id(m): m for m in names.values()}.values() if pools and axes.matters(m)]
-        self._handles: list[RemovableHandle] = []
+        self._modules = list({id(module): module for module in self._names.values()}.values())
+        self._channel_modules = [module for module in self._modules if pools and axes.matters(module)]
+        self._by_default = layers is None
+        self._now = Pass()
+        self._taps = self._tapped(select_layers(model, layers))
+        self.consumer = consumer
         self._entered = 0
-        self._leaving = ExitStack()
+        self._managed = False
+        self.only_in_passes = False
         self._left_out: dict[str, str] = {}
         self._recorded: dict[str, nn.Module] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._ever_ran: set[int] = set()
+        # Whether a warning may come.
+        self._watches_padding = any(
+            self._features.of(selection.name, "flatten") == "flatten"
+            for tap in self._taps.values()
+            for selection in tap.selections
+        )
+        self._varying = [module for module in self._modules if guest.varies_in_train_mode(module)]
         self._started = False
-        self.only_in_passes = False
-        self._managed = False
-        self._warned_of_padding = False
-        self._start((), None, None)
-        self._started = False
+        self._begin((), None, None)
+
+    def _tapped(self, selections: Iterable[Selection]) -> dict[int, Tap]:
+        chosen: dict[int, list[Selection]] = defaultdict(list)
+        for selection in selections:
+            chosen[id(selection.module)].append(selection)
+        taps = {
+            key: Tap(some[0].module, some, self._now, self._go_long_way, self._hand_over)
+            for key, some in chosen.items()
+        }
+        if self._by_default:
+            for tap in taps.values():
+                parts = map(id, tap.module.modules())
+                tap.below = [taps[part] for part in parts if part in taps and taps[part] is not tap]
+        return taps
+
+    @property
+    def consumer(self) -> Consumer | None:
+        """What activations are handed to."""
+        return self._consumer
+
+    @consumer.setter
+    def consumer(self, consumer: Consumer | None) -> None:
+        self._consumer = consumer
+        self._slot = slots_of(consumer) if self._detaches else None
+        for tap in self._taps.values():
+            tap.forget()
 
     # Attaching
 
     def __enter__(self) -> LayerRecorder:
-        if self._entered == 0:
-            self._leaving = ExitStack()
-            try:
+        """Hooks on.
+
+        Raises:
+            OptionError: there is no consumer.
+            ModelError: the model is being measured in another thread.
+        """
+        if self.consumer is None:
+            raise OptionError(
+                "this LayerRecorder has nothing to hand activations to: pass consumer=, a function of a label and an "
+                "activation such as CKAAccumulator().observe. stream(loader) and describe(batch) need neither "
+                "consumer= nor `with`"
+            )
+        depth = self._entered
+        try:
+            guest.claim(self, self.model)
+            if depth == 0:
                 self._attach()
-            except BaseException:
-                self._leaving.close()
-                raise
-        self._entered += 1
+            self._entered = depth + 1
+            self._listen()
+        except BaseException:
+            self._leave(depth)
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._entered -= 1
-        if self._entered == 0:
-            self._leaving.close()
+        depth = self._entered - 1
+        try:
+            self._leave(depth)
+        finally:
+            self._leave(depth)
 
     def _attach(self) -> None:
-        # Whoever compiled something has imported this module; importing it for others takes seconds.
-        if "torch._dynamo" in sys.modules:
-            self._leaving.enter_context(torch.compiler.set_stance("force_eager"))
-        self._leaving.callback(self._detach)
-        root = unwrap(self.model)
-        start = root.register_forward_pre_hook(self._on_start, prepend=True, with_kwargs=True)
-        self._leaving.callback(start.remove)
+        guest.run_eagerly(self)
+        unwrap(self.model).register_forward_pre_hook(self._on_start, prepend=True, with_kwargs=True)
         for module in self._dimension.sequence_first:
-            check = module.register_forward_pre_hook(self._on_sequence_first, with_kwargs=True)
-            self._leaving.callback(check.remove)
+            module.register_forward_pre_hook(self._on_sequence_first, with_kwargs=True)
         for module in self._channel_modules:
-            if id(module) not in self._selections:
-                follow = module.register_forward_hook(self._on_channels)
-                self._leaving.callback(follow.remove)
-        for selections in self._selections.values():
-            module = selections[0].module
-            self._handles.append(module.register_forward_hook(self._on_output, with_kwargs=True))
-            if any(_is_input(selection) for selection in selections):
-                self._handles.append(module.register_forward_pre_hook(self._on_input, with_kwargs=True))
+            module.register_forward_hook(self._on_channels)
+        for tap in self._taps.values():
+            tap.attach()
 
-    def _detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+    def _leave(self, depth: int) -> None:
+        """Be entered `depth` times. Twice is as good as once, since Ctrl-C may have broken off the first time."""
+        if depth <= 0:
+            for module in self._modules:
+                guest.remove_hooks(module, self)
+            for tap in self._taps.values():
+                tap.detach()
+            self._managed = False
+            guest.run_compiled(self)
+            guest.release(self)
+        self._entered = max(0, depth)
+        self._listen()
+
+    def _listen(self) -> None:
+        """Record the calls of this thread where any are to be recorded now."""
+        self._now.thread = get_ident() if self._entered and (self._managed or not self.only_in_passes) else 0
 
     # One forward pass
 
@@ -188,183 +220,146 @@ class LayerRecorder:
         inputs = batch[:1] if isinstance(batch, tuple | list) and not batches.is_image_list(batch) else [batch]
         self._start(batches.leading_shape(*inputs, batch), batch, limit)
         self._managed = True
+        self._listen()
         try:
             yield
         finally:
             self._managed = False
+            self._listen()
 
     def _on_start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._managed:
+        if not self._managed and self._now.concerns():
             self._start(batches.leading_shape(*args, kwargs), kwargs, None)
 
     def _on_sequence_first(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._is_ignored():
+        if self._now.concerns():
             self._dimension.check_input(module, axes.first_tensor(args, kwargs))
 
     def _on_channels(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._channels.pass_through(module, output)
+        if self._now.concerns():
+            self._channels.pass_through(module, output)
 
     def _start(self, shape: tuple[int, ...], batch: Any, limit: int | None) -> None:
         self._started = True
+        if not self.only_in_passes:
+            self._warn_of_train_mode()
+        self._begin(shape, batch, limit)
+
+    def _begin(self, shape: tuple[int, ...], batch: Any, limit: int | None) -> None:
         self._dimension.start(shape[0] if shape else None, shape)
         self._limit = limit
         self._masks = batches.attention_masks(batch)
-        self._calls: Counter[int] = Counter()
-        self._not_leaf: set[int] = set()
         self._channels = axes.ChannelDimension()
-        # A hook that the user added after ours may change the output: run behind it, and see what the next
-        # layer gets.
-        for handle in self._handles:
-            hooks = handle.hooks_dict_ref()
-            if hooks and handle.id in hooks and next(reversed(hooks)) != handle.id:
-                hooks[handle.id] = hooks.pop(handle.id)
+        for tap in self._taps.values():
+            tap.restart()
+        masks = (self._masks("encoder"), self._masks("decoder"))
+        self._padded = self._watches_padding and any(map(_has_zeros, masks))
+        self._routed = limit is None and not self._padded
+        self._allow_routes()
 
-    def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._is_ignored():
-            return
-        # Before the module runs, since it may work in place.
-        call = self._calls[id(module)] + 1
-        for label, selection in self._chosen(module, call, is_input=True).items():
-            self._hand_over(label, selection, args, kwargs, None)
+    def _allow_routes(self) -> None:
+        self._now.samples = (self._dimension.samples or LONG_WAY) if self._routed else LONG_WAY
 
-    def _on_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._is_ignored():
-            return
-        key = id(module)
-        self._ever_ran.add(key)
-        self._channels.pass_through(module, output)
-        if self._by_default:
-            if key in self._not_leaf:
-                return
-            self._not_leaf |= self._above[key]
-        self._calls[key] += 1
-        for label, selection in self._chosen(module, self._calls[key], is_input=False).items():
-            self._hand_over(label, selection, args, kwargs, output)
-
-    def _is_ignored(self) -> bool:
-        return self.only_in_passes and not self._managed
-
-    def _chosen(self, module: nn.Module, call: int, is_input: bool) -> dict[str, Selection]:
-        """The layers that one call of a module is, by label: one may be chosen twice, as `relu#2` and by `relu`."""
-        key = id(module), call, is_input
-        if key not in self._chosen_before:
-            chosen = [
-                selection
-                for selection in self._selections[id(module)]
-                if (selection.calls is None or call in selection.calls) and _is_input(selection) == is_input
-            ]
-            in_order = sorted(chosen, key=lambda selection: selection.named)
-            self._chosen_before[key] = {selection.label(call): selection for selection in in_order}
-        return self._chosen_before[key]
-
-    def _hand_over(
-        self, label: str, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    def _go_long_way(self, route: Route, given: Any) -> None:
+        """What a module returned, or its arguments, to the consumer. From then on the route is open."""
+        selection, label = route.selection, route.label
         try:
-            activation, dim = self._with_samples(label, selection, args, kwargs, output)
+            activation = self._with_samples(route, given)
         except outputs.NotRecordable as reason:
+            route.close()
             if selection.named:
-                raise LayerError(
-                    f"layer {label!r} ({type(selection.module).__name__}) cannot be recorded: {reason}"
-                ) from None
+                kind = type(selection.module).__name__
+                raise LayerError(f"layer {label!r} ({kind}) cannot be recorded: {reason}") from None
             self._left_out.setdefault(label, str(reason))
             return
         self._left_out.pop(label, None)
         self._recorded[label] = selection.module
-        activation = activation.detach()
-        channels = self._channels.of(activation)
-        if dim != 0:
-            activation = activation.movedim(dim, 0)
-        self.shapes.setdefault(label, tuple(activation.shape[1:]))
-        if self._limit is not None:
-            activation = activation[: self._limit]
-        reduced = self._reduced(selection.name, activation, channels)
-        if self.consumer is not None:
-            self.consumer(label, reduced)
+        route.reduction = self._features.of(selection.name, "flatten")
+        route.layout = self._channels.of(activation)
+        route.product = self._slot(label) if self._slot is not None else None
+        route.open(given, activation)
+        # A dimension that is given for the batch, too, tells how many samples there are.
+        self._allow_routes()
+        self._hand_over(route, activation)
 
-    def _reduced(self, name: str, activation: Tensor, channels: Layout | None) -> Tensor:
-        features = self._features.of(name, "flatten")
-        mask = self._masks(name)
-        if mask is not None:
-            mask = mask[: self._limit]
-        if features == "flatten":
-            self._warn_of_padding(activation, mask)
-            return activation
-        with without_gradients():
-            if mask is not None:
-                mask = mask.to(activation.device, non_blocking=True)
-            return feature_rows(activation, features, mask=mask, channels=channels).flatten(1)
-
-    def _warn_of_padding(self, activation: Tensor, mask: Tensor | None) -> None:
-        """Say so once where padding is taken for data. A mask on an accelerator is not looked at: that would wait."""
-        if self._warned_of_padding or mask is None or mask.device.type != "cpu":
-            return
-        if activation.ndim > 2 and mask.shape[1] in activation.shape[1:] and not bool((mask != 0).all()):
-            self._warned_of_padding = True
-            warnings.warn(
-                "the batch's attention mask has zeros, and features='flatten' keeps what stands there as data: "
-                "use features='mean', 'token' or 'last' to leave padding out",
-                CKAWarning,
-                stacklevel=2,
-            )
-
-    def _with_samples(
-        self, label: str, selection: Selection, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> tuple[Tensor, int]:
-        """The activation and the dimension that has the samples; NotRecordable where there is none."""
-        is_input = _is_input(selection)
-        if is_input:
-            found = iter([outputs.input_of(args, kwargs, selection.part.removeprefix(outputs.INPUT)[1:])])
-        else:
-            found = outputs.activations_of(output, selection.part)
-        leading = next(outputs.tensors_in(output), None)
+    def _with_samples(self, route: Route, given: Any) -> Tensor:
+        """The activation; the route then knows the axis with its samples. NotRecordable where there is none."""
+        selection = route.selection
+        leading = None if route.is_input else next(outputs.tensors_in(given), None)
         problem = None
-        for activation in found:
-            place: axes.Place = "input" if is_input else "output" if activation is leading else "further output"
+        for activation in route.candidates(given):
+            place: axes.Place = "input" if route.is_input else "output" if activation is leading else "further output"
             try:
+                _refuse_vmap(activation)
                 shape = tuple(activation.shape)
-                return activation, self._dimension.of(selection.name, label, selection.module, shape, place)
+                route.axis = self._dimension.of(selection.name, route.label, selection.module, shape, place)
             except outputs.NotRecordable as reason:
                 problem = problem or reason
+            else:
+                return activation
         assert problem is not None
         raise problem
 
-    # What was left out
+    def _hand_over(self, route: Route, activation: Tensor) -> None:
+        """An activation, whose axis with the samples the route knows, to the consumer."""
+        if self._detaches:
+            activation = activation.detach()
+        activation = activation.movedim(route.axis, 0)
+        self.shapes.setdefault(route.label, tuple(activation.shape[1:]))
+        mask = self._masks(route.selection.name)
+        if self._limit is not None:
+            activation = activation[: self._limit]
+            mask = None if mask is None else mask[: self._limit]
+        if route.reduction == "flatten":
+            self._warn_of_padding(activation, mask)
+            if route.product is None:
+                self._give(route.label, activation)
+            else:
+                route.product(memory_order(activation))
+            return
+        with without_gradients() if self._detaches else nullcontext():
+            if mask is not None:
+                mask = mask.to(activation.device, non_blocking=True)
+            rows = feature_rows(activation, route.reduction, mask=mask, channels=route.layout)
+        if route.product is None:
+            self._give(route.label, rows.flatten(1))
+        else:
+            route.product(rows)
+
+    def _give(self, label: str, activation: Tensor) -> None:
+        if self._consumer is not None:
+            self._consumer(label, activation)
+
+    def _warn_of_padding(self, activation: Tensor, mask: Tensor | None) -> None:
+        """Say so once where padding is taken for data."""
+        if not self._padded or mask is None or not _has_zeros(mask):
+            return
+        if activation.ndim > 2 and mask.shape[1] in activation.shape[1:]:
+            self._watches_padding = self._padded = False
+            warn(
+                "the batch's attention mask has zeros, and features='flatten' keeps what stands there as data: "
+                "use features='mean', 'token' or 'last' to leave padding out"
+            )
+
+    def _warn_of_train_mode(self) -> None:
+        varying = [module for module in self._varying if module.training]
+        if not varying:
+            return
+        self._varying = []
+        name = next(name for name, module in self._names.items() if module is varying[0])
+        warn(
+            f"{len(varying)} module(s) in train mode, {name!r} ({type(varying[0]).__name__}) first, make activations "
+            "depend on chance or on the other samples of the batch: call model.eval() before the forward pass, and "
+            "model.train() after it"
+        )
 
     @property
     def skipped(self) -> dict[str, str]:
         """Layers that were chosen and not recorded, with the reason: label -> sentence."""
-        skipped = dict(self._left_out)
-        for selection in (s for selections in self._selections.values() for s in selections):
-            for other in selection.also:
-                skipped[selection.label(1, other)] = f"is the same module as {selection.name!r}"
-        if not self._started:
-            return skipped
-        ran = {id(m): name for name, m in reversed(named_layers(self.model).items()) if id(m) in self._ever_ran}
-        for key, selections in self._selections.items():
-            if key in self._ever_ran:
-                for selection in selections:
-                    if selection.calls is not None and not selection.calls & set(range(1, self._calls[key] + 1)):
-                        skipped[selection.label(min(selection.calls))] = f"was called {self._calls[key]} time(s)"
-                continue
-            for selection in selections:
-                has_children = next(selection.module.children(), None) is not None
-                if self._by_default and (has_children or selection.name == ROOT):
-                    continue
-                skipped[selection.label(1)] = self._why_it_did_not_run(selection, ran)
+        skipped = {**self._left_out, **twice_named(self._taps.values())}
+        if self._started:
+            skipped.update(silent(self._taps, self._names, by_default=self._by_default))
         return skipped
-
-    def _why_it_did_not_run(self, selection: Selection, ran: Mapping[int, str]) -> str:
-        above = [ran[other] for other in self._above[id(selection.module)] if ran.get(other, ROOT) != ROOT]
-        silent = max(above, key=len, default=None)
-        parent, _, own = selection.name.rpartition(".")
-        if silent is None and own == "out_proj" and isinstance(selection.module, NonDynamicallyQuantizableLinear):
-            silent = parent
-        return (
-            f"did not run: {silent!r} did its work without calling it"
-            if silent
-            else "did not run in the forward pass"
-        )
 
     # Running a loader
 
@@ -390,7 +385,7 @@ class LayerRecorder:
             >>> [activations["0"].shape for activations in LayerRecorder(model).stream(loader)]
             [torch.Size([5, 3]), torch.Size([5, 3])]
         """
-        random_stream = RandomStream()
+        random_stream = guest.RandomStream()
         with random_stream:
             iterator = iter(loader)
         while True:
@@ -432,18 +427,18 @@ class LayerRecorder:
         def take(layer: str, activation: Tensor) -> None:
             shapes[layer] = tuple(activation.shape)
 
-        self._run(batch, take, RandomStream())
+        self._run(batch, take, guest.RandomStream())
         modules = {layer: self._recorded[layer] for layer in shapes}
         return described(
             shapes,
             {layer: type(module).__name__ for layer, module in modules.items()},
-            {layer: self._calls[id(module)] for layer, module in modules.items()},
+            {layer: self._taps[id(module)].calls for layer, module in modules.items()},
             self.skipped,
         )
 
-    def _run(self, batch: Any, consumer: Consumer, random_stream: RandomStream) -> None:
+    def _run(self, batch: Any, consumer: Consumer, random_stream: guest.RandomStream) -> None:
         """One batch through the model, to another consumer than the recorder's own."""
-        model = runnable(self.model)
+        model = guest.runnable(self.model)
         ran = False
 
         def take(layer: str, activation: Tensor) -> None:
@@ -451,18 +446,33 @@ class LayerRecorder:
             ran = True
             consumer(layer, activation)
 
-        before, self.consumer = self.consumer, take
+        before, depth, visit = self.consumer, self._entered, guest.untouched(model)
         try:
-            with random_stream, untouched(model), self, self.forward_pass(batch), torch.no_grad():
+            self.consumer = take
+            with random_stream, visit, self, self.forward_pass(batch), torch.no_grad():
                 batches.call(model, batches.to_device(batch, batches.device_of(model)), self._forward)
         finally:
+            # For Ctrl-C in the first instant of leaving.
+            self._leave(depth)
+            visit.__exit__(None, None, None)
             self.consumer = before
         if not ran:
             raise LayerError(nothing_ran(self.skipped))
 
 
-def _is_input(selection: Selection) -> bool:
-    return selection.part.split(":")[0] == outputs.INPUT
+def _has_zeros(mask: Tensor | None) -> bool:
+    """A mask on an accelerator is not looked at: that would wait."""
+    return mask is not None and mask.device.type == "cpu" and not bool((mask != 0).all())
+
+
+def _refuse_vmap(activation: Tensor) -> None:
+    while _functorch.is_functorch_wrapped_tensor(activation):
+        if _functorch.is_batchedtensor(activation):
+            raise outputs.NotRecordable(
+                "ran under torch.vmap, where a call is of one sample, or of one model, at a time: choose a layer "
+                "outside of it"
+            )
+        activation = _functorch.get_unwrapped(activation)
 
 
 class _Copies(dict[str, Tensor]):

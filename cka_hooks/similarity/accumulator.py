@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -172,6 +173,7 @@ class CKAAccumulator:
     def reset(self) -> None:
         """Forget everything that was added."""
         self._pending: dict[str, _Observed] = {}
+        self._batches = 0
         self._positions: dict[str, int] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         self._seen: Counter[str] = Counter()
@@ -225,13 +227,20 @@ class CKAAccumulator:
             LayerError: the layer was observed already since the last `step`.
             OutOfMemoryError: also in smaller pieces; `discard` the minibatch and go on, or take another one.
         """
+        with without_gradients():
+            self._take(layer, feature_rows(activation.detach(), self._features), activation.dtype)
+
+    def slot(self, layer: str) -> Callable[[Tensor], None] | None:
+        """`observe` for one layer: what takes its features, (n, P, C), where no reduction has to make them first."""
+        return partial(self._take, layer) if self._features == "flatten" else None
+
+    def _take(self, layer: str, rows: Tensor, dtype: torch.dtype | None = None) -> None:
         if layer in self._pending:
             raise LayerError(
-                f"layer {layer!r} was observed twice in one minibatch: call step() after each forward pass, "
-                "or discard() where one broke off"
+                f"layer {layer!r} was observed twice in batch {self._batches} (counted from 0): call step() after "
+                "each forward pass, or discard() where one broke off"
             )
         with without_gradients():
-            rows = feature_rows(activation.detach(), self._features)
             samples = rows.shape[0]
             for other, observed in self._pending.items():
                 if observed.samples != samples:
@@ -248,7 +257,7 @@ class CKAAccumulator:
                 grams.append(self._grams(layer, rows[: groups * size], groups))
                 if rest >= MIN_SAMPLES:
                     grams.append(self._grams(layer, rows[groups * size :], 1))
-        self._dtypes.setdefault(layer, activation.dtype)
+        self._dtypes.setdefault(layer, dtype or rows.dtype)
         self._pending[layer] = _Observed(samples, grams)
 
     def _grams(self, layer: str, rows: Tensor, minibatches: int) -> Grams:
@@ -290,6 +299,7 @@ class CKAAccumulator:
                 "or drop this step()"
             )
         pending, self._pending = self._pending, {}
+        self._batches += 1
         first = next(iter(pending.values()))
         counted = sum(grams.values.shape[0] * grams.values.shape[1] for grams in first.grams)
         try:

@@ -1,0 +1,316 @@
+"""The way of one activation, hook -> route -> product: what no batch changes is decided once.
+
+A hook belongs to the :class:`Tap` of one module, which counts its calls. Each call has a :class:`Route` for each
+layer that it is. The first activation of a route goes the long way, where the recorder finds the tensor, the axis
+with the samples and the reduction, and where reasons and warnings live. The recorder then opens the route, and later
+activations that are alike in everything but their sizes go straight on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C import _current_graph_task_id, _functorch
+from torch.nn.utils.rnn import PackedSequence
+
+from cka_hooks.features import Layout, Reduction, memory_order
+from cka_hooks.recording import outputs
+from cka_hooks.recording.guest import remove_hooks
+from cka_hooks.recording.layers import Selection
+
+# Takes (n, P, C) features of one layer, detached.
+Product = Callable[[Tensor], None]
+Consumer = Callable[[str, Tensor], None]
+
+LONG_WAY = -1
+
+
+class Pass:
+    """What belongs to the forward pass that is under way.
+
+    Attributes:
+        thread: the one whose calls are recorded, 0 while none are.
+        samples: in the batch, or LONG_WAY where no route may be taken.
+    """
+
+    __slots__ = ("samples", "thread")
+
+    def __init__(self) -> None:
+        self.thread = 0
+        self.samples = LONG_WAY
+
+    def concerns(self) -> bool:
+        """Whether what runs now belongs to the pass.
+
+        Not another thread's call, and not what runs in a backward pass: there, activation checkpointing calls
+        modules again whose activations were recorded.
+        """
+        return get_ident() == self.thread and _current_graph_task_id() == -1
+
+
+def slots_of(consumer: Consumer | None) -> Callable[[str], Product | None] | None:
+    """How a consumer hands out a product for each label, None where it has to be called with label and activation.
+
+    A consumer is the method of an object (or can itself be called), and that object may have a method
+    ``slot(label)``. What it returns is called with (n, P, C) features of that layer, to the same effect as
+    the consumer with the label and the activation, or is None where only the consumer will do. A subclass that
+    overrides the consumer alone has no slots.
+    """
+    owner = getattr(consumer, "__self__", consumer)
+    name = "__call__" if owner is consumer else getattr(consumer, "__name__", "")
+    for kind in type(owner).__mro__:
+        if name in vars(kind):
+            return getattr(owner, "slot", None) if "slot" in vars(kind) else None
+        if "slot" in vars(kind):
+            break
+    return None
+
+
+def is_input(selection: Selection) -> bool:
+    """Whether a layer is what its module is given."""
+    return selection.part.split(":")[0] == outputs.INPUT
+
+
+class Route:
+    """One layer of one call of a module: from what the module returned to the product of its Gram matrix.
+
+    Attributes:
+        label: the layer's.
+        selection: what chose it.
+        is_input: whether the layer is what the module is given.
+        axis: the dimension with the samples.
+        reduction: of the activation.
+        layout: where a reduction finds the channels.
+        product: see :func:`slots_of`.
+
+    Args:
+        detour: takes a route and its activation to a consumer without a product for it, or by its reduction.
+    """
+
+    __slots__ = (
+        "_detour",
+        "_device",
+        "_direct",
+        "_dtype",
+        "_find",
+        "_is_first",
+        "_order",
+        "_rank",
+        "axis",
+        "is_input",
+        "label",
+        "layout",
+        "product",
+        "reduction",
+        "selection",
+    )
+
+    def __init__(self, label: str, selection: Selection, detour: Callable[[Route, Tensor], None]) -> None:
+        self.label = label
+        self.selection = selection
+        self.is_input = is_input(selection)
+        self.axis = 0
+        self.reduction: Reduction | str = "flatten"
+        self.layout: Layout | None = None
+        self.product: Product | None = None
+        self._detour = detour
+        part = selection.part
+        self._find: Callable[[Any], Tensor] | None = None
+        if self.is_input:
+            part = part.removeprefix(outputs.INPUT)[1:]
+            self._find = lambda given: outputs.input_of(given[0], given[1], part)
+        elif part:
+            self._find = lambda given: outputs.activation_of(given, part)
+        self.close()
+
+    def candidates(self, given: Any) -> Iterator[Tensor]:
+        """The tensors that may be the layer's, the most likely one first.
+
+        Args:
+            given: what the module returned, or its arguments and keyword arguments.
+
+        Raises:
+            NotRecordable: there is none.
+        """
+        return outputs.activations_of(given) if self._find is None else iter([self._find(given)])
+
+    def close(self) -> None:
+        """From here on activations go the long way."""
+        # No activation has this dtype.
+        self._dtype: torch.dtype | None = None
+
+    def open(self, given: Any, activation: Tensor) -> None:
+        """From here on activations that are like this one, which was found in `given`, go this way."""
+        if self._found(given) is not activation:
+            self.close()
+            return
+        strides = activation.stride()
+        order = sorted(range(activation.ndim), key=lambda dim: -strides[dim])
+        self._order = None if order == sorted(order) else order[::-1]
+        self._is_first = order[0] == self.axis
+        self._direct = self.reduction == "flatten" and self.product is not None
+        self._rank = activation.ndim
+        self._device = activation.device
+        self._dtype = activation.dtype
+
+    def __call__(self, given: Any, now: Pass) -> bool:
+        """Hand the activation over; False, and nothing was done, where it is not like the one before."""
+        activation = given if self._find is None and type(given) is Tensor else self._found(given)
+        if (
+            activation is None
+            or activation.dtype is not self._dtype
+            or activation.device != self._device
+            or activation.layout is not torch.strided
+            or activation.is_nested
+            or _functorch.maybe_current_level() is not None
+        ):
+            return False
+        shape = activation.shape
+        if len(shape) != self._rank or shape[self.axis] != now.samples:
+            return False
+        if not self._direct:
+            self._detour(self, activation)
+            return True
+        if activation.requires_grad:
+            activation = activation.detach()
+        if self._is_first and (
+            activation.is_contiguous() if self._order is None else _is_dense(shape, activation.stride(), self._order)
+        ):
+            width = activation.numel() // now.samples
+            rows = activation.as_strided((now.samples, 1, width), (width, width, 1))
+        elif self._rank == 3 and self.axis == 1 and activation.is_contiguous():
+            rows = activation.transpose(0, 1)
+        else:
+            rows = memory_order(activation.movedim(self.axis, 0))
+        assert self.product is not None
+        self.product(rows)
+        return True
+
+    def _found(self, given: Any) -> Tensor | None:
+        """The layer's tensor: at its part, or the very first thing that was returned; None where it is none."""
+        if self._find is not None:
+            try:
+                given = self._find(given)
+            except outputs.NotRecordable:
+                return None
+        while isinstance(given, (tuple, list, Mapping)) and given and not isinstance(given, PackedSequence):
+            given = next(iter(given.values())) if isinstance(given, Mapping) else given[0]
+        return given if type(given) is Tensor else None
+
+
+def _is_dense(sizes: Sequence[int], strides: Sequence[int], order: Sequence[int]) -> bool:
+    """Whether dimensions, innermost first, lie one within the other without gaps."""
+    run = 1
+    for dim in order:
+        if strides[dim] != run and sizes[dim] != 1:
+            return False
+        run *= sizes[dim]
+    return True
+
+
+class Tap:
+    """The hooks of one module, and the routes of each of its calls in a forward pass.
+
+    Args:
+        module: the module.
+        selections: what chose it.
+        now: the forward pass.
+        long_way: takes a route and what the module returned, or its arguments and keyword arguments.
+        detour: see :class:`Route`.
+
+    Attributes:
+        calls: how often the module ran in this forward pass.
+        ran: whether it ever ran.
+        elsewhere: whether it ran in another thread.
+        below: taps of modules inside this one: where one of them ran, this module is no layer.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        selections: Iterable[Selection],
+        now: Pass,
+        long_way: Callable[[Route, Any], None],
+        detour: Callable[[Route, Tensor], None],
+    ) -> None:
+        self.module = module
+        self.selections = sorted(selections, key=lambda selection: selection.named)
+        self.calls = 0
+        self.ran = False
+        self.elsewhere = False
+        self.below: list[Tap] = []
+        self._now = now
+        self._long_way = long_way
+        self._detour = detour
+        self._routes: dict[int, tuple[list[Route], list[Route]]] = {}
+        self._hooks: list[tuple[dict[int, Any], Any]] = []
+
+    def attach(self) -> None:
+        """Hooks on."""
+        hooks: list[tuple[dict[int, Any], Any]] = [(self.module._forward_hooks, self.on_output)]
+        self.module.register_forward_hook(self.on_output)
+        if any(map(is_input, self.selections)):
+            hooks.append((self.module._forward_pre_hooks, self.on_input))
+            self.module.register_forward_pre_hook(self.on_input, with_kwargs=True)
+        self._hooks = hooks
+
+    def detach(self) -> None:
+        """Hooks off."""
+        remove_hooks(self.module, self)
+
+    def restart(self) -> None:
+        """A forward pass begins.
+
+        A hook that the user added after ours may change the output: ours move behind it, to see what the next
+        layer gets.
+        """
+        self.calls = 0
+        for hooks, ours in self._hooks:
+            if hooks and next(reversed(hooks.values())) != ours:
+                for number in [number for number, hook in hooks.items() if hook == ours]:
+                    hooks[number] = hooks.pop(number)
+
+    def forget(self) -> None:
+        """From here on everything goes the long way once: there is another consumer."""
+        self._routes.clear()
+
+    def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the module runs, since it may work in place."""
+        if not self._now.concerns():
+            return
+        given = (args, kwargs)
+        for route in self._routes_of(self.calls + 1)[1]:
+            if not route(given, self._now):
+                self._long_way(route, given)
+
+    def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """The module ran."""
+        now = self._now
+        # `concerns`, without the call.
+        if get_ident() != now.thread or _current_graph_task_id() != -1:
+            self.elsewhere = self.elsewhere or now.thread not in (0, get_ident())
+            return
+        for tap in self.below:
+            if tap.calls:
+                self.ran = True
+                return
+        self.ran = True
+        self.calls += 1
+        for route in (self._routes.get(self.calls) or self._routes_of(self.calls))[0]:
+            if not route(output, now):
+                self._long_way(route, output)
+
+    def _routes_of(self, call: int) -> tuple[list[Route], list[Route]]:
+        """The layers that one call is, from its output and from its input.
+
+        One may be chosen twice, as `relu#2` and by `relu`.
+        """
+        if call not in self._routes:
+            chosen = {s.label(call): s for s in self.selections if s.calls is None or call in s.calls}
+            routes = [Route(label, selection, self._detour) for label, selection in chosen.items()]
+            self._routes[call] = [r for r in routes if not r.is_input], [r for r in routes if r.is_input]
+        return self._routes[call]
