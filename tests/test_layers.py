@@ -128,3 +128,64 @@ def test_calls_that_do_not_happen_are_skipped(call: int) -> None:
             make()
     else:
         assert make().skipped == {"1#3": "was called 1 time(s)"}
+
+
+# What cannot be meant
+
+
+def lazy(*last: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.LazyConv2d(8, 3), *last, nn.ReLU(), nn.Flatten(), nn.LazyLinear(5))
+
+
+@pytest.mark.parametrize("last", [nn.Identity, nn.LazyBatchNorm2d])
+def test_lazy_modules_run_one_batch_first(last: type[nn.Module]) -> None:
+    """Their class, parameters and buffers are others after the first forward pass."""
+    model, images = lazy(last()), torch.randn(16, 3, 8, 8)
+    for use in (
+        lambda: cka_hooks.compare(model, [images], progress=False),
+        lambda: cka_hooks.LayerRecorder(model).describe(images),
+        lambda: cka_hooks.LayerRecorder(model, layers=[nn.Linear]),
+    ):
+        with pytest.raises(
+            cka_hooks.ModelError, match=r"submodule '0' is a LazyConv2d, .*run one batch .*model\(batch\)"
+        ):
+            use()
+    with torch.no_grad():
+        model(images)
+    assert cka_hooks.compare(model, [images], progress=False).layers == ("0", "1", "2", "3", "4")
+    assert [selection.name for selection in select_layers(model, [nn.Linear, nn.Conv2d])] == ["0", "4"]
+
+
+class Net(nn.Module):
+    """Builds itself."""
+
+
+def test_a_class_is_no_model() -> None:
+    """It would be built with random weights, and these measured."""
+    loader = [torch.randn(8, 4)]
+    for wrong in (
+        Net,
+        {"net": Net},
+        {"other": nn.Linear(4, 2), "net": Net},
+        {"net": Net, "built": lambda: nn.ReLU()},
+    ):
+        with pytest.raises(cka_hooks.ModelError, match=r"found the class Net: pass an instance, Net\(\)"):
+            cka_hooks.compare(wrong, loader, progress=False)  # type: ignore[arg-type]
+    with pytest.raises(cka_hooks.ModelError, match="the class Net"):
+        cka_hooks.LayerRecorder(Net)  # type: ignore[arg-type]
+
+
+def test_a_state_dict_is_no_model() -> None:
+    with pytest.raises(cka_hooks.ModelError, match=r"Tensor: a state_dict .*model\.load_state_dict\(weights\)"):
+        cka_hooks.compare(nn.Linear(4, 2).state_dict(), [torch.randn(8, 4)], progress=False)  # type: ignore[arg-type]
+
+
+def test_a_module_itself_has_a_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Sequential(nn.ReLU(), nn.Linear(3, 2)))
+    for wrong in (model[1][1], [model[1][1]], ["0", model[1][1]]):
+        with pytest.raises(cka_hooks.OptionError, match=r"a module itself, of type Linear: pass its name, '1\.1'"):
+            cka_hooks.LayerRecorder(model, wrong)  # type: ignore[arg-type]
+    with pytest.raises(cka_hooks.OptionError, match=r"of type Sequential: pass its name, '1'"):
+        cka_hooks.LayerRecorder(model, model[1])  # type: ignore[arg-type]
+    with pytest.raises(cka_hooks.OptionError, match="of type ReLU: it is no part of the model"):
+        cka_hooks.LayerRecorder(model, nn.ReLU())  # type: ignore[arg-type]

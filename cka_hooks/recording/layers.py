@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from cka_hooks.errors import LayerError, ModelError, OptionError
 from cka_hooks.names import closest, glob_regex
@@ -53,11 +54,11 @@ def check_model(model: object) -> nn.Module:
     """`model` itself if forward hooks can see into it.
 
     Raises:
-        ModelError: it is no ``nn.Module``, or a kind whose submodules Python does not call.
+        ModelError: it is no ``nn.Module``, or a kind whose submodules Python does not call, or has lazy modules that
+            never ran.
     """
     if not isinstance(model, nn.Module):
-        hint = ": torch.export.unflatten(program) is one" if type(model).__name__ == "ExportedProgram" else ""
-        raise ModelError(f"expected an nn.Module, found {type(model).__module__}.{type(model).__qualname__}{hint}")
+        raise ModelError(f"expected an nn.Module, found {_not_a_model(model)}")
     for name, module in model.named_modules():
         where = f"its submodule {name!r}" if name else "the model"
         if isinstance(module, torch.jit.ScriptModule):
@@ -70,7 +71,24 @@ def check_model(model: object) -> nn.Module:
                 f"{where} is an exported program, one flat graph that calls none of its submodules: give the eager "
                 f"model it was made from, or unflatten it ({_UNFLATTEN})"
             )
+        if any(is_lazy(tensor) for tensor in (*module.parameters(False), *module.buffers(False))):
+            raise ModelError(
+                f"{where} is a {type(module).__name__}, whose shapes its first input decides: run one batch through "
+                "the model first, `with torch.no_grad(): model(batch)`"
+            )
     return model
+
+
+def _not_a_model(found: object) -> str:
+    kind = type(found)
+    if isinstance(found, type):
+        return f"the class {found.__name__}: pass an instance, {found.__name__}(), that has the weights you mean"
+    what = f"{kind.__module__}.{kind.__qualname__}"
+    if kind.__name__ == "ExportedProgram":
+        return f"{what}: torch.export.unflatten(program) is one"
+    if isinstance(found, torch.Tensor):
+        return f"{what}: a state_dict is weights without a model, which model.load_state_dict(weights) puts into one"
+    return what
 
 
 def _is_exported(module: nn.Module) -> bool:
@@ -183,6 +201,8 @@ def select_layers(model: nn.Module, layers: Layers = None) -> list[Selection]:
 def _matches(entry: Any, candidates: dict[str, nn.Module]) -> list[Selection]:
     if isinstance(entry, str):
         return _by_name(entry, candidates)
+    if isinstance(entry, nn.Module):
+        raise OptionError(_itself(entry, candidates))
     if isinstance(entry, type):
         if not issubclass(entry, nn.Module):
             raise OptionError(f"layers has the type {entry.__qualname__}, which is no subclass of nn.Module")
@@ -193,6 +213,12 @@ def _matches(entry: Any, candidates: dict[str, nn.Module]) -> list[Selection]:
         f"layers has {entry!r} of type {type(entry).__qualname__}: expected a name, a glob, a module type or a "
         "predicate"
     )
+
+
+def _itself(entry: nn.Module, candidates: dict[str, nn.Module]) -> str:
+    name = next((name for name, module in candidates.items() if module is entry), None)
+    where = f"pass its name, {name!r}" if name is not None else "it is no part of the model, and layers go by name"
+    return f"layers has a module itself, of type {type(entry).__name__}: {where}"
 
 
 def _predicate(entry: Callable[..., bool]) -> Callable[[str, nn.Module], bool]:

@@ -88,7 +88,7 @@ def built_in_turn(models: Mapping[str, Builder]) -> Iterator[tuple[str, nn.Modul
         ModelError: something is neither a model nor a function, or a function returned something else.
     """
     for given in models.values():
-        if not callable(given):
+        if not callable(given) or isinstance(given, nn.Module | type):
             check_model(given)
     for name, given in models.items():
         model = given if isinstance(given, nn.Module) else given()
