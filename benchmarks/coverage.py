@@ -5,7 +5,7 @@
 
 A population of which any number of samples can be drawn (ten classes of unequal size, through a random ReLU network,
 with one sparse layer and one of heavy tails) stands for a model and its data. The truth comes from a huge
-sample of it. Every run goes through the package's own Gram matrices, HSIC, `Sums` and `CKAResult`.
+sample of it. Every run goes through the package's own Gram matrices, HSIC, estimates and `CKAResult`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from torch import Tensor
 from cka_hooks import CKAResult
 from cka_hooks.hsic import all_pairs, centre, pack
 from cka_hooks.run.loop import FIRST_LOOK, LOOK_RATIO
+from cka_hooks.similarity import estimate
 from cka_hooks.similarity.products.choose import linear_grams
-from cka_hooks.similarity.sums import Sums
+from cka_hooks.similarity.state import moments_of
 
 SAMPLES = 32
 # Minibatches worked on at a time: what they take fits into a cache.
@@ -84,13 +85,12 @@ def simulate_passes(population: Population, runs: int, minibatches: int, passes:
 def result_of(hsic: Tensor, minibatches_per_pass: int, layers: Sequence[str] = Population.layers) -> CKAResult:
     """What a run with these (B, L, L) HSIC values reports."""
     count = len(hsic)
-    sums = Sums.zeros(hsic.shape[-1], hsic.device)
-    sums.add_pairs(hsic)
+    moments = moments_of(hsic)
     return CKAResult(
         rows=tuple(layers),
         columns=tuple(layers),
-        matrix=sums.cka(),
-        stderr=sums.stderr(count, minibatches_per_pass),
+        matrix=estimate.cka(moments),
+        stderr=estimate.stderr(moments, count, minibatches_per_pass),
         samples=minibatches_per_pass * SAMPLES,
         minibatches=count,
         degrees_of_freedom=minibatches_per_pass - 1,

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 import cka_hooks
 from cka_hooks.hsic import Estimator, all_pairs, centre, pack
+from cka_hooks.similarity import estimate as estimates
 from cka_hooks.similarity.products.choose import linear_grams
-from cka_hooks.similarity.sums import Sums
+from cka_hooks.similarity.state import moments_of
 
 LAYERS = ("1", "10", "19", "28")
 SIZES = (8, 16, 32, 64, 128, 256, 512)
@@ -37,9 +38,8 @@ def grams_of(model: nn.Module, images: Tensor) -> Tensor:
 def estimate(grams: Tensor, size: int, estimator: Estimator) -> Tensor:
     """CKA of every pair of layers, (pairs,), from minibatches of `size` of the samples of (L, N, N)."""
     blocks = [grams[:, low : low + size, low : low + size] for low in range(0, grams.shape[-1], size)]
-    sums = Sums.zeros(len(grams), grams.device)
-    sums.add_pairs(all_pairs(pack(centre(torch.stack(blocks, 1), estimator), estimator)))
-    return off_diagonal(sums.cka())
+    hsic = all_pairs(pack(centre(torch.stack(blocks, 1), estimator), estimator))
+    return off_diagonal(estimates.cka(moments_of(hsic)))
 
 
 def off_diagonal(matrix: Tensor) -> Tensor:

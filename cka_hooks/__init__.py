@@ -2,6 +2,7 @@
 
 compare            a model (or several), a loader -> CKAResult
 CKAResult          the matrix with its standard errors; save, load, plot
+Comparison         the same for a loop of your own: update(batch), compute()
 LayerRecorder      hooks on named modules, for people who write their own loop
 CKAAccumulator     minibatch CKA, one forward pass at a time
 cka, cka_matrix    CKA of tensors in hand
@@ -29,6 +30,7 @@ from cka_hooks.errors import (
 from cka_hooks.recording.recorder import LayerRecorder
 from cka_hooks.results.result import CKAResult, Influence
 from cka_hooks.results.uncertainty import Difference
+from cka_hooks.run.comparison import Comparison
 from cka_hooks.similarity.accumulator import CKAAccumulator
 from cka_hooks.similarity.tensors import cka, cka_matrix
 
@@ -44,6 +46,7 @@ __all__ = [
     "CKAResult",
     "CKAWarning",
     "CheckpointError",
+    "Comparison",
     "Difference",
     "Influence",
     "LayerError",

@@ -1,4 +1,4 @@
-"""`compare`: models and a loader in, a result out; the loop itself is in `loop`."""
+"""`compare`: models and a loader in, a result out, by a loop over a `Comparison`."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cka_hooks.errors import LayerError, NonFiniteError, OptionError
+from cka_hooks.errors import OptionError
 from cka_hooks.features import Reduction
-from cka_hooks.hsic import MIN_SAMPLES, Estimator
-from cka_hooks.recording import batches
+from cka_hooks.hsic import Estimator
+from cka_hooks.options import Options
+from cka_hooks.recording.batches import Forward
 from cka_hooks.recording.guest import RandomStream
-from cka_hooks.recording.layers import Layers, select_layers, unwrap
-from cka_hooks.recording.recorder import LayerRecorder
+from cka_hooks.recording.layers import Layers
 from cka_hooks.results.result import CKAResult
-from cka_hooks.run import in_turn as many
-from cka_hooks.run.checkpoint import Keeper, of_loader, of_model, path_of_rank
-from cka_hooks.run.class_order import ClassOrder
-from cka_hooks.run.loop import DONE, Bounds, Report, Run, warn_of_repetition
+from cka_hooks.run.checkpoint import Keeper, path_of_rank
+from cka_hooks.run.comparison import Comparison, finished, named_models, per_model
+from cka_hooks.run.identity import of_loader, of_model, of_option
+from cka_hooks.run.in_turn import added_up_in_turn
+from cka_hooks.run.loop import DONE, Loop
 from cka_hooks.run.ranks import Ranks, is_sharded, told
-from cka_hooks.similarity.accumulator import CKAAccumulator
+from cka_hooks.similarity.estimate import largest_stderr
+from cka_hooks.similarity.state import State, Step
 
 
 def compare(
@@ -41,7 +42,7 @@ def compare(
     minibatch: int | None = None,
     features: Reduction | str | Mapping[str, Reduction | str] = "flatten",
     batch_dim: int | Mapping[str, int] | None = None,
-    forward: batches.Forward | Mapping[str, batches.Forward] | None = None,
+    forward: Forward | Mapping[str, Forward] | None = None,
     tolerance: float | None = None,
     max_samples: int | None = None,
     epochs: int = 1,
@@ -120,245 +121,106 @@ def compare(
         >>> result["0", "1"] > result["0", "2"]
         True
     """
-    models = dict(model) if isinstance(model, Mapping) else {"": model}
-    if not models:
-        raise OptionError("the mapping of models is empty: name at least one model")
-    if tolerance is not None and not tolerance > 0:
-        raise OptionError(f"tolerance={tolerance!r} must be above 0: it is a standard error")
-    if max_samples is not None and max_samples < MIN_SAMPLES:
-        raise OptionError(f"max_samples={max_samples!r} must be at least {MIN_SAMPLES}")
-    if not isinstance(epochs, int) or epochs < 1:
-        raise OptionError(f"epochs={epochs!r} must be a whole number of passes, at least 1")
-    options: dict[str, Any] = {
-        "kernel": kernel,
-        "bandwidth": bandwidth,
-        "sigma": sigma,
-        "estimator": estimator,
-        "minibatch": minibatch,
-        "seed": seed,
-        "keep_minibatches": keep_minibatches,
-    }
-    accumulator = CKAAccumulator(**options)
-    plan = _Plan(
-        models,
-        {
-            "layers": layers,
-            "features": features,
-            "batch_dim": batch_dim,
-            "forward": forward,
-            "tolerance": tolerance,
-            "max_samples": max_samples,
-            "epochs": epochs,
-        },
-        options,
-    )
     ranks = Ranks.of(distributed, group)
     started = time.perf_counter()
-    with told(ranks, accumulator), RandomStream(), torch.no_grad():
+    with told(ranks), RandomStream(), torch.no_grad():
+        models = named_models(model)
+        options = Options(
+            kernel=kernel,
+            bandwidth=bandwidth,
+            sigma=sigma,
+            estimator=estimator,
+            minibatch=minibatch,
+            features=features,
+            seed=seed,
+            keep_minibatches=keep_minibatches,
+            layers=layers,
+            batch_dim=batch_dim,
+            forward=forward,
+            tolerance=tolerance,
+            max_samples=max_samples,
+            epochs=epochs,
+        )
         if all(isinstance(it, nn.Module) for it in models.values()):
-            ran = plan.together(loader, accumulator, ranks, checkpoint, checkpoint_every, progress)
+            ran = _together(models, loader, options, ranks, checkpoint, checkpoint_every, progress)
         else:
-            ran = plan.in_turn(loader, accumulator, ranks, checkpoint, progress)
-    settings = {
-        "models": {name or "model": kind for name, kind in ran.types.items()},
-        **{name: _spelled(option) for name, option in plan.options.items() if name not in ("batch_dim", "forward")},
-        "seconds": round(time.perf_counter() - started, 3),
-    }
+            ran = _in_turn(models, loader, options, ranks, checkpoint, progress)
+    state, types, settings = ran
+    settings |= options.spelled("tolerance", "max_samples", "epochs")
+    if options.tolerance is not None:
+        settings["tolerance_reached"] = state.stopped is not None or largest_stderr(state) < options.tolerance
     if ranks is not None:
         settings["ranks"] = ranks.size
-    return _finished(ran, settings)
+    settings["seconds"] = round(time.perf_counter() - started, 3)
+    return finished(state, types, settings)
 
 
-@dataclass
-class _Ran:
-    """What a run leaves behind."""
-
-    total: CKAAccumulator
-    reports: list[Report]
-    class_order: ClassOrder
-    types: dict[str, str]
+_Ran = tuple[State, dict[str, str], dict[str, Any]]
 
 
-class _Plan:
-    """Which models are run with which options, all of them at once or one after another."""
-
-    def __init__(self, models: Mapping[str, Any], options: dict[str, Any], accumulated: dict[str, Any]) -> None:
-        self.options = options
-        self._models = models
-        self._accumulated = accumulated
-        self._layers = _per_model(options["layers"], models, "layers")
-        self._forwards = _per_model(options["forward"], models, "forward")
-        self._bounds = Bounds(options["epochs"], options["max_samples"], options["tolerance"])
-
-    def together(
-        self,
-        loader: Iterable[Any],
-        accumulator: CKAAccumulator,
-        ranks: Ranks | None,
-        checkpoint: str | os.PathLike[str] | None,
-        checkpoint_every: float,
-        progress: bool,
-    ) -> _Ran:
-        """Each batch through every model before the next batch."""
-        layers = self._layers
-        if len(self._models) > 1 and not isinstance(self.options["layers"], Mapping):
-            layers = _each_where_it_matches(self._models, self.options["layers"])
-        recorders = self._recorders(self._models, layers, accumulator)
-        if checkpoint is not None and any(is_sharded(model) for model in self._models.values()):
-            raise OptionError(
-                "checkpoint= does not work with a model whose ranks run each forward pass together (FSDP, tensor "
-                "parallel): they would have to be stopped between the same two batches. Leave it out"
-            )
-        settings = {}
-        if checkpoint is not None:
-            settings = {
-                "models": {name: of_model(model) for name, model in self._models.items()},
-                "loader": of_loader(loader),
-                **{name: _spelled(option) for name, option in (self._accumulated | self.options).items()},
-                "chosen": {
-                    name: [selection.name for selection in select_layers(model, layers[name])]
-                    for name, model in self._models.items()
-                },
-            }
-        path = checkpoint if checkpoint is None else path_of_rank(checkpoint, ranks)
-        keeper = Keeper(path, checkpoint_every, loader, settings)
-        run = Run(recorders, self._forwards, accumulator, self._bounds, keeper, ranks)
-        run.over(loader, progress=progress)
-        types = {name: type(unwrap(model)).__qualname__ for name, model in self._models.items()}
-        return _Ran(run.total, run.reports, run.class_order, types)
-
-    def in_turn(
-        self,
-        loader: Iterable[Any],
-        accumulator: CKAAccumulator,
-        ranks: Ranks | None,
-        checkpoint: object,
-        progress: bool,
-    ) -> _Ran:
-        """All batches through one model before the next model is built."""
-        if checkpoint is not None or self._bounds.tolerance is not None:
-            raise OptionError(
-                "checkpoint= and tolerance= need all models at once, and functions build them one after another: "
-                "leave these out, or pass the models themselves"
-            )
-        ran = _Ran(accumulator, [], ClassOrder(), {})
-        replayed = many.Replayed(loader)
-        collectors: dict[str, many.Collector] = {}
-        for name, model in many.built_in_turn(self._models):
-            collectors[name] = many.Collector(**self._accumulated)
-            recorders = self._recorders({name: model}, self._layers, collectors[name])
-            keeper = Keeper(None, 0, replayed, {})
-            run = Run(recorders, self._forwards, collectors[name], self._bounds, keeper, alone=ranks is None)
-            run.over(replayed.rewind(name), progress=progress, name=name)
-            ran.reports += run.reports
-            ran.class_order = run.class_order
-            ran.types[name] = type(unwrap(model)).__qualname__
-            # The next one is built when nothing holds this one any more.
-            del model, recorders, run
-        many.add_up(collectors, accumulator)
-        if ranks is not None:
-            ran.total, others, _ = ranks.meet(accumulator, stage=DONE, details=ran.reports)
-            ran.reports = [report for reports in others for report in reports]
-        return ran
-
-    def _recorders(
-        self, models: Mapping[str, nn.Module], layers: Mapping[str, Any], accumulator: CKAAccumulator
-    ) -> dict[str, LayerRecorder]:
-        recorders = {}
-        for name, model in models.items():
-            prefix = f"{name}/" if name else ""
-
-            recorders[name] = LayerRecorder(
-                model,
-                layers[name],
-                consumer=_Prefixed(accumulator, prefix) if prefix else accumulator.observe,
-                features=self.options["features"],
-                batch_dim=self.options["batch_dim"],
-            )
-            # Two names may stand for one model, or for models that share a part.
-            recorders[name].only_in_passes = True
-        return recorders
+def _comparison(models: Mapping[str, nn.Module], options: Options) -> Comparison:
+    return Comparison(models.get("", models), **options.of_comparison())
 
 
-class _Prefixed:
-    """`accumulator.observe` for one of several models."""
-
-    def __init__(self, accumulator: CKAAccumulator, prefix: str) -> None:
-        self._accumulator = accumulator
-        self._prefix = prefix
-
-    def __call__(self, layer: str, activation: Tensor) -> None:
-        self._accumulator.observe(self._prefix + layer, activation)
-
-    def slot(self, layer: str) -> Callable[[Tensor], None] | None:
-        return self._accumulator.slot(self._prefix + layer)
-
-
-def _per_model(option: Any, models: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """An option for each model, given once for all or as a mapping from model name."""
-    if not isinstance(option, Mapping):
-        return dict.fromkeys(models, option)
-    unknown = [key for key in option if key not in models]
-    if unknown:
-        raise OptionError(f"{name}= names the models {unknown}, and the models are {list(models)}")
-    return {key: option.get(key) for key in models}
-
-
-def _each_where_it_matches(models: Mapping[str, nn.Module], layers: Any) -> dict[str, Any]:
-    """One choice for several models: an entry has to match in one of them, and each needs a match."""
-    if layers is None or isinstance(layers, str | type) or callable(layers):
-        return dict.fromkeys(models, layers)
-    chosen: dict[str, list[Any]] = {name: [] for name in models}
-    for entry in layers:
-        failure: LayerError | None = None
-        matched = False
-        for name, model in models.items():
-            try:
-                select_layers(model, [entry])
-            except LayerError as error:
-                failure = failure or error
-            else:
-                matched = True
-                chosen[name].append(entry)
-        if not matched and failure is not None:
-            raise failure
-    for name, entries in chosen.items():
-        if not entries:
-            raise LayerError(f"none of layers={list(layers)!r} matches a layer of the model {name!r}")
-    return chosen
-
-
-def _finished(ran: _Ran, settings: dict[str, Any]) -> CKAResult:
-    report = Report()
-    for other in ran.reports:
-        report = report.merged(other)
-    if report.stopped is not None:
-        settings["stopped"] = report.stopped
-    ran.class_order.warn()
-    warn_of_repetition(ran.reports)
-
-    def with_details(result: CKAResult) -> CKAResult:
-        return dataclasses.replace(
-            result,
-            skipped={**report.skipped, **result.skipped},
-            settings={**result.settings, **settings, "shapes": report.shapes},
-            models=tuple(name for name in ran.types if name),
+def _together(
+    models: Mapping[str, nn.Module],
+    loader: Iterable[Any],
+    options: Options,
+    ranks: Ranks | None,
+    checkpoint: str | os.PathLike[str] | None,
+    checkpoint_every: float,
+    progress: bool,
+) -> _Ran:
+    """Each batch through every model before the next batch."""
+    comparison = _comparison(models, options)
+    if checkpoint is not None and any(is_sharded(model) for model in models.values()):
+        raise OptionError(
+            "checkpoint= does not work with a model whose ranks run each forward pass together (FSDP, tensor "
+            "parallel): they would have to be stopped between the same two batches. Leave it out"
         )
+    identity: dict[str, Any] = {}
+    if checkpoint is not None:
+        identity = {
+            "models": {name: of_model(model) for name, model in models.items()},
+            "loader": of_loader(loader),
+            **{field: of_option(option) for field, option in vars(options).items()},
+            "minibatch": comparison.settings["minibatch"],
+            "chosen": comparison.chosen,
+        }
+    if ranks is not None:
+        ranks.agree({"models": comparison.types, "chosen": comparison.chosen, **options.spelled()})
+    path = None if checkpoint is None else path_of_rank(checkpoint, ranks)
+    keeper = Keeper(path, checkpoint_every, loader, identity)
+    state = Loop(comparison, options, keeper, ranks).over(loader, progress=progress)
+    return state, comparison.types, comparison.settings
 
-    try:
-        return with_details(ran.total.compute())
-    except NonFiniteError as error:
-        if error.partial is not None:
-            error.partial = with_details(error.partial)
-        raise
 
+def _in_turn(
+    models: Mapping[str, Any],
+    loader: Iterable[Any],
+    options: Options,
+    ranks: Ranks | None,
+    checkpoint: str | os.PathLike[str] | None,
+    progress: bool,
+) -> _Ran:
+    """All batches through one model before the next model is built."""
+    if checkpoint is not None or options.tolerance is not None:
+        raise OptionError(
+            "checkpoint= and tolerance= need all models at once, and functions build them one after another: "
+            "leave these out, or pass the models themselves"
+        )
+    if ranks is not None:
+        ranks.agree({"models": list(models), **options.spelled()})
+    layers, forwards = (per_model(getattr(options, name), models, name) for name in ("layers", "forward"))
 
-def _spelled(option: Any) -> Any:
-    """How an option stands in a result's settings."""
-    if option is None or isinstance(option, str | int | float | bool):
-        return option
-    if isinstance(option, Mapping):
-        return {str(key): _spelled(value) for key, value in option.items()}
-    if isinstance(option, type) or callable(option):
-        return f"{getattr(option, '__module__', '?')}.{getattr(option, '__qualname__', type(option).__qualname__)}"
-    return [_spelled(item) for item in option]
+    def run(name: str, model: nn.Module, loader: Iterable[Any], on_step: Callable[[Step | None], None]) -> Comparison:
+        own = dataclasses.replace(options, layers=layers[name], forward=forwards[name])
+        comparison = _comparison({name: model}, own)
+        loop = Loop(comparison, own, Keeper(None, 1.0, loader, {}), alone=ranks is None, on_step=on_step)
+        loop.over(loader, progress=progress, name=name)
+        return comparison
+
+    state, types, settings = added_up_in_turn(models, loader, run, keep=options.keep_minibatches)
+    if ranks is not None:
+        state, _ = ranks.meet(state, stage=DONE)
+    return state, types, settings | options.spelled("layers", "forward")

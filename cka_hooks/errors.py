@@ -6,7 +6,7 @@ raises on purpose and nothing else.
 
 from __future__ import annotations
 
-import inspect
+import sys
 import warnings
 from typing import TYPE_CHECKING
 
@@ -81,11 +81,14 @@ class CKAWarning(UserWarning):
 
 
 def warn(message: str) -> None:
-    """A :class:`CKAWarning` that points at the line which called this package, or a model it listens to."""
-    frame, level = inspect.currentframe(), 1
-    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USERS:
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, CKAWarning, stacklevel=level)
+    """Warn with :class:`CKAWarning`, pointing at the user's line: the one that called this package.
 
-
-_NOT_THE_USERS = ("cka_hooks", "torch", "contextlib")
+    From a hook it is the line of the user's own code that led to it, not one of PyTorch.
+    """
+    frame, level, levels = sys._getframe(1), 2, []
+    while frame is not None:
+        levels.append((level, str(frame.f_globals.get("__name__")).split(".")[0]))
+        frame, level = frame.f_back, level + 1  # type: ignore[assignment]
+    outermost = max(level for level, package in levels if package == __package__)
+    of_the_user = (level for level, package in levels if level > outermost and package != "torch")
+    warnings.warn(message, CKAWarning, stacklevel=next(of_the_user, outermost))

@@ -65,7 +65,7 @@ def kept_after_every_batch(path: Path, pipe) -> None:
 
     def told(path, content):
         write(path, content)
-        pipe.send(content["run"]["accumulator"]["samples"])
+        pipe.send(content["run"]["comparison"]["state"]["samples"])
 
     files.write = told
     run(path, shuffled(tensors(4000)), checkpoint_every=1e-9)

@@ -47,7 +47,7 @@ def accumulated(batches: Sequence[Minibatch], **options: Any) -> CKAAccumulator:
 def assert_same_sums(one: CKAAccumulator, other: CKAAccumulator) -> None:
     """1e-12 relative to the root of the product of the two layers' own sums."""
     position = [other.layers.index(layer) for layer in one.layers]
-    first, second = one._sums.moments[0], other._sums.moments[0][position][:, position]
+    first, second = one.state.moments[0], other.state.moments[0][position][:, position]
     root = first.diagonal().sqrt()
     assert float(((first - second) / (root[:, None] * root)).abs().max()) < 1e-12
     a, b = one.compute(), other.compute()
@@ -73,13 +73,13 @@ def test_any_order_of_minibatches(options: dict[str, Any], seed: int) -> None:
 def test_two_accumulators_merged(options: dict[str, Any], cut: int) -> None:
     batches = minibatches()
     one, other = accumulated(batches[:cut], **options), accumulated(batches[cut:], **options)
-    untouched = None if other._sums is None else other._sums.moments.clone()
+    untouched = None if not other.state.layers else other.state.moments.clone()
     one.merge_state(other)
     assert_same_sums(accumulated(batches, **options), one)
     if untouched is not None:
-        assert torch.equal(other._sums.moments, untouched)
+        assert torch.equal(other.state.moments, untouched)
         one.update(batches[0])
-        assert torch.equal(other._sums.moments, untouched)
+        assert torch.equal(other.state.moments, untouched)
 
 
 def test_merging_refuses_other_options() -> None:
@@ -202,6 +202,6 @@ def test_what_is_not_finite_is_left_out_of_the_sums(bad: float) -> None:
     batches = minibatches(3)
     batches[1]["b"][2, 0] = bad
     cka = accumulated(batches)
-    assert bool(cka._sums.moments.isfinite().all())
+    assert bool(cka.state.moments.isfinite().all())
     without = accumulated([batches[0], batches[2]])
-    torch.testing.assert_close(cka._sums.moments[0, 1, 1], without._sums.moments[0, 1, 1], rtol=1e-12, atol=0)
+    torch.testing.assert_close(cka.state.moments[0, 1, 1], without.state.moments[0, 1, 1], rtol=1e-12, atol=0)

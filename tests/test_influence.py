@@ -49,7 +49,7 @@ def test_the_outlier_is_found_and_named(outlier: int, estimator: str, minibatch:
     assert result.influence["even"].share < 0.25
     assert result.influence["scaled"].sample == outlier
     assert 0.35 < result.influence["scaled"].share <= 1
-    assert any(f"sample {outlier};" in message and "'scaled'" in message for message in messages)
+    assert any(f"sample {outlier} of the run" in message and "'scaled'" in message for message in messages)
 
 
 def test_minibatches_of_four_tell_the_minibatch_only() -> None:

@@ -89,9 +89,9 @@ def test_while_adding_up_nothing_is_added(monkeypatch: pytest.MonkeyPatch, where
     first, second, third, *_ = (torch.cat([a, b]) for a, b in zip(batches(), batches()[1:], strict=False))
     cka.update({"x": first[:22], "y": first[:22].sin()})
     before = repr(cka.state_dict())
-    from cka_hooks.similarity import accumulator
+    from cka_hooks.similarity import state
 
-    real, calls = getattr(accumulator, where), []
+    real, calls = getattr(state, where), []
 
     def failing(*args):
         calls.append(1)
@@ -99,7 +99,7 @@ def test_while_adding_up_nothing_is_added(monkeypatch: pytest.MonkeyPatch, where
             raise ERRORS[0]
         return real(*args)
 
-    monkeypatch.setattr(accumulator, where, failing)
+    monkeypatch.setattr(state, where, failing)
     with pytest.raises(cka_hooks.OutOfMemoryError, match="comparing 2 layers of 22 samples"):
         cka.update({"x": second[:22], "y": second[:22].sin()})
     monkeypatch.undo()

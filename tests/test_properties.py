@@ -113,8 +113,8 @@ def added(run: list[dict[str, Tensor]], **options: object) -> CKAAccumulator:
 def same_sums(one: CKAAccumulator, other: CKAAccumulator) -> bool:
     assert one.layers == other.layers
     assert (one.samples, one.minibatches) == (other.samples, other.minibatches)
-    root = one._sums.moments[0].diagonal().sqrt()
-    difference = (one._sums.moments[0] - other._sums.moments[0]).abs() / (root[:, None] * root)
+    root = one.state.moments[0].diagonal().sqrt()
+    difference = (one.state.moments[0] - other.state.moments[0]).abs() / (root[:, None] * root)
     return bool((difference <= 1e-12).all())
 
 

@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
 import cka_hooks
-from cka_hooks import CKAAccumulator, OptionError
+from cka_hooks import OptionError
+from cka_hooks.run import loop
 from cka_hooks.run.loop import FIRST_LOOK, LOOK_RATIO
+from cka_hooks.similarity.state import State
 
 pytestmark = pytest.mark.filterwarnings("ignore::cka_hooks.CKAWarning")
 BATCH = 8
@@ -55,13 +57,13 @@ def batches(count: int, seed: int = 0) -> list[Tensor]:
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """After how many minibatches somebody looked at the standard errors, which is what waits for a device."""
     seen: list[int] = []
-    look = CKAAccumulator.largest_stderr
+    look = loop.largest_stderr
 
-    def counted(self: CKAAccumulator) -> float:
-        seen.append(self.minibatches)
-        return look(self)
+    def counted(state: State) -> float:
+        seen.append(state.minibatches)
+        return look(state)
 
-    monkeypatch.setattr(CKAAccumulator, "largest_stderr", counted)
+    monkeypatch.setattr(loop, "largest_stderr", counted)
     return seen
 
 

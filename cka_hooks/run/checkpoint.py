@@ -1,13 +1,7 @@
-"""Where a run is, in a file: written whole or not at all, read without pickle, refused where it does not fit.
-
-A checkpoint is a safetensors file. Its tensors are the sums of the accumulator and the states of random
-generators; its metadata has one JSON text with all the rest, and a SHA-256 of both, so that a damaged or
-edited file is told from a good one.
-"""
+"""Where a run is, kept in a file, so that the same call goes on from there."""
 
 from __future__ import annotations
 
-import base64
 import copy
 import glob
 import hashlib
@@ -15,7 +9,6 @@ import json
 import logging
 import os
 import signal
-import stat
 import sys
 import threading
 import time
@@ -24,24 +17,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
-
-from cka_hooks.errors import CheckpointError, OptionError
-from cka_hooks.files import replace_file, unfinished_prefix
+from cka_hooks.errors import CheckpointError, OptionError, warn
+from cka_hooks.files import unfinished_prefix
+from cka_hooks.options import above_zero
 from cka_hooks.run import replay
+from cka_hooks.run.checkpoint_file import WRONG, is_plain, read, write
+from cka_hooks.run.lock import FileLock
 from cka_hooks.run.ranks import Ranks
 
-FORMAT = "cka_hooks.checkpoint"
-VERSION = 1
-# Larger files are refused unread: 4 GiB are the sums of 11,000 layers.
-MAX_BYTES = 1 << 32
-
 _log = logging.getLogger("cka_hooks")
-# What reading, decoding and restoring a file that somebody made up may raise.
-_WRONG = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError, ArithmeticError)
 
 
 class Keeper:
@@ -73,11 +57,11 @@ class Keeper:
         self._saved: dict[str, Any] | None = None
         self._place: dict[str, Any] | None = None
         self._outer: dict[str, Any] | None = None
-        self._current: str | None = None
+        self._current = ""
+        self._lock: FileLock | None = None
+        self._every = above_zero("checkpoint_every", every, "a number of seconds") or 0.0
         if self.path is None:
             return
-        if not every > 0:
-            raise OptionError(f"checkpoint_every={every!r} must be above 0: it is a number of seconds")
         self._stateful = _is_stateful(loader)
         if not self._stateful:
             self._check_order()
@@ -85,8 +69,16 @@ class Keeper:
         if not folder.is_dir():
             raise OptionError(f"checkpoint={str(self.path)!r}: there is no folder {str(folder)!r}")
         self._randomness = replay.Randomness(loader)
-        self._every = every
-        self._next_save = time.monotonic() + every
+        self._next_save = time.monotonic() + self._every
+        self._lock = FileLock(self.path)
+        try:
+            self._open(folder)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _open(self, folder: Path) -> None:
+        assert self.path is not None
         for left in folder.glob(f"{glob.escape(unfinished_prefix(self.path))}*.part"):
             left.unlink(missing_ok=True)
         if self.path.exists():
@@ -112,7 +104,7 @@ class Keeper:
         try:
             self.finished = bool(self._saved["finished"])
             restore(self._saved["run"])
-        except _WRONG as error:
+        except WRONG as error:
             raise self._refused(f"its content is not that of a run ({error})") from error
         return True
 
@@ -130,7 +122,7 @@ class Keeper:
         else:
             start = self._randomness.state()
             stream = iter(self._loader)
-            self._place = self._place_now(start, 0, None)
+            self._place = self._place_now(start, 0, "")
         return self._watched(stream)
 
     def _watched(self, stream: Iterator[Any]) -> Iterator[Any]:
@@ -139,7 +131,7 @@ class Keeper:
             self._current = replay.fingerprint(batch)
             yield batch
 
-    def _place_now(self, start: dict[str, Any], batches: int, fingerprint: str | None) -> dict[str, Any]:
+    def _place_now(self, start: dict[str, Any], batches: int, fingerprint: str) -> dict[str, Any]:
         """Where the loader is; taken after each batch, since a loader that has gone on cannot tell."""
         loader = None
         if self._stateful:
@@ -152,9 +144,10 @@ class Keeper:
         return {
             "start": start,
             "batches": batches,
+            # Of all of them: each batch that is gone over again has to be the one that it was.
             "fingerprint": fingerprint,
             "now": self._randomness.state(),
-            "loader": loader if _is_plain(loader) else None,
+            "loader": loader if is_plain(loader) else None,
         }
 
     def _again(self, place: dict[str, Any]) -> Iterator[Any]:
@@ -168,26 +161,27 @@ class Keeper:
             if place["loader"] is None:
                 self._skip(stream, int(place["batches"]), place["fingerprint"])
             self._randomness.restore(place["now"])
-        except _WRONG as error:
+        except WRONG as error:
             if isinstance(error, CheckpointError):
                 raise
             raise self._refused(f"its place in the loader does not fit this loader ({error})") from error
         self._place = place
         return stream
 
-    def _skip(self, stream: Iterator[Any], batches: int, fingerprint: str | None) -> None:
+    def _skip(self, stream: Iterator[Any], batches: int, fingerprint: str) -> None:
+        found = ""
         for number in range(batches):
             try:
-                batch = next(stream)
+                found = _chained(found, replay.fingerprint(next(stream)))
             except StopIteration:
                 raise self._refused(
                     f"it has seen {batches} batches and the loader ended after {number}: it is another loader"
                 ) from None
-            if number == batches - 1 and replay.fingerprint(batch) != fingerprint:
-                raise self._refused(
-                    f"batch {number} (counted from 0) of the loader is another one than it was: the data, their "
-                    "order or a random augmentation changed"
-                )
+        if found != fingerprint:
+            raise self._refused(
+                f"the first {batches} batches of the loader are not those that they were: the data, their order or a "
+                "random augmentation changed"
+            )
 
     # Saving
 
@@ -195,36 +189,36 @@ class Keeper:
         """A batch is in the sums."""
         if self._place is not None:
             place = self._place
-            self._place = self._place_now(place["start"], place["batches"] + 1, self._current)
+            chained = _chained(place["fingerprint"], self._current)
+            self._place = self._place_now(place["start"], place["batches"] + 1, chained)
 
     def save_if_due(self, state: Callable[[], dict[str, Any]]) -> None:
-        """Save where it is time to.
-
-        Raises:
-            OSError: the file cannot be written; the one before it is still there.
-        """
+        """Save where it is time to."""
         if self.path is not None and time.monotonic() >= self._next_save:
             self.save(state())
 
     def save(self, state: dict[str, Any], *, finished: bool = False) -> None:
-        """Replace the file by one with this state of the run.
-
-        Raises:
-            OSError: it cannot be written; the file before it is still there.
-        """
+        """Replace the file by one with this state of the run. Where that fails it warns, and the run goes on."""
         if self.path is None or self.finished:
             return
+        try:
+            self._write(state, finished)
+        except OSError as error:
+            warn(f"the checkpoint {self.path} could not be written ({error}); the run goes on, and tries again later")
+        self._next_save = time.monotonic() + self._every
+
+    def _write(self, state: dict[str, Any], finished: bool) -> None:
+        assert self.path is not None
         place = None if finished else self._place
         write(self.path, {"settings": self._settings, "finished": finished, "place": place, "run": state})
         self.finished = finished
-        self._next_save = time.monotonic() + self._every
 
     def broke_off(self, error: BaseException, state: Callable[[], dict[str, Any]]) -> None:
         """Save what an error or Ctrl-C ended, and say in it how to go on."""
         if self.path is None or self._place is None or self.finished:
             return
         try:
-            self.save(state())
+            self._write(state(), False)
         except OSError as failure:
             note = f"the checkpoint {self.path} could not be written ({failure}); it is as old as its last save"
         else:
@@ -236,7 +230,9 @@ class Keeper:
             error.add_note(note)
 
     def done(self) -> None:
-        """Give Python's and NumPy's random state back, where resuming has changed it."""
+        """Let others have the file, and give Python's and NumPy's random state back where resuming has changed it."""
+        if self._lock is not None:
+            self._lock.release()
         if self._outer is not None:
             generators = self._randomness.state()["generators"]
             self._randomness.restore({**self._outer, "generators": generators})
@@ -267,90 +263,6 @@ class Keeper:
         return CheckpointError(f"{self.path} cannot be resumed: {reason}. Delete it to start from the beginning")
 
 
-def write(path: Path, content: Any) -> None:
-    """Write nested plain values and tensors to a file, by replacing it.
-
-    A reader, and whoever comes after a power cut, finds the file before or the one after.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    tensors: dict[str, Tensor] = {}
-    whole = {"format": FORMAT, "version": VERSION, "content": content}
-    text = json.dumps(_encoded(whole, tensors), allow_nan=False)
-    metadata = {"cka_hooks": text, "sha256": _digest(text, tensors)}
-    data = safetensors.torch.save(tensors, metadata)
-    replace_file(path, lambda file: file.write(data))
-
-
-def read(path: Path) -> dict[str, Any]:
-    """What :func:`write` has written.
-
-    Raises:
-        CheckpointError: the file is anything else; the message says what.
-        OSError: it cannot be read.
-    """
-
-    def refused(reason: str) -> CheckpointError:
-        return CheckpointError(
-            f"{path} is not a checkpoint that this version of cka_hooks wrote: {reason}. Delete it to start from the "
-            "beginning"
-        )
-
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise refused("it is not a file")
-    if status.st_size > MAX_BYTES:
-        raise refused(f"it is larger than {MAX_BYTES:,} bytes")
-    data = path.read_bytes()
-    try:
-        tensors = safetensors.torch.load(data)
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
-        text = metadata["cka_hooks"]
-        if metadata["sha256"] != _digest(text, tensors):
-            raise refused("its checksum does not fit its content, so it was edited or damaged")
-        content = _decoded(json.loads(text), tensors)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise refused(f"it is not of the format {FORMAT!r}")
-        if content["version"] != VERSION:
-            raise refused(f"it is of version {content['version']!r:.40}, and {VERSION} is the one known")
-        found: dict[str, Any] = content["content"]
-        if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
-            raise refused("it has no settings")
-    except SafetensorError as error:
-        raise refused(f"it is no complete safetensors file ({error})") from error
-    except RecursionError as error:
-        raise refused("it is nested too deeply") from error
-    except _WRONG as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise refused(f"its content is none ({type(error).__name__}: {error})") from error
-    return found
-
-
-def of_model(model: nn.Module) -> dict[str, Any]:
-    """What tells a model from another: its type, and names, shapes and some numbers of parameters and buffers."""
-    names: list[str] = []
-    some: list[Tensor] = []
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        names.append(f"{name} {tuple(tensor.shape)} {tensor.dtype}")
-        local = getattr(tensor, "to_local", lambda tensor=tensor: tensor)().detach()
-        if local.numel() and local.device.type != "meta" and local.layout is torch.strided and not local.is_quantized:
-            numbers = local.reshape(-1)[:: max(1, local.numel() // 64)][:65]
-            some.append(numbers.to(torch.float64 if local.device.type != "mps" else torch.float32))
-    hasher = hashlib.blake2b(digest_size=16)
-    for device in dict.fromkeys(tensor.device for tensor in some):
-        # One copy from each device, not one a tensor.
-        hasher.update(torch.cat([t for t in some if t.device == device]).cpu().numpy().tobytes())
-    shapes = hashlib.blake2b("\0".join(names).encode(), digest_size=16)
-    return {
-        "type": type(model).__qualname__,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "names and shapes": shapes.hexdigest(),
-        "values": hasher.hexdigest(),
-    }
-
-
 def path_of_rank(path: str | os.PathLike[str], ranks: Ranks | None) -> Path:
     """Each rank's own file.
 
@@ -369,17 +281,6 @@ def path_of_rank(path: str | os.PathLike[str], ranks: Ranks | None) -> Path:
             f"{1 if ranks is None else ranks.size}: start as many, name another file with checkpoint=, or delete it"
         )
     return own
-
-
-def of_loader(loader: Any) -> dict[str, Any]:
-    """What tells a loader from another without asking it for a batch."""
-    found: dict[str, Any] = {"batch_size": getattr(loader, "batch_size", None)}
-    try:
-        found["length"] = len(loader)
-        found["samples"] = len(loader.dataset)
-    except (TypeError, AttributeError):
-        pass
-    return {key: value for key, value in found.items() if isinstance(value, int)}
 
 
 @contextmanager
@@ -406,62 +307,8 @@ def _is_stateful(loader: Any) -> bool:
     return callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None))
 
 
-def _is_plain(value: Any) -> bool:
-    try:
-        _encoded(value, {})
-    except TypeError:
-        return False
-    return True
-
-
-def _encoded(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Plain values as JSON has them; what JSON has not is a list that begins with its kind."""
-    if value is None or isinstance(value, bool | str) or type(value) is int:
-        return value
-    if type(value) is float:
-        # As text: NaN and infinity have no place in JSON.
-        return ["float", value.hex()]
-    if isinstance(value, Tensor):
-        name = f"t{len(tensors)}"
-        tensors[name] = value.detach().cpu().contiguous().clone()
-        return ["tensor", name]
-    if type(value) is bytes:
-        return ["bytes", base64.b64encode(value).decode()]
-    if isinstance(value, tuple | list):
-        return ["tuple" if isinstance(value, tuple) else "list", *(_encoded(item, tensors) for item in value)]
-    if isinstance(value, Mapping):
-        pairs = [[_encoded(key, tensors), _encoded(item, tensors)] for key, item in value.items()]
-        return ["dict", *pairs]
-    raise TypeError(f"a {type(value).__name__} has no place in a checkpoint")
-
-
-def _decoded(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if not isinstance(value, list):
-        if isinstance(value, float | dict):
-            raise ValueError("it has a value of a kind that is never written")
-        return value
-    kind, *items = value
-    if kind == "float":
-        return float.fromhex(items[0])
-    if kind == "tensor":
-        return tensors[items[0]]
-    if kind == "bytes":
-        return base64.b64decode(items[0], validate=True)
-    if kind in ("tuple", "list"):
-        decoded = [_decoded(item, tensors) for item in items]
-        return tuple(decoded) if kind == "tuple" else decoded
-    if kind == "dict":
-        return {_decoded(key, tensors): _decoded(item, tensors) for key, item in items}
-    raise ValueError(f"it has a value of the unknown kind {kind!r:.40}")
-
-
-def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    hasher = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        hasher.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return hasher.hexdigest()
+def _chained(before: str, fingerprint: str) -> str:
+    return hashlib.blake2b(f"{before} {fingerprint}".encode(), digest_size=16).hexdigest()
 
 
 def _difference(theirs: Any, ours: Any, name: str = "") -> tuple[str, str, str]:

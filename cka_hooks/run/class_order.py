@@ -1,68 +1,52 @@
-"""Whether a loader brings its classes in longer runs than chance gives: minibatches are no samples then."""
+"""Whether a loader brings its classes in longer runs than chance gives: minibatches are no random samples then."""
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
-from collections.abc import Mapping
-from itertools import pairwise
-from typing import Any
 
 from torch import Tensor
 
-from cka_hooks.errors import CKAWarning
+from cka_hooks.errors import warn
+from cka_hooks.similarity.state import State
 
 # A shuffled loader passes this with a probability of about 1e-9.
 _DEVIATIONS = 6.0
+# More of them are no classes but identifiers of samples.
+MOST_CLASSES = 10_000
 
 
-class ClassOrder:
-    """Counts neighbours of equal class; the Wald-Wolfowitz test for more than two classes (Barton & David 1957)."""
+def counted(targets: Tensor | None) -> State:
+    """Classes and pairs of neighbours of one batch, from its (n,) targets; nothing where these are not known."""
+    if targets is None or not len(targets):
+        return State()
+    classes = targets.long()
+    return State(
+        classes={str(number): count for number, count in Counter(classes.tolist()).items()},
+        neighbours=len(classes) - 1,
+        equal_neighbours=int((classes[1:] == classes[:-1]).sum()),
+    )
 
-    def __init__(self) -> None:
-        self._classes: Counter[int] = Counter()
-        self._equal = 0
-        self._last: int | None = None
 
-    def add(self, targets: Tensor | None) -> None:
-        """The classes of one batch, (n,) integers, or None where they are not known."""
-        if targets is None or not len(targets):
-            return
-        classes = targets.tolist()
-        self._classes.update(classes)
-        previous = classes if self._last is None else [self._last, *classes]
-        self._equal += sum(a == b for a, b in pairwise(previous))
-        self._last = classes[-1]
+def deviations(state: State) -> float:
+    """By how many standard deviations neighbours of one class are more frequent than in random order.
 
-    def deviations(self) -> float:
-        """By how many standard deviations equal neighbours are more frequent than in random order."""
-        total = sum(self._classes.values())
-        if total < 20 or len(self._classes) < 2:
-            return 0.0
-        # The number of equal neighbours among total - 1 in a random permutation: its mean is
-        # sum_c n_c (n_c - 1) / N, its variance close to that of independent neighbours.
-        share = sum(n * (n - 1) for n in self._classes.values()) / (total * (total - 1))
-        mean = share * (total - 1)
-        variance = (total - 1) * share * (1 - share)
-        return float((self._equal - mean) / variance**0.5) if variance > 0 else 0.0
+    The Wald-Wolfowitz test for more than two classes (Barton & David 1957), within batches.
+    """
+    total = sum(state.classes.values())
+    if total < 20 or not 2 <= len(state.classes) <= MOST_CLASSES:
+        return 0.0
+    # The number of equal neighbours in a random permutation: a pair is of one class with the probability
+    # sum_c n_c (n_c - 1) / (N (N - 1)), and pairs are close to independent.
+    share = sum(n * (n - 1) for n in state.classes.values()) / (total * (total - 1))
+    variance = state.neighbours * share * (1 - share)
+    return (state.equal_neighbours - share * state.neighbours) / variance**0.5 if variance > 0 else 0.0
 
-    def state_dict(self) -> dict[str, Any]:
-        """What was counted."""
-        return {"classes": dict(self._classes), "equal": self._equal, "last": self._last}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave."""
-        self._classes = Counter(state["classes"])
-        self._equal = state["equal"]
-        self._last = state["last"]
-
-    def warn(self) -> None:
-        """Warn where classes came in runs."""
-        if self.deviations() > _DEVIATIONS:
-            warnings.warn(
-                "the loader brings samples of one class one after another: its minibatches are no random samples of "
-                "the data, and CKA over them is not CKA over the data set. Shuffle it (DataLoader(..., shuffle=True, "
-                "generator=torch.Generator().manual_seed(0)) shuffles the same way every time)",
-                CKAWarning,
-                stacklevel=4,
-            )
+def warn_of_order(state: State) -> None:
+    """Warn where classes came in runs."""
+    if deviations(state) > _DEVIATIONS:
+        warn(
+            "the loader brings samples of one class one after another: its minibatches are no random samples of "
+            "the data, and CKA over them is not CKA over the data set. Shuffle it (DataLoader(..., shuffle=True, "
+            "generator=torch.Generator().manual_seed(0)) shuffles in the same way in every run of a script)"
+        )

@@ -3,90 +3,69 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import zip_longest
 from typing import Any
 
-import torch
 from torch import nn
 
-from cka_hooks.errors import BatchError, ModelError, OptionError, SampleCountError
+from cka_hooks.errors import BatchError, ModelError, OptionError
 from cka_hooks.recording.layers import check_model
 from cka_hooks.run import replay
-from cka_hooks.similarity.accumulator import Centred, CKAAccumulator, Step
+from cka_hooks.run.comparison import Comparison
+from cka_hooks.similarity.state import State, Step
 
 Builder = nn.Module | Callable[[], nn.Module]
 
 
-class Collector(CKAAccumulator):
-    """Keeps the centred Gram matrices of each batch, where an accumulator adds up their products."""
+def added_up_in_turn(
+    models: Mapping[str, Builder],
+    loader: Iterable[Any],
+    run: Callable[[str, nn.Module, Iterable[Any], Callable[[Step | None], None]], Comparison],
+    *,
+    keep: bool,
+) -> tuple[State, dict[str, str], dict[str, Any]]:
+    """All batches through one model before the next one is built.
 
-    def reset(self) -> None:
-        """Forget everything that was collected."""
-        super().reset()
-        # None stands where another pass over the same samples begins.
-        self._steps: list[Step | None] = []
+    Args:
+        models: models, or functions that build them, by name.
+        loader: gone over once for each model.
+        run: measures one model over the loader: its name, the model, the loader, and what takes each batch's step.
+        keep: keep the values of single minibatches.
 
-    def start_pass(self) -> None:
-        """From here on come the samples seen before."""
-        super().start_pass()
-        self._steps.append(None)
-
-    def _commit(self, step: Step) -> None:
-        # On the CPU: a device has room for the model that comes next, not for all that were.
-        groups = [Centred(group.layers, *(_to_cpu(tensor) for tensor in group[1:])) for group in step.groups]
-        self._steps.append(step._replace(groups=groups))
-        self.samples += step.counted
-        self.left_out += step.samples - step.counted
-        self.minibatches += sum(group.finite.shape[1] for group in groups)
-
-
-def _to_cpu(value: Any) -> Any:
-    return value.cpu() if isinstance(value, torch.Tensor) else value
-
-
-def add_up(collectors: Mapping[str, Collector], accumulator: CKAAccumulator) -> None:
-    """All pairs of layers of all models, one batch at a time, as if they had run together.
-
-    What was collected is let go of on the way.
-
-    Raises:
-        SampleCountError: a batch had different numbers of samples in two models.
-    """
-    columns = [collector._steps for collector in collectors.values()]
-    for collector in collectors.values():
-        accumulator._dtypes.update(collector._dtypes)
-    for row in range(max(map(len, columns), default=0)):
-        steps = [column[row] if row < len(column) else None for column in columns]
-        for column in columns:
-            if row < len(column):
-                column[row] = None
-        present = [step for step in steps if step is not None]
-        if not present:
-            accumulator.start_pass()
-            continue
-        for name, step in zip(collectors, steps, strict=True):
-            if step is None or (step.samples, step.counted) != (present[0].samples, present[0].counted):
-                found = "no batch" if step is None else f"{step.samples} samples"
-                raise SampleCountError(
-                    f"batch {row} has {found} in model {name!r} and {present[0].samples} in "
-                    f"{next(iter(collectors))!r}: CKA compares the same samples in the same order"
-                )
-        groups = [_joined(groups) for groups in zip(*(step.groups for step in present), strict=True)]
-        with torch.no_grad():
-            accumulator._commit(present[0]._replace(groups=groups))
-
-
-def _joined(groups: Sequence[Centred]) -> Centred:
-    layers = tuple(layer for group in groups for layer in group.layers)
-    return Centred(layers, *(torch.cat(tensors) for tensors in zip(*(group[1:] for group in groups), strict=True)))
-
-
-def built_in_turn(models: Mapping[str, Builder]) -> Iterator[tuple[str, nn.Module]]:
-    """Each model, built when it is its turn. Whoever takes it must let go of it before the next.
+    Returns:
+        What was added up as if all models had run together, the class of each, and the settings of their runs.
 
     Raises:
         ModelError: something is neither a model nor a function, or a function returned something else.
+        OptionError: the loader is an iterator, which can be gone over only once.
+        BatchError: the loader brings other batches for another model.
+        SampleCountError: a batch had different numbers of samples in two models.
     """
+    replayed = Replayed(loader)
+    steps: dict[str, list[Step | None]] = {}
+    states: dict[str, State] = {}
+    types: dict[str, str] = {}
+    settings: dict[str, Any] = {}
+    for name, model in _built(models):
+        steps[name] = []
+        comparison = run(name, model, replayed.rewind(name), _kept_on_cpu(steps[name]))
+        states[name] = comparison.state.to("cpu")
+        types |= comparison.types
+        settings = comparison.settings
+        # The next one is built when nothing holds this one any more.
+        del model, comparison
+    batches = (dict(zip(steps, parts, strict=True)) for parts in zip_longest(*steps.values()))
+    return State.joined(states, batches, keep=keep), types, settings
+
+
+def _kept_on_cpu(steps: list[Step | None]) -> Callable[[Step | None], None]:
+    # On the CPU: a device has room for the model that comes next, not for all that were.
+    return lambda step: steps.append(step and step._replace(groups=[group.cpu() for group in step.groups]))
+
+
+def _built(models: Mapping[str, Builder]) -> Iterator[tuple[str, nn.Module]]:
+    """Each model, built when it is its turn. Whoever takes it must let go of it before the next."""
     for given in models.values():
         if not callable(given) or isinstance(given, nn.Module | type):
             check_model(given)

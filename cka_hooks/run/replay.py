@@ -26,12 +26,13 @@ class Randomness:
         self._generators = list(_generators(loader))
 
     def state(self) -> dict[str, Any]:
-        """All states, as numbers, text and tensors."""
+        """All states, as numbers, text, lists and tensors."""
         numpy = np.random.get_state(legacy=False)
         assert isinstance(numpy, dict)
+        version, words, gauss = random.getstate()
         return {
             "torch": torch.get_rng_state(),
-            "python": random.getstate(),
+            "python": [version, list(words), gauss],
             "numpy": [
                 numpy["bit_generator"],
                 torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
@@ -50,10 +51,14 @@ class Randomness:
         """
         if len(state["generators"]) != len(self._generators):
             raise ValueError("the loader had another number of random generators")
+        version, words, gauss = state["python"]
+        name, key, position, *rest = state["numpy"]
+        if not (len(words) == 625 and 0 <= words[-1] <= 624 and len(key) == 624 and 0 <= position <= 624):
+            # NumPy believes what it is given, and reads beyond its memory.
+            raise ValueError("the state of a random generator is none")
         torch.set_rng_state(state["torch"])
-        random.setstate(state["python"])
-        name, key, *rest = state["numpy"]
-        np.random.set_state((name, key.numpy().astype(np.uint32), *rest))
+        random.setstate((version, tuple(words), gauss))
+        np.random.set_state((name, key.numpy().astype(np.uint32), position, *rest))
         for generator, its in zip(self._generators, state["generators"], strict=True):
             generator.set_state(its)
 
@@ -124,7 +129,12 @@ def fingerprint(batch: Any) -> str:
     hasher = hashlib.blake2b(digest_size=16)
     for tensor in tensors_in(batch):
         hasher.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-        if tensor.device.type == "cpu" and tensor.layout is torch.strided and tensor.numel():
+        if (
+            type(tensor) is Tensor
+            and tensor.device.type == "cpu"
+            and tensor.layout is torch.strided
+            and tensor.numel()
+        ):
             hasher.update(_some(tensor).numpy().tobytes())
     return hasher.hexdigest()
 

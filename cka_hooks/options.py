@@ -1,0 +1,112 @@
+"""The options of a comparison: converted or refused before anything is computed, and spelled in one way."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cka_hooks.errors import OptionError
+from cka_hooks.hsic import MIN_SAMPLES
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a comparison's numbers depend on; see :func:`cka_hooks.compare`, which spells all of it out.
+
+    The first group is what :class:`cka_hooks.CKAAccumulator` takes, the second what only a run over a loader knows.
+
+    Raises:
+        OptionError: a value that an option cannot have.
+    """
+
+    kernel: Any = "linear"
+    bandwidth: float | None = None
+    sigma: float | None = None
+    estimator: str = "unbiased"
+    minibatch: int | None = None
+    features: Any = "flatten"
+    seed: int = 0
+    keep_minibatches: bool = False
+
+    layers: Any = None
+    batch_dim: Any = None
+    forward: Any = None
+    tolerance: float | None = None
+    max_samples: int | None = None
+    epochs: int = 1
+
+    def __post_init__(self) -> None:
+        if self.estimator not in ("unbiased", "biased"):
+            raise OptionError(f"estimator={self.estimator!r} is not known: use 'unbiased' or 'biased'")
+        plain = {
+            "minibatch": _whole(
+                "minibatch", self.minibatch, MIN_SAMPLES, "an HSIC estimate needs at least 4 samples"
+            ),
+            "seed": _whole("seed", self.seed, 0, "it is a whole number, 0 or more"),
+            "max_samples": _whole("max_samples", self.max_samples, MIN_SAMPLES, f"it must be at least {MIN_SAMPLES}"),
+            "epochs": _whole("epochs", self.epochs, 1, "it must be a whole number of passes, at least 1"),
+            "bandwidth": above_zero("bandwidth", self.bandwidth, "a multiple of the median distance"),
+            "sigma": above_zero("sigma", self.sigma, "in the units of the features"),
+            "tolerance": above_zero("tolerance", self.tolerance, "a standard error"),
+            "keep_minibatches": bool(self.keep_minibatches),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+
+    def of_comparison(self) -> dict[str, Any]:
+        """What :class:`cka_hooks.Comparison` takes of them."""
+        bounds = ("tolerance", "max_samples", "epochs")
+        return {name: value for name, value in vars(self).items() if name not in bounds}
+
+    def spelled(self, *names: str) -> dict[str, Any]:
+        """These options, or all of them, as they stand in a result's settings: plain JSON values."""
+        return {name: spelled(getattr(self, name)) for name in names or vars(self)}
+
+
+def _whole(name: str, value: Any, least: int, why: str) -> Any:
+    """A whole number of any type that is one, or None."""
+    if value is None:
+        return None
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or number < least:
+        raise OptionError(f"{name}={value!r}: {why}")
+    return number
+
+
+def above_zero(name: str, value: Any, what: str) -> float | None:
+    """A finite number above 0 of any type that is one, or None.
+
+    Raises:
+        OptionError: it is anything else.
+    """
+    if value is None:
+        return None
+    try:
+        number = math.nan if isinstance(value, str | bool) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise OptionError(f"{name}={value!r} must be a number above 0: it is {what}")
+    return number
+
+
+def spelled(option: Any) -> Any:
+    """How an option stands in a result's settings: a plain JSON value, a callable by its name.
+
+    Example:
+        >>> spelled({"head": len, "**": ["conv1", "fc"]})
+        {'head': 'builtins.len', '**': ['conv1', 'fc']}
+    """
+    if option is None or isinstance(option, str | bool | int | float):
+        return option
+    if isinstance(option, Mapping):
+        return {str(key): spelled(value) for key, value in option.items()}
+    if isinstance(option, Callable):  # type: ignore[arg-type]
+        return f"{getattr(option, '__module__', '?')}.{getattr(option, '__qualname__', type(option).__qualname__)}"
+    return [spelled(item) for item in option] if isinstance(option, Iterable) else repr(option)

@@ -1,0 +1,203 @@
+"""From what a run has added up to CKA, its standard errors and a `CKAResult`.
+
+CKA_ij = S_ij / sqrt(S_ii S_jj) with S_ij = sum_b h_ij,b and h_ij,b = w_b HSIC(K_i,b, K_j,b) is a ratio of
+sums over minibatches. Its standard error follows from the spread of the linearised terms
+e_ij,b = u_ij,b - CKA_ij / 2 (u_ii,b + u_jj,b), u_ij,b = h_ij,b / sqrt(S_ii S_jj), (delta method; Cochran 1977,
+Sampling Techniques, ch. 6), and needs only the second moments that the state has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cka_hooks.errors import LayerError, NonFiniteError, TooFewSamplesError, warn
+from cka_hooks.hsic import MIN_SAMPLES
+from cka_hooks.results.result import CKAResult, Influence
+from cka_hooks.similarity.state import State
+
+# Above this share of a layer's own HSIC in pairs of one single sample, `result_of` warns, and not below this many
+# times the 2 / samples that alike samples have: in a small run the largest share is large by chance.
+INFLUENCE_WARNING = 0.25
+INFLUENCE_TIMES_EVEN = 10
+
+
+def cka(moments: Tensor) -> Tensor:
+    """(L, L) S_ij / sqrt(S_ii S_jj) of `State.moments`: NaN where S_ii is not positive, 1 on the diagonal."""
+    root = _roots(moments)
+    values = moments[0] / (root.unsqueeze(1) * root)
+    return values.diagonal_scatter(torch.where(root.isnan(), root, 1.0))
+
+
+def stderr(moments: Tensor, minibatches: int, minibatches_per_pass: int) -> Tensor:
+    """(L, L) standard errors of `cka`: sqrt(B / (B - 1) sum_b e_ij,b^2), NaN below 3 minibatches.
+
+    Further passes over the same samples are not independent of the first: the variance between
+    minibatches is divided by the number in one pass, B1. The errors e of each pass sum to nearly the
+    same, so that what varies is B1 - 1 of them a pass: sqrt(B / (B1 - 1) sum_b e_ij,b^2).
+    """
+    if minibatches_per_pass < 3:
+        return torch.full_like(moments[0], torch.nan)
+    root = _roots(moments)
+    scale = root.unsqueeze(1) * root
+    values = moments[0] / scale
+    # Divided one root at a time: products of four of them leave the range of float64 too early.
+    squares = moments[1] / scale / scale
+    cross = moments[2] / scale / root.square().unsqueeze(1)
+    own = moments[3] / root.square().unsqueeze(1) / root.square()
+    own_squares = own.diagonal()
+    total = squares - values * (cross + cross.mT)
+    total += values.square() / 4 * (own_squares.unsqueeze(1) + own_squares + 2 * own)
+    factor = minibatches / (minibatches_per_pass - 1)
+    # Symmetric but for the order of roundings: made so to the bit.
+    errors = ((total + total.mT).clamp_min(0) / 2 * factor).sqrt()
+    return errors.diagonal_scatter(torch.where(root.isnan(), root, 0.0))
+
+
+def _roots(moments: Tensor) -> Tensor:
+    own = moments[0].diagonal()
+    return torch.where(own > 0, own, torch.nan).sqrt()
+
+
+def largest_stderr(state: State) -> float:
+    """The largest standard error of a defined pair, infinite before the third minibatch. Waits for the device."""
+    if not state.layers or state.minibatches < 3:
+        return float("inf")
+    state = state.to("cpu")
+    left_out = degenerate(state).keys() | irregular(state).keys()
+    defined = torch.tensor([layer not in left_out for layer in state.layers], device="cpu") & state.bad.isinf()
+    errors = stderr(state.moments, state.minibatches, state.first_minibatches)[defined][:, defined]
+    return float(errors.max()) if len(errors) else 0.0
+
+
+def irregular(state: State) -> dict[str, str]:
+    """Layers that did not run in every minibatch, and how often they did."""
+    return {
+        layer: f"ran in {count} of {state.minibatches} minibatches"
+        for layer, count in state.seen.items()
+        if count != state.minibatches
+    }
+
+
+def degenerate(state: State) -> dict[str, str]:
+    """Layers for which CKA is undefined, and why; of a state on the CPU."""
+    found = {}
+    for i, layer in enumerate(state.layers):
+        eps = torch.finfo(getattr(torch, state.dtypes[layer])).eps
+        if not state.spread[i] > (8 * eps) ** 2 * state.size[i]:
+            found[layer] = "its samples do not differ, so that CKA is undefined"
+        elif not state.moments[0, i, i] > 0:
+            found[layer] = "the estimate of its own HSIC is not above 0, so that CKA is undefined"
+    return found
+
+
+def result_of(state: State, settings: Mapping[str, Any], models: tuple[str, ...] = ()) -> CKAResult:
+    """The result of a run, on the CPU.
+
+    Args:
+        state: what it added up.
+        settings: provenance, plain JSON values; what the state knows is added.
+        models: names of the models whose layers these are.
+
+    Raises:
+        TooFewSamplesError: no minibatch had the samples an HSIC estimate needs.
+        NonFiniteError: a layer was NaN or infinite in some minibatch; `.partial` is the result of all others.
+        LayerError: no layer ran in every minibatch.
+    """
+    if not state.minibatches:
+        raise TooFewSamplesError(
+            f"an HSIC estimate needs at least {MIN_SAMPLES} samples in a minibatch, and "
+            + (f"the largest batch had {state.largest}" if state.largest else "nothing was observed")
+            + ": use a larger batch_size in the loader"
+        )
+    state = state.to("cpu")
+    bad = {
+        layer: int(number)
+        for layer, number in zip(state.layers, state.bad.tolist(), strict=True)
+        if number < float("inf")
+    }
+    ran_seldom = irregular(state)
+    chosen = [layer for layer in state.layers if layer not in bad and layer not in ran_seldom]
+    reasons = {layer: f"not finite, first in minibatch {number}" for layer, number in bad.items()}
+    skipped = {label: why for label, why in state.skipped.items() if label not in chosen}
+    skipped |= ran_seldom | reasons
+    result = _result(state, chosen, skipped, settings, models) if chosen else None
+    if bad:
+        layer, number = min(bad.items(), key=lambda item: item[1])
+        others = f", and {len(bad) - 1} more layers" if len(bad) > 1 else ""
+        raise NonFiniteError(
+            f"layer {layer!r} has NaN or infinity in minibatch {number} (counted from 0){others}: fix the model or "
+            "its inputs, or leave these layers out with layers=; the error's `.partial` has the result of all other "
+            "layers",
+            bad,
+            result,
+        )
+    if result is None:
+        raise LayerError(
+            "no layer ran in every minibatch: " + "; ".join(f"{layer} {why}" for layer, why in ran_seldom.items())
+        )
+    return result
+
+
+def _result(
+    state: State, layers: list[str], skipped: dict[str, str], settings: Mapping[str, Any], models: tuple[str, ...]
+) -> CKAResult:
+    position = {layer: i for i, layer in enumerate(state.layers)}
+    index = torch.tensor([position[layer] for layer in layers], device="cpu")
+    undefined_layers = {layer: reason for layer, reason in degenerate(state).items() if layer in layers}
+    gone = torch.tensor([layer in undefined_layers for layer in layers], device="cpu")
+    undefined = gone.unsqueeze(1) | gone
+
+    def chosen(pairs: Tensor) -> Tensor:
+        return pairs[..., index[:, None], index]
+
+    own = state.moments[0].diagonal()
+    shares = (state.peak[0] * (state.minibatches / max(state.first_minibatches, 1)) / own).clamp_max(1.0)
+    influence = {
+        layer: Influence(share=float(shares[position[layer]]), sample=int(state.peak[1, position[layer]]))
+        for layer in layers
+        if layer not in undefined_layers
+    }
+    _warn(state, influence)
+    kept = torch.cat([chosen(hsic) for hsic in state.kept]) if state.kept else None
+    more = {"shapes": state.shapes} if state.shapes else {}
+    if state.stopped is not None:
+        more["stopped"] = state.stopped  # type: ignore[assignment]
+    return CKAResult(
+        rows=tuple(layers),
+        columns=tuple(layers),
+        matrix=chosen(cka(state.moments)).masked_fill(undefined, torch.nan),
+        stderr=chosen(stderr(state.moments, state.minibatches, state.first_minibatches)).masked_fill(
+            undefined, torch.nan
+        ),
+        samples=state.first_samples,
+        minibatches=state.minibatches,
+        degrees_of_freedom=max(state.first_minibatches - 1, 0),
+        degenerate=undefined_layers,
+        skipped=skipped,
+        models=models,
+        influence=influence,
+        minibatch_hsic=kept,
+        minibatch_layers=tuple(layers) if kept is not None else (),
+        passes=state.passes,
+        settings={**settings, "samples_left_out": state.left_out, "torch": torch.__version__, **more},
+    )
+
+
+def _warn(state: State, influence: Mapping[str, Influence]) -> None:
+    if state.left_out:
+        warn(
+            f"{state.left_out} samples at the end of batches were left out: fewer than {MIN_SAMPLES} of them were "
+            "left for a minibatch"
+        )
+    level = max(INFLUENCE_WARNING, INFLUENCE_TIMES_EVEN * 2 / max(state.first_samples, 1))
+    heavy = {layer: found for layer, found in influence.items() if found.share > level}
+    if heavy:
+        layer, found = max(heavy.items(), key=lambda item: item[1].share)
+        warn(
+            f"one sample decides much of {len(heavy)} layer(s): sample {found.sample} of the run alone accounts for "
+            f"{found.share:.0%} of HSIC(layer, layer) of {layer!r}; look at it, and see `result.influence`"
+        )

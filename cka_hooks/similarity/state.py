@@ -1,0 +1,452 @@
+"""Everything that adds up over the minibatches of a run, in one class.
+
+Each field of :class:`State` declares how it combines: as a sum, the first, the largest with its place, or
+concatenated. Adding a minibatch, merging, reducing over ranks, joining models that were built in turn, saving and
+restoring all follow from these declarations. To add a field, declare it here and, where it comes from Gram matrices,
+give the function that makes it of a few minibatches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cka_hooks.errors import OptionError, SampleCountError
+from cka_hooks.hsic import Estimator, all_pairs, centre, pack, sample_parts
+from cka_hooks.similarity.products.grams import Grams
+
+# Numbers of the (layers, minibatches, n, n) stack that are centred at a time: 32 MB, and 8 MB on a CPU, whose
+# allocator would ask the system for anew what is larger.
+_CENTRED_AT_A_TIME = 1 << 22
+_CENTRED_AT_A_TIME_ON_CPU = 1 << 20
+
+
+class Minibatches(NamedTuple):
+    """All layers of m minibatches of n samples, ready to be added up; every tensor has the layers in dimension 0.
+
+    Attributes:
+        layers: l labels.
+        vectors: (l, m, p) centred Gram matrices, see :func:`cka_hooks.hsic.pack`.
+        spread: (l, m) traces of the centred linear Gram matrices.
+        size: (l, m) traces of the linear Gram matrices.
+        finite: (l, m) bool, whether the layer was finite; its vectors are 0 where it was not.
+        parts: (l, m, n) parts of the layer's own HSIC that each sample has.
+    """
+
+    layers: tuple[str, ...]
+    vectors: Tensor
+    spread: Tensor
+    size: Tensor
+    finite: Tensor
+    parts: Tensor
+
+    @classmethod
+    def of(cls, grams: Mapping[str, Grams], estimator: Estimator) -> Minibatches:
+        """Centre the Gram matrices of all layers of m minibatches, a bounded stack at a time."""
+        rows = list(grams.values())
+        device = rows[0].values.device
+        m, n, _ = rows[0].values.shape
+        packed: Tensor | None = None
+        rest: list[tuple[Tensor, ...]] = []
+        at_a_time = _CENTRED_AT_A_TIME_ON_CPU if device.type == "cpu" else _CENTRED_AT_A_TIME
+        step = max(1, at_a_time // (m * n * n))
+        for low in range(0, len(rows), step):
+            some = rows[low : low + step]
+            stacked = Grams(*(_stacked(of_one, device) for of_one in zip(*some, strict=True)))
+            spread, size = stacked.traces()
+            finite = torch.isfinite(stacked.values.sum((-2, -1)) + size)
+            bad = ~finite.unsqueeze(-1)
+            centred = centre(stacked.values, estimator)
+            rest.append((spread, size, finite, sample_parts(centred, estimator).masked_fill_(bad, 0)))
+            vectors = pack(centred, estimator).masked_fill_(bad, 0)
+            if packed is None:
+                packed = vectors if len(some) == len(rows) else vectors.new_empty(len(rows), *vectors.shape[1:])
+            if packed is not vectors:
+                packed[low : low + len(some)] = vectors
+        assert packed is not None
+        return cls(tuple(grams), packed, *(torch.cat(parts) for parts in zip(*rest, strict=True)))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Minibatches]) -> Minibatches:
+        """The same minibatches of several models, all layers of them."""
+        layers = tuple(layer for part in parts for layer in part.layers)
+        return cls(layers, *(torch.cat(tensors) for tensors in zip(*(part[1:] for part in parts), strict=True)))
+
+    def cpu(self) -> Minibatches:
+        """A copy on the CPU."""
+        return Minibatches(self.layers, *(tensor.cpu() for tensor in self[1:]))
+
+
+def _stacked(tensors: Sequence[Tensor | None], device: torch.device) -> Any:
+    """One attribute of several layers' Gram matrices, None where these have none."""
+    there = [tensor.to(device, non_blocking=True) for tensor in tensors if tensor is not None]
+    return torch.stack(there) if there else None
+
+
+class Step(NamedTuple):
+    """One batch of `samples`, of which `counted` are in `groups` of equal minibatches; dtypes of layers by label."""
+
+    samples: int
+    counted: int
+    groups: list[Minibatches]
+    dtypes: dict[str, str]
+
+
+class Combine(Enum):
+    """How two values of a field become one, the second from minibatches that come after those of the first.
+
+    SUM: numbers are added, also those of a mapping.
+    FIRST: the first one that is there, by key in a mapping. A tensor has numbers of minibatches: the smallest.
+    LARGEST: the larger number. A tensor (2, ...) has numbers, and the place at which each was found.
+    CONCATENATED: one after the other.
+    """
+
+    SUM = "sum"
+    FIRST = "first"
+    LARGEST = "largest"
+    CONCATENATED = "concatenated"
+
+
+class _Declared(NamedTuple):
+    """What a field declares; see `_tensor` and `_value`."""
+
+    combine: Combine
+    of: Callable[[Minibatches, Tensor], Tensor] | None = None
+    lead: tuple[int, ...] = ()
+    axes: int = 0
+    fill: float = 0.0
+    counted_from: str = ""
+    of_layers: bool = False
+
+
+def _tensor(
+    combine: Combine,
+    of: Callable[[Minibatches, Tensor], Tensor],
+    *,
+    lead: tuple[int, ...] = (),
+    axes: int,
+    fill: float = 0.0,
+    counted_from: str = "",
+) -> Any:
+    """Declare a float64 tensor.
+
+    Args:
+        combine: how two of them become one.
+        of: makes it of m minibatches, given these and the (m, L, L) weighted HSICs of all pairs of their layers.
+        lead: its shape in front of the axes of layers.
+        axes: how many axes of L layers it ends in.
+        fill: what stands there for a layer that was never seen.
+        counted_from: the attribute with the number of what came before, from which its places are counted on.
+    """
+    declared = _Declared(combine, of, lead, axes, fill, counted_from, of_layers=True)
+
+    def blank() -> Tensor:
+        return torch.full((*lead, *[0] * axes), fill, dtype=torch.float64, device="cpu")
+
+    return dataclasses.field(
+        default_factory=list if combine is Combine.CONCATENATED else blank, metadata={"is": declared}
+    )
+
+
+def _value(combine: Combine, default: Any, *, of_layers: bool = False) -> Any:
+    """Declare a number, text, or a list or mapping of these; a mapping `of_layers` has labels as its keys."""
+    factory = default if isinstance(default, type) else lambda: default
+    return dataclasses.field(default_factory=factory, metadata={"is": _Declared(combine, of_layers=of_layers)})
+
+
+def moments_of(hsic: Tensor) -> Tensor:
+    """`State.moments` of m minibatches, from the (m, L, L) weighted HSICs of all pairs."""
+    own = hsic.diagonal(dim1=-2, dim2=-1)
+    return torch.stack([hsic.sum(0), hsic.square().sum(0), (hsic * own.unsqueeze(-1)).sum(0), own.mT @ own])
+
+
+def _bad(minibatches: Minibatches, _: Tensor) -> Tensor:
+    numbers = torch.arange(minibatches.finite.shape[1], dtype=torch.float64, device=minibatches.finite.device)
+    return torch.where(minibatches.finite, math.inf, numbers).amin(1)
+
+
+def _peak(minibatches: Minibatches, _: Tensor) -> Tensor:
+    part, place = minibatches.parts.flatten(1).max(1)
+    return torch.stack([part, place.to(part.dtype)])
+
+
+@dataclass
+class State:
+    """What a run has added up. Tensors are float64, on the device of the activations.
+
+    h_ij,b = w_b HSIC(K_i,b, K_j,b) of layers i and j in minibatch b, see :func:`cka_hooks.hsic.pack`.
+
+    Attributes:
+        layers: L labels, the order of every axis of layers.
+        moments: (4, L, L) sums of h_ij, of h_ij^2, of h_ij h_ii and of h_ii h_jj.
+        spread: (L,) sum of the traces of the centred linear Gram matrices.
+        size: (L,) sum of the traces of the linear Gram matrices.
+        bad: (L,) number of the first minibatch in which the layer was not finite, infinity for none.
+        peak: (2, L) the largest part of the sum of h_ii that one sample has, and its position in the run.
+        kept: (m, L, L) the h_ij of every minibatch, where they are kept.
+        seen: label -> in how many minibatches the layer ran.
+        dtypes: label -> the dtype of the activation, such as "float32".
+        shapes: label -> the shape of one sample of the activation.
+        skipped: label -> why the layer was not recorded.
+        minibatches: how many there were.
+        samples: how many are in them.
+        left_out: samples of batches that are in no minibatch.
+        largest: samples of the largest batch.
+        passes: how often the data were gone over.
+        first_minibatches: minibatches of the first pass over the data.
+        first_samples: samples of the first pass.
+        classes: class, as text -> how many samples had it.
+        neighbours: pairs of consecutive samples of a batch whose classes are known.
+        equal_neighbours: such pairs of one class.
+        first_batches: fingerprint of the first batch of each rank.
+        repeats: why samples may have been counted twice.
+        stopped: why the run ended before its loader did.
+    """
+
+    layers: tuple[str, ...] = ()
+    moments: Tensor = _tensor(Combine.SUM, lambda _, hsic: moments_of(hsic), lead=(4,), axes=2)
+    spread: Tensor = _tensor(Combine.SUM, lambda it, _: torch.where(it.finite, it.spread, 0).sum(1), axes=1)
+    size: Tensor = _tensor(Combine.SUM, lambda it, _: torch.where(it.finite, it.size, 0).sum(1), axes=1)
+    bad: Tensor = _tensor(Combine.FIRST, _bad, axes=1, fill=math.inf, counted_from="minibatches")
+    peak: Tensor = _tensor(Combine.LARGEST, _peak, lead=(2,), axes=1, counted_from="positions")
+    kept: list[Tensor] = _tensor(Combine.CONCATENATED, lambda _, hsic: hsic, axes=2)
+    seen: dict[str, int] = _value(Combine.SUM, dict, of_layers=True)
+    dtypes: dict[str, str] = _value(Combine.FIRST, dict, of_layers=True)
+    shapes: dict[str, list[int]] = _value(Combine.FIRST, dict, of_layers=True)
+    skipped: dict[str, str] = _value(Combine.FIRST, dict, of_layers=True)
+    minibatches: int = _value(Combine.SUM, 0)
+    samples: int = _value(Combine.SUM, 0)
+    left_out: int = _value(Combine.SUM, 0)
+    largest: int = _value(Combine.LARGEST, 0)
+    passes: int = _value(Combine.LARGEST, 1)
+    first_minibatches: int = _value(Combine.SUM, 0)
+    first_samples: int = _value(Combine.SUM, 0)
+    classes: dict[str, int] = _value(Combine.SUM, dict)
+    neighbours: int = _value(Combine.SUM, 0)
+    equal_neighbours: int = _value(Combine.SUM, 0)
+    first_batches: list[str] = _value(Combine.CONCATENATED, list)
+    repeats: str | None = _value(Combine.FIRST, None)
+    stopped: str | None = _value(Combine.FIRST, None)
+
+    @property
+    def positions(self) -> int:
+        """Samples that have gone by, counted or not."""
+        return self.samples + self.left_out
+
+    def add(self, step: Step, *, keep: bool) -> None:
+        """Add a batch: as a whole, since all that may fail comes before the first change."""
+        parts = []
+        for group in step.groups:
+            hsic = all_pairs(group.vectors)
+            tensors: dict[str, Any] = {
+                name: declared.of(group, hsic)
+                for name, declared in DECLARED.items()
+                if declared.of is not None and (keep or name != "kept")
+            }
+            if keep:
+                tensors["kept"] = [hsic]
+            m, n = group.parts.shape[1:]
+            part = State(group.layers, **tensors, minibatches=m, samples=m * n, seen=dict.fromkeys(group.layers, m))
+            if self.passes == 1:
+                part.first_minibatches, part.first_samples = m, m * n
+            parts.append(part)
+        parts.append(State(largest=step.samples, left_out=step.samples - step.counted, dtypes=step.dtypes))
+        for part in parts:
+            self.merge(part)
+
+    def merge(self, other: State) -> None:
+        """Add what another state has, whose minibatches come after those of this one."""
+        offsets = {declared.counted_from: getattr(self, declared.counted_from, 0) for declared in DECLARED.values()}
+        layers = self._union(other.layers)
+        if layers != self.layers:
+            device = self.moments.device if self.layers else other.moments.device
+            vars(self).update(vars(self.at(layers).to(device)))
+        theirs = (other.at(layers) if other.layers != layers else other).to(self.moments.device)
+        for name, declared in DECLARED.items():
+            offset = offsets[declared.counted_from]
+            combined = _combined(declared, getattr(self, name), getattr(theirs, name), offset)
+            setattr(self, name, combined)
+
+    def _union(self, layers: tuple[str, ...]) -> tuple[str, ...]:
+        if layers == self.layers or not layers:
+            return self.layers
+        return tuple(dict.fromkeys(self.layers + layers))
+
+    def at(self, layers: tuple[str, ...]) -> State:
+        """The same sums with every axis of layers in another order, filled where a layer was not seen."""
+        position = {layer: i for i, layer in enumerate(layers)}
+        index = torch.tensor([position[layer] for layer in self.layers], dtype=torch.int64, device="cpu")
+        index = index.to(self.moments.device, non_blocking=True)
+
+        def placed(tensor: Tensor, declared: _Declared) -> Tensor:
+            moved = tensor.new_full(
+                (*tensor.shape[: tensor.ndim - declared.axes], *[len(layers)] * declared.axes), declared.fill
+            )
+            if self.layers:
+                moved[(..., index[:, None], index) if declared.axes == 2 else (..., index)] = tensor
+            return moved
+
+        return self._with_tensors(placed, layers)
+
+    def to(self, device: torch.device | str) -> State:
+        """A copy with its tensors on another device (the same tensors where they are there)."""
+        return self._with_tensors(
+            lambda tensor, _: tensor.to(device, non_blocking=torch.device(device).type != "cpu"), self.layers
+        )
+
+    def _with_tensors(self, change: Callable[[Tensor, _Declared], Tensor], layers: tuple[str, ...]) -> State:
+        changed: dict[str, Any] = {}
+        for name, declared in DECLARED.items():
+            if declared.axes:
+                value = getattr(self, name)
+                changed[name] = (
+                    [change(tensor, declared) for tensor in value]
+                    if isinstance(value, list)
+                    else change(value, declared)
+                )
+        return dataclasses.replace(self, layers=layers, **changed)
+
+    @classmethod
+    def joined(
+        cls, states: Mapping[str, State], batches: Iterable[Mapping[str, Step | None]], *, keep: bool
+    ) -> State:
+        """The state of models that ran one after another over the same batches, as if they had run together.
+
+        Args:
+            states: what each model's run added up, whose layers differ.
+            batches: of each batch each model's part; of all of them None where another pass over the data begins.
+            keep: keep the values of single minibatches.
+
+        Raises:
+            SampleCountError: a batch had different numbers of samples in two models.
+        """
+        total = cls()
+        for number, parts in enumerate(batches):
+            there = {name: part for name, part in parts.items() if part is not None}
+            if not there:
+                total.passes += 1
+                continue
+            first = next(iter(there))
+            for name, part in parts.items():
+                if part is None or part[:2] != there[first][:2]:
+                    found = "no batch" if part is None else f"{part.samples} samples"
+                    raise SampleCountError(
+                        f"batch {number} has {found} in model {name!r} and {there[first].samples} in {first!r}: CKA "
+                        "compares the same samples in the same order"
+                    )
+            groups = zip(*(part.groups for part in there.values()), strict=True)
+            total.add(there[first]._replace(groups=[Minibatches.joined(group) for group in groups]), keep=keep)
+        # What is not made of Gram matrices: of layers, each model's own; of the data, what the first model saw.
+        for i, state in enumerate(states.values()):
+            for name, declared in DECLARED.items():
+                if not declared.axes and declared.of_layers:
+                    setattr(total, name, {**getattr(total, name), **getattr(state, name)})
+                elif not declared.axes and i == 0:
+                    setattr(total, name, getattr(state, name))
+        return total
+
+    # In a file, and from one process to another
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of all fields: numbers, text, lists and mappings of these, and float64 tensors."""
+        copies: dict[str, Any] = {"layers": list(self.layers)}
+        for name, declared in DECLARED.items():
+            value = getattr(self, name)
+            if declared.combine is Combine.CONCATENATED and declared.axes:
+                count = len(self.layers)
+                value = torch.cat([*value, self.moments.new_empty(0, count, count)])
+            copies[name] = value.clone() if isinstance(value, Tensor) else _copied(value)
+        return copies
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> State:
+        """What :meth:`state_dict` gave.
+
+        Raises:
+            OptionError: it is anything else, with the field that does not fit.
+        """
+        if not isinstance(state, Mapping) or state.keys() != {"layers", *DECLARED}:
+            odd = sorted(map(str, set(state) ^ {"layers", *DECLARED})) if isinstance(state, Mapping) else []
+            raise OptionError(
+                f"this is no accumulator's state of this version: {', '.join(odd) or type(state).__name__}"
+            )
+        layers = state["layers"]
+        if (
+            not isinstance(layers, list)
+            or not all(isinstance(it, str) for it in layers)
+            or len(set(layers)) < len(layers)
+        ):
+            raise OptionError("the state's layers are not a list of different labels")
+        blank = cls()
+        values: dict[str, Any] = {}
+        for name, declared in DECLARED.items():
+            value = state[name]
+            _check(name, value, declared, getattr(blank, name), layers)
+            if declared.combine is Combine.CONCATENATED and declared.axes:
+                values[name] = [value.clone()] if len(value) else []
+            else:
+                values[name] = value.clone() if isinstance(value, Tensor) else _copied(value)
+        return cls(tuple(layers), **values)
+
+
+DECLARED: dict[str, _Declared] = {
+    field.name: field.metadata["is"] for field in dataclasses.fields(State) if "is" in field.metadata
+}
+
+
+def _combined(declared: _Declared, mine: Any, theirs: Any, offset: int) -> Any:
+    """Two values of a field as one. Tensors change in place: nothing grows from batch to batch."""
+    if declared.combine is Combine.SUM:
+        if isinstance(mine, dict):
+            return {**mine, **{key: mine.get(key, 0) + number for key, number in theirs.items()}}
+        return mine.add_(theirs) if isinstance(mine, Tensor) else mine + theirs
+    if declared.combine is Combine.FIRST:
+        if isinstance(mine, Tensor):
+            return torch.minimum(mine, theirs + offset, out=mine)
+        return {**theirs, **mine} if isinstance(mine, dict) else theirs if mine is None else mine
+    if declared.combine is Combine.LARGEST:
+        if isinstance(mine, Tensor):
+            moved = torch.stack([theirs[0], theirs[1] + offset])
+            return torch.where(theirs[0] > mine[0], moved, mine)
+        return max(mine, theirs)
+    return mine + theirs
+
+
+def _copied(value: Any) -> Any:
+    return type(value)(value) if isinstance(value, list | dict) else value
+
+
+def _check(name: str, value: Any, declared: _Declared, blank: Any, layers: list[str]) -> None:
+    """Raise :class:`OptionError` unless a value from outside is one that a field can have."""
+    if declared.axes:
+        shape = (*declared.lead, *[len(layers)] * declared.axes)
+        if isinstance(value, Tensor) and isinstance(blank, list) and value.ndim:
+            shape = (len(value), *shape)
+        fits = isinstance(value, Tensor) and value.shape == shape and value.dtype == torch.float64
+        wanted = f"{shape} float64"
+    elif isinstance(blank, dict):
+        kinds = {"dtypes": str, "skipped": str, "shapes": list}
+        fits = isinstance(value, dict) and all(
+            isinstance(key, str) and (isinstance(item, kinds[name]) if name in kinds else _is_count(item))
+            for key, item in value.items()
+        )
+        wanted = "a mapping from labels"
+    elif isinstance(blank, list):
+        fits, wanted = isinstance(value, list) and all(isinstance(item, str) for item in value), "a list of text"
+    elif isinstance(blank, int):
+        fits, wanted = _is_count(value) and value >= blank, f"a whole number, {blank} or more"
+    else:
+        fits, wanted = value is None or isinstance(value, str), "text or None"
+    if not fits:
+        raise OptionError(f"the state's {name!r} is not {wanted}")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
