@@ -36,13 +36,6 @@ def test_pre_commit_runs_the_ruff_that_ci_runs():
     assert f"rev: v{pinned}" in (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
 
 
-def test_the_version_is_the_same_everywhere():
-    from cka_hooks import __version__
-
-    assert f'version = "{__version__}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert f"version: {__version__}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-
-
 def test_links_to_files_of_the_readme_lead_somewhere():
     targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert len(targets) > 5

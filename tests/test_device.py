@@ -65,6 +65,11 @@ class NoHostSync(TorchDispatchMode):
 def pretended() -> Iterator[None]:
     # Models are built inside the mode: it cannot take in tensors that are really there.
     with FakeTensorMode():
+        if torch.__version__.startswith("2.6."):
+            try:
+                torch.empty(2, 2, device="cuda").sub(1)
+            except RuntimeError as error:
+                pytest.skip(f"PyTorch 2.6 asks the CUDA driver for a pretended tensor's stream: {error!s:.70}")
         yield
 
 
