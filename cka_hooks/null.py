@@ -1,0 +1,136 @@
+"""What CKA would be if two layers had nothing to do with one another: the distribution over permuted samples.
+
+Let A and B be the U-centred Gram matrices of a minibatch of n samples, zero on the diagonal and in every row sum, and
+P a permutation drawn at random. Then <A, P B P'> = sum_{i != j} A_ij B_{p(i)p(j)} has mean 0, and its q-th moment is
+the sum over q pairs (i, j) of products of q entries of A times the mean product of the entries of B where P takes
+them. That mean depends only on which indices coincide, that is on a graph G of q edges without loops. With T_G(A) the
+sum of the products over all ways to give the v vertices of G different samples, and c_G the number of ways in which
+2 q indices can coincide to make G,
+
+    E <A, P B P'>^q = sum_G c_G T_G(A) T_G(B) / (n (n - 1) ... (n - v + 1)).
+
+A vertex at which one edge ends can be summed out, since rows sum to 0: it takes minus the values of the vertices that
+are taken. So every T_G with two edges is a multiple of |A|^2, which gives the variance 2 |A|^2 |B|^2 / (n (n - 3))
+(double edge: c = 2, T = |A|^2; two edges at a vertex: 4, -|A|^2; two apart: 1, 2 |A|^2), and every one with three
+edges is a combination of the triangle, t = tr A^3, and the triple edge, s = sum_ij A_ij^3: see `_GRAPHS`. Both hold
+exactly for every n >= 4. With n < v there is no such G, and T_G = 0 (so t = 2 s for n of 4 and 5). Permutations of
+minibatches are independent of one another: their variances and third central moments add up.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cka_hooks.precision import exactly
+
+
+class _Graph(NamedTuple):
+    """Three edges without loops: c_G, v, and T_G as a multiple of t plus one of s."""
+
+    ways: int
+    vertices: int
+    triangle: int
+    triple: int
+
+
+_GRAPHS = (
+    _Graph(4, 2, 0, 1),  # a triple edge
+    _Graph(24, 3, 0, -1),  # a double edge and one more at one of its vertices
+    _Graph(8, 3, 1, 0),  # a triangle
+    _Graph(6, 4, 0, 2),  # a double edge and one apart
+    _Graph(8, 4, 0, 2),  # three at one vertex
+    _Graph(24, 4, -1, 1),  # a path
+    _Graph(12, 5, 2, -4),  # two at a vertex and one apart
+    _Graph(1, 6, -8, 16),  # three apart
+)
+# Skewness below which the tail is a correction to the normal distribution's.
+_NEARLY_NORMAL = 0.02
+
+
+def null_numbers(centred: Tensor) -> Tensor:
+    """What the third moment takes of U-centred matrices: (..., n, n) -> (..., 2), tr A^3 and the sum of all A_ij^3.
+
+    The product is made in float32, of matrices whose norm is 1: right to about 1e-8 |A|^3, three times as fast.
+    """
+    size = torch.linalg.vector_norm(centred, dim=(-2, -1), keepdim=True)
+    unit = (centred / torch.where(size > 0, size, 1)).float()
+    squared = exactly(unit.device, torch.matmul, unit, unit)
+    flat = unit.flatten(-2)
+    cubes = torch.stack([torch.linalg.vecdot(other, flat) for other in (squared.flatten(-2), flat.square())], -1)
+    scale: Tensor = size.squeeze(-1) ** 3
+    return cubes.to(size) * scale
+
+
+def null_cumulants(own: Tensor, numbers: Tensor, n: int) -> Tensor:
+    """Variance and third central moment of the weighted HSIC that m minibatches of n samples add up to.
+
+    Args:
+        own: (L, m) w_n HSIC(K, K) of L layers, |A|^2 / n, see :func:`cka_hooks.hsic.pack`.
+        numbers: (L, m, 2), see `null_numbers`.
+        n: samples in each of the m minibatches.
+
+    Returns:
+        (2, L, L), of sum_b w_n HSIC(K_b, P L_b P') over random permutations P of each minibatch, for every pair of
+        layers; those of other minibatches are to be added. That of CKA_ij is the first over S_ii S_jj, the second
+        over its power of 3/2, since S_ii and S_jj do not depend on P.
+
+    Example:
+        >>> import torch
+        >>> from cka_hooks.hsic import centre
+        >>> x = torch.randn(2, 1, 8, 3, dtype=torch.float64)
+        >>> centred = centre(x @ x.mT)
+        >>> null_cumulants(centred.square().sum((-2, -1)) / 8, null_numbers(centred), 8).shape
+        torch.Size([2, 2, 2])
+    """
+    here = [(graph, graph.ways / math.perm(n, graph.vertices)) for graph in _GRAPHS if graph.vertices <= n]
+    of_t = sum(share * graph.triangle**2 for graph, share in here)
+    of_both = sum(share * graph.triangle * graph.triple for graph, share in here)
+    of_s = sum(share * graph.triple**2 for graph, share in here)
+    # Of numbers and not of tensors, which would have to be brought to the device.
+    t, s = numbers.unbind(-1)
+    third = (of_t * t + of_both * s) @ t.mT + (of_both * t + of_s * s) @ s.mT
+    return torch.stack([2 / (n * (n - 3)) * own @ own.mT, third / n**3])
+
+
+def pearson3_tail(z: Tensor, skewness: Tensor) -> Tensor:
+    """P(Z > z) for Z of mean 0, variance 1 and some skewness, distributed as Pearson's type III: a shifted gamma.
+
+    Args:
+        z: (...) values in standard deviations.
+        skewness: (...) of either sign; 0 is the normal distribution.
+
+    Returns:
+        (...) float64, NaN where one of them is.
+
+    Example:
+        >>> pearson3_tail(torch.tensor([1.6448536, 3.0]), torch.tensor([0.0, 2.0])).tolist()  # normal, exponential
+        [0.0500..., 0.0183...]
+    """
+    z, skewness = z.double(), skewness.double()
+    shape = 4 / skewness.abs().clamp_min(_NEARLY_NORMAL) ** 2
+    above = torch.special.gammaincc(shape, (shape + z * shape.sqrt()).clamp_min(0))
+    below = torch.special.gammainc(shape, (shape - z * shape.sqrt()).clamp_min(0))
+    nearly = _nearly_normal_tail(z.clamp(-100, 100), skewness.clamp(-_NEARLY_NORMAL, _NEARLY_NORMAL))
+    return torch.where(skewness.abs() < _NEARLY_NORMAL, nearly, torch.where(skewness < 0, below, above))
+
+
+def _nearly_normal_tail(z: Tensor, skewness: Tensor) -> Tensor:
+    """Right to 1e-8 of itself, where the incomplete gamma functions lose their digits (Lugannani & Rice 1980).
+
+    With u = z skewness / 2 and w = z r, r^2 = 2 (u - log(1 + u)) / u^2, it is 1 - Phi(w) + phi(w) (1 / z - 1 / w).
+    """
+    u = z * skewness / 2
+    small = u.abs() < 1e-2
+    some = torch.where(small, 1, u)
+    series = -2 / 3 + u / 2 - 2 / 5 * u**2 + u**3 / 3 - 2 / 7 * u**4
+    # (r^2 - 1) / u.
+    slope = torch.where(small, series, (2 * (some - some.log1p()) / some**2 - 1) / some)
+    r = (1 + slope * u).sqrt()
+    w = z * r
+    density = torch.exp(-(w**2) / 2) / math.sqrt(2 * math.pi)
+    normal: Tensor = torch.special.erfc(w / math.sqrt(2)) / 2
+    return normal + density * skewness / 2 * slope / (r * (r + 1))
