@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cka_hooks.results.result import CKAResult
@@ -54,6 +54,10 @@ class NonFiniteError(CKAError, ArithmeticError):
         super().__init__(message)
         self.layers = layers
         self.partial = partial
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By default unpickling passes the message alone, which fails, and hangs a multiprocessing.Pool.
+        return type(self), (*self.args, self.layers, self.partial), self.__dict__
 
 
 class OutOfMemoryError(CKAError, MemoryError):

@@ -38,6 +38,12 @@ def test_an_unknown_suffix_is_answered_with_all_that_there_are(tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("suffix", MAGIC)
+def test_a_missing_folder_is_named(tmp_path, suffix):
+    with pytest.raises(FileNotFoundError, match=f"no folder .*nowhere.* to write 'cka{suffix}' into"):
+        TWO.export(tmp_path / "nowhere" / f"cka{suffix}")
+
+
 def test_no_suffix_names_two_formats():
     suffixes = [suffix for one in formats.FORMATS for suffix in one.suffixes]
     assert len(set(suffixes)) == len(suffixes)

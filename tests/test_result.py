@@ -1,5 +1,7 @@
+import copy
 import dataclasses
 import math
+import pickle
 
 import numpy as np
 import pandas
@@ -9,6 +11,7 @@ from made_up import resnet_labels, result_of
 from scipy import stats
 
 from cka_hooks.errors import LayerError, OptionError
+from cka_hooks.results.diff import diff
 from cka_hooks.results.result import CKAResult, Influence
 from cka_hooks.results.uncertainty import Difference
 
@@ -387,7 +390,6 @@ def test_markup_in_labels_stays_text_in_a_notebook():
         ("pandas", lambda r, p: r.to_dataframe(), r"cka-hooks\[dataframe\]"),
         ("matplotlib", lambda r, p: r.plot(p / "a.png"), r"cka-hooks\[plot\]"),
         ("matplotlib", lambda r, p: r.plot_profile(p / "a.png"), r"cka-hooks\[plot\]"),
-        ("plotly.offline", lambda r, p: r.to_html(p / "a.html"), r"cka-hooks\[html\]"),
     ],
 )
 def test_a_missing_library_is_named_with_the_way_to_get_it(monkeypatch, tmp_path, library, call, extra):
@@ -397,3 +399,103 @@ def test_a_missing_library_is_named_with_the_way_to_get_it(monkeypatch, tmp_path
     with pytest.raises(MissingExtraError, match=f'pip install "{extra}"'):
         call(CKAResult.example(), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- another default device -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def meta_by_default():
+    """As in a notebook that makes everything on an accelerator, but on a device that holds no numbers at all."""
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+WHOLE = result_of(TWO, degenerate=("small/fc",), keep=True)
+
+
+@pytest.mark.usefixtures("meta_by_default")
+@pytest.mark.parametrize("result", [WHOLE, WHOLE.between("small", "small/b"), WHOLE.select("small/conv1")])
+def test_a_result_does_not_care_for_the_default_device(result, tmp_path):
+    result.save(tmp_path / "cka.json")
+    assert CKAResult.load(tmp_path / "cka.json") == result
+    assert result.select("**") == pickle.loads(pickle.dumps(result)) == copy.deepcopy(result) == result
+    for suffix in ("csv", "npz", "html", "svg"):
+        result.export(tmp_path / f"cka.{suffix}")
+    result.plot(tmp_path / "values.png", values=True, stderr=True)
+    for shown in (repr(result), result.summary(), result._repr_html_(), str(diff(result, result))):
+        assert shown
+    low, high = result.interval()
+    assert low.device.type == high.device.type == "cpu"
+    assert result.difference(("small/conv1", "small/b/fc"), ("small/conv1", "small/layer1.0")).stderr > 0
+    assert CKAResult.example().between is not None
+
+
+@pytest.mark.usefixtures("meta_by_default")
+def test_the_example_is_made_on_the_cpu():
+    assert CKAResult.example(("a", "b")).matrix.device.type == "cpu"
+
+
+# ---- labels of others -------------------------------------------------------------------------------
+
+
+def test_numpy_scalars_become_plain():
+    result = changed(
+        rows=tuple(np.array(["a", "b", "c"])),
+        samples=np.int64(640),
+        settings={"tolerance": np.float32(0.5), "seed": np.int64(3), "most": math.inf, "rate": torch.tensor(2)},
+    )
+    assert [type(label) for label in result.rows] == [str] * 3
+    assert type(result.samples) is int
+    assert result.settings == {"tolerance": 0.5, "seed": 3, "most": "Infinity", "rate": 2}
+
+
+def test_a_model_without_a_name_beside_another():
+    """`compare({"": a, "b": b})` makes labels of which some have no model."""
+    result = dataclasses.replace(result_of({"": list("xyz"), "b": list("xyz")}), models=("b",))
+    assert result.model_of("x") == ""
+    assert "Most alike" in result.summary()
+    assert result._repr_html_()
+
+
+CONTROL = ["a\x1b[2J", "b\r\x07", "c\u202ed", "e\nf", "g\u2028h"]
+
+
+@pytest.mark.parametrize("cut", [lambda r: r, lambda r: r.select(rows=r.rows[0], columns=r.rows[1:])])
+def test_control_characters_are_never_printed(cut):
+    result = dataclasses.replace(
+        result_of(CONTROL), skipped={"s\x1b]0;x\x07": "why\x9b"}, settings={"k\x1b": "v\x1b"}, models=()
+    )
+    result = dataclasses.replace(
+        result, degenerate={CONTROL[0]: "why\x1b"}, influence={CONTROL[0]: Influence(0.9, 1)}
+    )
+    result = cut(result)
+    other = dataclasses.replace(result, settings={}, rows=("n\x1b", *result.rows[1:]), degenerate={})
+    for text in (repr(result), result.summary(), str(diff(result, other)), str(diff(other, result))):
+        assert not [c for c in text if not c.isprintable() and c != "\n"]
+    assert "\\x1b[2J" in repr(result)
+
+
+def test_labels_that_begin_a_formula_are_text_in_a_spreadsheet(tmp_path):
+    labels = ["=1+1", "+a", "-b", "@c", "\t=d", "＝e", "conv1", "1-1"]
+    result = result_of(labels)
+    result.to_csv(tmp_path / "cka.csv")
+    frame = pandas.read_csv(tmp_path / "cka.csv", index_col=0, dtype=str)
+    assert list(frame.index) == list(frame.columns) == [f"'{label}" for label in labels[:6]] + labels[6:]
+    result.to_csv(tmp_path / "tidy.csv", tidy=True)
+    tidy = pandas.read_csv(tmp_path / "tidy.csv", dtype=str)
+    assert set(tidy.row) == set(tidy.column) == set(frame.index)
+
+
+def test_the_time_a_run_took_does_not_make_results_differ():
+    first, second = (changed(settings={"seconds": s, "kernel": "linear"}) for s in (1.0, 2.0))
+    assert first == second
+    assert first != changed(settings={"seconds": 1.0, "kernel": "rbf"})
+    assert first == changed(settings={"kernel": "linear"})
+
+
+def test_a_difference_of_an_undefined_layer_stays_undefined_after_a_cut():
+    part = WHOLE.select("small/conv1")
+    assert part.degenerate == {}
+    assert math.isnan(part.difference(("small/conv1", "small/fc"), ("small/conv1", "small/b/fc")).value)

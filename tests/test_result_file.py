@@ -4,6 +4,7 @@ import json
 import math
 import os
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ from hypothesis import strategies as st
 from made_up import resnet_labels, result_of
 
 from cka_hooks.errors import OptionError, ResultFileError
+from cka_hooks.results import file as resultfile
+from cka_hooks.results.diff import diff
 from cka_hooks.results.result import CKAResult, Influence
+from cka_hooks.views.page import page_data
 
 WHOLE = dataclasses.replace(
     result_of({"a": ["conv1", "fc"], "b": ["fc"]}, degenerate=("b/fc",), minibatches=4, keep=True),
@@ -109,8 +113,6 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_what_load_would_refuse_as_too_large_is_not_written(tmp_path, monkeypatch):
-    from cka_hooks.results import file as resultfile
-
     monkeypatch.setattr(resultfile, "_MAX_NUMBERS", 40)
     with pytest.raises(OptionError, match="minibatches=False"):
         WHOLE.save(tmp_path / "cka.json")
@@ -121,8 +123,6 @@ def test_what_load_would_refuse_as_too_large_is_not_written(tmp_path, monkeypatc
 
 
 def test_a_full_matrix_of_long_numbers_stays_below_the_limit():
-    from cka_hooks.results import file as resultfile
-
     assert resultfile._MAX_NUMBERS * len("-1.2345678901234567e-300,") < resultfile.MAX_BYTES
 
 
@@ -357,3 +357,44 @@ def test_any_change_of_a_value(tmp_path, data, value):
         return
     loaded.save(tmp_path / "again")
     assert CKAResult.load(tmp_path / "again") == loaded
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # numbers of 1e308
+        for shown in (
+            repr(loaded),
+            loaded.summary(),
+            loaded._repr_html_(),
+            page_data(loaded),
+            str(diff(loaded, WHOLE)),
+        ):
+            assert shown
+
+
+# ---- files made to harm -----------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(100)
+def test_repeated_labels_do_not_cost_hours(tmp_path):
+    document = json.loads(text_of(CKAResult.example(), tmp_path))
+    labels = [str(i) for i in range(100_000)]
+    path = tmp_path / "forged.json"
+    for names in ([*labels, labels[-1]], labels):
+        forged = {**document, "rows": names, "columns": names, "models": names, "minibatch_layers": names}
+        path.write_text(json.dumps(signed(forged)))
+        with pytest.raises(ResultFileError, match=r"more than once|labels ask for"):
+            CKAResult.load(path)
+
+
+@pytest.mark.parametrize("piece", ["[],", "{},", '"ab",', "0,"])
+def test_what_would_fill_the_memory_is_not_parsed(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(resultfile, "_MAX_MARKS", {mark: most // 100 for mark, most in resultfile._MAX_MARKS.items()})
+    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("parsed"))
+    (tmp_path / "bomb.json").write_text(f"[{piece * 600_000}0]")
+    with pytest.raises(ResultFileError, match="more than"):
+        CKAResult.load(tmp_path / "bomb.json")
+
+
+def test_more_rows_than_load_would_read_are_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(resultfile, "_MAX_MARKS", {**resultfile._MAX_MARKS, b"[": 1010})
+    WHOLE.select("a/conv1").save(tmp_path / "cka.json", minibatches=False)
+    with pytest.raises(OptionError, match="rows"):
+        WHOLE.save(tmp_path / "cka.json")

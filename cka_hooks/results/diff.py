@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from scipy.special import ndtri
 
+from cka_hooks.names import printable
 from cka_hooks.results.result import CKAResult
 
 #: What says how a run went and not what was measured.
@@ -87,7 +88,7 @@ class ResultDiff:
                 lines.append(f"only in the {which}: {', '.join(labels[:_LISTED])}{more}")
         for name, (first, second) in self.settings.items():
             lines.append(f"setting {name}: {_short(first)} -> {_short(second)}")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain JSON values."""
