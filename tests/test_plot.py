@@ -12,7 +12,7 @@ from matplotlib.image import AxesImage
 
 from cka_hooks.errors import CKAWarning, OptionError
 from cka_hooks.results.result import CKAResult
-from cka_hooks.views.labels import boundaries, sections, thinned
+from cka_hooks.views.labels import section_lines, sections, thinned
 
 RESNET18, RESNET152 = resnet_labels((2, 2, 2, 2)), resnet_labels((3, 8, 36, 3))
 DENSENET = [
@@ -153,11 +153,83 @@ def test_standard_errors_have_a_scale_of_their_own(tmp_path):
     assert image.cmap.name != "viridis"
 
 
+def test_colours_and_their_scale_can_be_chosen(tmp_path):
+    result = result_of(RESNET18).select("layer1.**")
+    lowest = result.matrix.min().item()
+    _, axes = result.plot(tmp_path / "a.png", cmap="cividis", vmin=0.25, vmax=0.75)
+    image = image_of(axes)
+    assert (image.cmap.name, image.get_clim()) == ("cividis", (0.25, 0.75))
+    assert image.colorbar.extend == "max"
+    assert image.colorbar.ax.get_ylabel() == "CKA"
+    _, axes = result.plot(tmp_path / "a.png", vmin="data", cmap=matplotlib.colormaps["magma"])
+    low, high = image_of(axes).get_clim()
+    assert lowest - 0.05 < low <= lowest
+    assert high == 1
+    assert image_of(axes).colorbar.ax.get_ylabel() == f"CKA, colours from {low:.4g} to 1"
+    _, axes = result.plot(tmp_path / "a.png", stderr=True, vmin="data", vmax="data")
+    low, high = image_of(axes).get_clim()
+    assert low <= 0 < result.stderr.max() <= high < 2 * result.stderr.max()
+    _, axes = result_of(["a"]).plot(tmp_path / "a.png", vmin="data")
+    assert image_of(axes).get_clim() == (0.99, 1)
+    _, axes = RESULTS["all degenerate"].plot(tmp_path / "a.png", vmin="data", vmax="data")
+    assert image_of(axes).get_clim() == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"cmap": "no such map"}, "cmap is 'no such map'"),
+        ({"cmap": 3}, "cmap is 3"),
+        ({"vmin": 1.0, "vmax": 0.5}, "vmin=1 is not below vmax=0.5"),
+        ({"vmin": "low"}, '"data"'),
+        ({"vmax": float("nan")}, "vmax is nan"),
+        ({"figsize": (3,)}, "figsize is"),
+        ({"figsize": (0, 3)}, "figsize is"),
+        ({"figsize": 5}, "figsize is"),
+        ({"figsize": (1, 1)}, "no room beside the labels; they need 1.* inches or more"),
+        ({"figsize": (5, 5), "ax": Figure().add_subplot()}, "leave one of them out"),
+    ],
+)
+def test_options_that_cannot_be_drawn_are_refused(tmp_path, options, found):
+    with pytest.raises(OptionError, match=found):
+        CKAResult.example().plot(tmp_path / "a.png", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("figsize", [(3.3, 3), (5, 4), (12, 9)])
+@pytest.mark.parametrize("method", ["plot", "plot_profile"])
+def test_a_figure_has_the_size_that_was_asked_for(tmp_path, method, figsize):
+    figure, axes = getattr(result_of(RESNET18), method)(tmp_path / "a.png", figsize=figsize)
+    assert figure.get_size_inches() == pytest.approx(figsize)
+    found = boxes(figure, axes)
+    assert overlapping(found) == []
+    width, height = figure.canvas.get_width_height()
+    assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height for _, box in found)
+
+
+def test_one_layer_of_ten_models_is_labelled_by_the_models(tmp_path):
+    result = result_of({f"a long name of epoch {i}": ["conv1", "layer4.1"] for i in range(10)}).select("*/layer4.1")
+    _, axes = result.plot(tmp_path / "a.png")
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(result.models)
+    assert axes.get_title("left").replace("\n", " ") == "layer4.1 of 10 models: CKA, 640 samples"
+    assert len(axes.texts) == 0
+    mixed = result_of({"a": ["x", "y"], "b": ["x", "y"]}).select(["a/x", "b/y"])
+    _, axes = mixed.plot(tmp_path / "a.png")
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a/x", "b/y"]
+
+
+def test_names_of_models_turn_where_they_are_long_and_are_not_shortened(tmp_path):
+    models = {f"resnet50_epoch_{i}": ["layer4.1", "fc"] for i in range(10)}
+    _, axes = result_of(models).plot(tmp_path / "a.png")
+    assert [text.get_text() for text in axes.texts] == list(models) * 2
+
+
 def test_values_in_cells(tmp_path):
     result = result_of(["a", "b", "c"], degenerate=("c",))
     _, axes = result.plot(tmp_path / "a.png", values=True)
     assert {text.get_text() for text in axes.texts} == {"1.00", f"{result['a', 'b']:.2f}"}
     _, axes = result.plot(tmp_path / "a.png", values=True, stderr=True)
+    assert {text.get_text() for text in axes.texts if text.get_text().startswith("1.00")} == {"1.00\n±0"}
     assert all("±" in text.get_text() for text in axes.texts)
     assert image_of(axes).get_clim() == (0, 1)
 
@@ -257,6 +329,19 @@ def test_the_profile_has_each_layer_with_the_one_it_follows(tmp_path):
     assert len(colours) == 2
 
 
+@pytest.mark.parametrize("count", [4, 10, 24])
+def test_many_models_have_their_names_beside_the_profile(tmp_path, count):
+    names = [f"resnet50_epoch_{i}" for i in range(count)]
+    figure, axes = result_of({name: resnet_labels((1, 1)) for name in names}).plot_profile(tmp_path / "a.png")
+    legend = axes.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == names
+    draw(figure)
+    inside = axes.get_window_extent()
+    assert legend.get_window_extent().x0 >= inside.x1
+    assert inside.x0 < 0.6 * figure.dpi  # nothing widens the figure to the left
+    assert len({line.get_color() for line in legend.get_lines()}) == count
+
+
 def test_the_profile_of_a_cut_has_the_best_matches(tmp_path):
     result = result_of({"a": ["x", "y", "z"], "b": ["x", "y"]}, degenerate=("a/z",)).between("a", "b")
     _, axes = result.plot_profile(tmp_path / "a.png")
@@ -309,4 +394,4 @@ def test_sections_are_the_large_parts():
         "features.conv0", "features.norm0", "features.denseblock1", "features.denseblock2", "features.denseblock3",
         "classifier",
     ]  # fmt: skip
-    assert boundaries([""] * len(FLAT), FLAT) == []
+    assert section_lines([""] * len(FLAT), FLAT) == []

@@ -34,7 +34,7 @@ def test_size_and_largest_error():
         "3 layers, 640 samples in 20 minibatches; largest standard error 0.020."
     )
     two = result_of({"a": ["x", "y"], "b": ["x", "y", "z"]})
-    assert summary(two).startswith("5 layers (a 2, b 3), 640 samples")
+    assert summary(two).startswith("5 layers (a: 2, b: 3), 640 samples")
     assert summary(two.between("a", "b")).startswith("2 layers against 3,")
     assert "over 4 passes" in summary(dataclasses.replace(two, passes=4))
     one = dataclasses.replace(two.select("a/x"), samples=1, minibatches=1, degrees_of_freedom=0)
@@ -142,3 +142,31 @@ def test_every_result_can_be_read(degenerate):
     ):
         assert "nan" not in summary(result)
         assert all(line.endswith(".") for line in summary(result).splitlines())
+
+
+def test_ten_models_are_summed_up_in_few_lines():
+    models = {f"epoch {i}": resnet_labels((1, 1)) for i in range(10)}
+    text = summary(
+        dataclasses.replace(result_of(models), skipped={f"epoch {i}/aux": "it never ran" for i in range(10)})
+    )
+    assert len(text.splitlines()) <= 8
+    assert len(text) < 1500
+    assert text.startswith("280 layers of 10 models (28 each), 640 samples")
+    assert "over 45 pairs of models: from " in text
+    assert "; and 8 more." in text
+
+
+def test_the_largest_change_is_not_between_parallel_branches():
+    labels = ["in", "block.conv", "block.downsample.0", "block.relu", "block2.branch1x1", "block2.branch3x3_1", "fc"]
+    pairs = {
+        ("in", "block.conv"): 0.8,
+        ("block.conv", "block.downsample.0"): 0.01,
+        ("block.downsample.0", "block.relu"): 0.02,
+        ("block.conv", "block.relu"): 0.7,
+        ("block.relu", "block2.branch1x1"): 0.6,
+        ("block2.branch1x1", "block2.branch3x3_1"): 0.03,
+        ("block.relu", "block2.branch3x3_1"): 0.5,
+        ("block2.branch3x3_1", "fc"): 0.04,
+    }
+    text = summary(with_values(labels, pairs))
+    assert "to the next at block.relu -> block2.branch3x3_1, CKA 0.500" in text

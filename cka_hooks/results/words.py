@@ -92,8 +92,12 @@ def _size(result: CKAResult) -> Iterator[str]:
         count = f"{count} against {len(result.columns)}"
     elif len(result.models) > 1:
         groups = _by_model(result, result.rows)
-        each = _listing([f"{name} {len(positions)}" for name, positions in groups.items()])
-        count += f" of {len(groups)} models ({each})" if len(groups) > _FEW else f" ({each})"
+        each = ", ".join(f"{name}: {len(positions)}" for name, positions in groups.items())
+        if len(groups) > _FEW:
+            least, most = (of(map(len, groups.values())) for of in (min, max))
+            each = f"{least} each" if least == most else f"{least} to {most} each"
+            count += f" of {len(groups)} models"
+        count += f" ({each})"
     line = f"{count}, {_count(result.samples, 'sample')} in {_count(result.minibatches, 'minibatch', 'es')}"
     if result.passes > 1:
         line += f" over {result.passes} passes"
@@ -134,24 +138,32 @@ def _alike_across(result: CKAResult) -> Iterator[str]:
         yield f"Most alike: {_pair(result, *best)}."
 
 
-def _largest_change(result: CKAResult, model: str, positions: Positions) -> tuple[float, str, str] | None:
-    """CKA of the two layers of a model, one following the other, that are least alike; where; the model."""
+class _Change(NamedTuple):
+    """CKA of the two layers of a model, one following the other, that are least alike."""
+
+    value: float
+    where: str
+    words: str
+    model: str
+
+
+def _largest_change(result: CKAResult, model: str, positions: Positions) -> _Change | None:
     defined = _defined(result, positions)
     pairs = [(defined[a], defined[b]) for a, b in followers([result.layer_of(result.rows[i]) for i in defined])]
     if len(defined) < 3 or not pairs:
         return None
     before, after = min(pairs, key=lambda pair: float(result.matrix[pair]))
     where = f"{result.layer_of(result.rows[before])} -> {result.layer_of(result.rows[after])}"
-    return float(result.matrix[before, after]), f"{where}, {_value(result, before, after)}", model
+    return _Change(float(result.matrix[before, after]), where, _value(result, before, after), model)
 
 
-def _largest_changes(found: list[tuple[float, str, str]]) -> Iterator[str]:
+def _largest_changes(found: list[_Change]) -> Iterator[str]:
     start = "Changes most from one layer to the next"
     if len(found) <= _FEW:
-        yield from (f"{start}{_of(model)} at {where}." for _, where, model in found)
+        yield from (f"{start}{_of(it.model)} at {it.where}, {it.words}." for it in found)
     else:
-        where = _listing([f"{where}{_of(model)}" for _, where, model in sorted(found)], "; ", most=2)
-        yield f"{start} at {where}."
+        places = [f"{it.where}{_of(it.model)}, {it.words}" for it in sorted(found)]
+        yield f"{start} at {_listing(places, '; ', most=2)}."
 
 
 def _near_identical(result: CKAResult, groups: dict[str, Positions]) -> Iterator[str]:

@@ -73,19 +73,19 @@ def drawn(
     else:
         width, height = _checked(figsize)
         size = (0.6 * width, 0.6 * height)
-        # Other labels have room in other axes, which leave other room: after a few rounds nothing changes any more.
-        for _ in range(4):
-            figure, axes = _canvas(False, size)
+        edges = _Edges(0, 0, 0, 0)
+        # Other labels have room in other axes, which leave other room. That may go to and fro: the most counts.
+        for number in range(4):
+            figure, axes = _canvas(number == 3 and path is None, size)
             draw(axes)
-            edges = _edges(figure, axes)
+            found = _edges(figure, axes)
+            edges = _Edges(*map(max, edges, found)) if number > 1 else found
             size = (width - edges.left - edges.right, height - edges.below - edges.above)
             if min(size) < _LEAST:
                 needed = f"{width - size[0] + _LEAST:.1f} by {height - size[1] + _LEAST:.1f}"
                 raise OptionError(
                     f"figsize={figsize!r} has no room beside the labels; they need {needed} inches or more"
                 )
-        figure, axes = _canvas(path is None, size)
-        draw(axes)
     total = (edges.left + size[0] + edges.right, edges.below + size[1] + edges.above)
     figure.set_size_inches(*total)
     axes.set_position((edges.left / total[0], edges.below / total[1], size[0] / total[0], size[1] / total[1]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cka_hooks.errors import CKAWarning, OptionError
+from cka_hooks.errors import OptionError, warn
 from cka_hooks.files import PathLike
 from cka_hooks.results.result import CKAResult
 from cka_hooks.views.canvas import (
@@ -31,7 +30,7 @@ from cka_hooks.views.canvas import (
     write_side,
     written,
 )
-from cka_hooks.views.labels import boundaries
+from cka_hooks.views.labels import section_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -245,10 +244,9 @@ def _separate(side: Side, line: Any) -> None:
     """Fine lines between the large parts of a model, strong ones between models."""
     models = side.models
     between = {i - 0.5 for i in range(1, len(models)) if models[i] != models[i - 1]}
-    if len(models) > 8:
-        for place in boundaries(models, side.names):
-            if place not in between:
-                line(place, color="white", linewidth=0.5, alpha=0.55)
+    for place in section_lines(models, side.names):
+        if place not in between:
+            line(place, color="white", linewidth=0.5, alpha=0.55)
     for place in between:
         line(place, color="white", linewidth=2.0)
 
@@ -258,11 +256,9 @@ def _write_values(axes: Axes, result: CKAResult, *, stderr: bool) -> None:
     width, height = inches(axes)
     need = _CELL[2 if stderr else 1]
     if width / columns < 0.8 * need or height / rows < 0.5 * need:
-        warnings.warn(
+        warn(
             f"the cells of {rows} x {columns} layers are too small to write values into; they are left out. "
-            "Choose fewer layers with result.select(...), or larger axes.",
-            CKAWarning,
-            stacklevel=4,
+            "Choose fewer layers with result.select(...), or larger axes."
         )
         return
     image = axes.images[-1]
@@ -273,7 +269,14 @@ def _write_values(axes: Axes, result: CKAResult, *, stderr: bool) -> None:
                 continue
             text = f"{values[i][j]:.2f}"
             if stderr and not math.isnan(errors[i][j]):
-                text += f"\n±{errors[i][j]:.3f}".replace("±0.", "±.")
+                text += f"\n±{_short_error(errors[i][j])}"
+            # Black or white, whichever stands out more from the colour of the cell.
             red, green, blue, _ = image.cmap(image.norm(values[i][j]))
-            bright = 0.299 * red + 0.587 * green + 0.114 * blue > 0.55
+            bright = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 > 0.25
             axes.text(j, i, text, ha="center", va="center", fontsize=6, color="black" if bright else "white")
+
+
+def _short_error(error: float) -> str:
+    if 0 < error < 0.0005:
+        return f"{error:.0e}".replace("e-0", "e-")
+    return f"{error:.3f}".lstrip("0") if error else "0"

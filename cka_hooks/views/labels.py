@@ -91,13 +91,16 @@ def sections(models: Sequence[str], labels: Sequence[str]) -> list[Span]:
     return found
 
 
-def boundaries(models: Sequence[str], labels: Sequence[str]) -> list[float]:
-    """Where to draw a line between two sections: half way between two positions.
+def section_lines(models: Sequence[str], labels: Sequence[str]) -> list[float]:
+    """Where to draw a line between two sections: half way between two positions; nowhere in a small or busy matrix.
 
     Example:
-        >>> boundaries([""] * 5, ["conv1", "layer1.0", "layer1.1", "layer2.0", "layer2.1"])
-        [0.5, 2.5]
+        >>> labels = ["conv1", *(f"layer{i}.{j}" for i in (1, 2) for j in range(4))]
+        >>> section_lines([""] * 9, labels)
+        [0.5, 4.5]
     """
+    if len(labels) <= 8 or len(set(models)) > 4:
+        return []
     return [
         after.start - 0.5
         for before, after in pairwise(sections(models, labels))

@@ -8,17 +8,12 @@ import math
 from cka_hooks.names import printable
 from cka_hooks.results.result import CKAResult
 from cka_hooks.results.words import value_in_words
+from cka_hooks.views.colours import colour
 
 #: Values are written into the cells up to this many rows and columns; beyond, the colours alone are shown.
 WITH_VALUES = 12
 #: At most this many rows and columns are shown.
 MOST = 32
-
-# The colours of matplotlib's viridis at 0, 1/8 ... 1; between them straight lines are close enough.
-_VIRIDIS = (
-    (68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141),
-    (39, 173, 129), (92, 200, 99), (170, 220, 50), (253, 231, 37),
-)  # fmt: skip
 
 
 def notebook_html(result: CKAResult) -> str:
@@ -78,21 +73,9 @@ def _cell(value: float, title: str) -> str:
     text = "–" if math.isnan(value) else f"{value:.2f}"
     return (
         f'<td title="{html.escape(title)}" style="padding:4px 6px;text-align:center;'
-        f'background:{_colour(value)};color:{ink}">{text}</td>'
+        f'background:{colour(value)};color:{ink}">{text}</td>'
     )
 
 
 def _dot(value: float) -> str:
-    return f'<td style="padding:5px;background:{_colour(value)}"></td>'
-
-
-def _colour(value: float) -> str:
-    if math.isnan(value):
-        return "#d9d9d9"
-    place = min(max(value, 0.0), 1.0) * (len(_VIRIDIS) - 1)
-    below = min(int(place), len(_VIRIDIS) - 2)
-    mixed = (
-        round(low + (high - low) * (place - below))
-        for low, high in zip(_VIRIDIS[below], _VIRIDIS[below + 1], strict=True)
-    )
-    return "#" + "".join(f"{part:02x}" for part in mixed)
+    return f'<td style="padding:5px;background:{colour(value)}"></td>'

@@ -1,4 +1,4 @@
-"""A result as one HTML page that needs no network: ``page.html`` filled with the data and plotly's script.
+"""A result as one HTML page that needs no network: ``page.html`` filled with the data.
 
 Layer names are not trusted. They reach the page in two ways only: as JSON in which every ``<``, ``>``
 and ``&`` is written ``\\u003c`` and so on, and as escaped text in the heading and the summary. The page
@@ -14,11 +14,11 @@ import re
 from importlib import resources
 from typing import Any
 
-from cka_hooks.errors import MissingExtraError
 from cka_hooks.files import PathLike, replace_file
 from cka_hooks.results.result import CKAResult
 from cka_hooks.results.words import summary
-from cka_hooks.views.labels import boundaries, thinned
+from cka_hooks.views.colours import VIRIDIS
+from cka_hooks.views.labels import section_lines, thinned
 
 # Labels that an axis of the page has room for; the page thins further where the window is small.
 _ROOM = 45
@@ -33,20 +33,12 @@ def write_page(result: CKAResult, path: PathLike, *, title: str | None = None) -
         title: heading; by default it is made from the names of the models.
 
     Raises:
-        MissingExtraError: plotly is not installed.
         OSError: the file cannot be written.
     """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise MissingExtraError(
-            'to_html needs plotly, which is not installed: pip install "cka-hooks[html]"'
-        ) from error
     parts = {
         "@TITLE@": html.escape(_shown(title or _title(result))),
-        "@SUMMARY@": html.escape(_shown(summary(result))),
+        "@SUMMARY@": html.escape(_shown(summary(result).replace(" -> ", " → "))),
         "@DATA@": script_json(page_data(result)),
-        "@PLOTLY@": get_plotlyjs(),
     }
     template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     # In one pass, so that a layer called @DATA@ stays a layer.
@@ -66,6 +58,7 @@ def page_data(result: CKAResult) -> dict[str, Any]:
         "columns": _axis(result, result.columns),
         "matrix": _rounded(result.matrix.tolist()),
         "stderr": _rounded(result.stderr.tolist()),
+        "colours": VIRIDIS,
     }
 
 
@@ -90,11 +83,12 @@ def _axis(result: CKAResult, labels: tuple[str, ...]) -> dict[str, Any]:
     spans = thinned(models, names, max(1.0, len(labels) / _ROOM))
     return {
         "labels": [_shown(label) for label in labels],
+        "layers": [_shown(name) for name in names],
         "names": [_shown(name) for name in (labels if several else names)],
         "spans": [
             [span.middle, _shown(f"{models[span.start]}/{span.name}" if several else span.name)] for span in spans
         ],
-        "stages": [place for place in boundaries(models, names) if place not in changes] if len(labels) > 8 else [],
+        "sections": [place for place in section_lines(models, names) if place not in changes],
         "models": changes,
     }
 
@@ -110,4 +104,5 @@ def _rounded(values: list[list[float]]) -> list[list[float | None]]:
 
 def _title(result: CKAResult) -> str:
     joined = " against " if len(result.models) == 2 and not result.square else ", "
-    return f"CKA of {joined.join(result.models)}" if result.models else "CKA between layers"
+    names = joined.join(result.models) if len(result.models) <= 3 else f"{len(result.models)} models"
+    return f"CKA of {names}" if names else "CKA between layers"
