@@ -286,6 +286,13 @@ def test_show_prints_and_redraws(tmp_path, capsys):
         assert ("x.svg (replaced the earlier file)\n" in capsys.readouterr().out) is replaced
     assert (tmp_path / "x.svg").exists()
     assert main(["show", str(path), "--profile", "--out", str(tmp_path / "p.png")]) == 0
+    assert main(["show", str(path), "--out", str(tmp_path / "x.csv"), "--html", str(tmp_path / "x.html")]) == 0
+    assert (tmp_path / "x.csv").exists()
+    assert (tmp_path / "x.html").exists()
+    assert main(["show", str(path), "--out", str(path)]) == 2
+    assert "would replace the result that is shown" in capsys.readouterr().err
+    assert main(["show", str(path), "--out", str(tmp_path / "x.doc")]) == 2
+    assert capsys.readouterr().out == ""
     assert main(["show", str(path), "--layers", "c/*"]) == 2
     assert main(["show", str(tmp_path / "none.json")]) == 2
     path.write_text("{}")

@@ -136,7 +136,6 @@ def run(arguments: argparse.Namespace) -> int:
         say(f"cka-hooks: {error}", file=sys.stderr)
         result, code = error.partial, 1
     result = dataclasses.replace(result, settings={**result.settings, **_provenance(arguments, device)})
-    paths = write_all(result, arguments.out)
     if not _reached(result, arguments.tolerance):
         largest = _largest_stderr(result)
         found = "there are no standard errors" if largest is None else f"the largest standard error is {largest:.2g}"
@@ -144,13 +143,15 @@ def run(arguments: argparse.Namespace) -> int:
             f"cka-hooks: warning: --tolerance {arguments.tolerance:g} was not reached before the data ended: {found}",
             file=sys.stderr,
         )
-    if arguments.json:
-        print(json.dumps(_report(result, paths, names, arguments, complete=code == 0), indent=2))
-    else:
+    if not arguments.json:
         say(f"\n{result.summary()}")
         for sample, name in _decisive(result, names).items():
             say(f"Sample {sample} is {name}.")
         say("")
+    paths = write_all(result, arguments.out)
+    if arguments.json:
+        print(json.dumps(_report(result, paths, names, arguments, complete=code == 0), indent=2))
+    else:
         for name, path in paths.items():
             say(f"{name:<10}{path}")
     return code

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from cka_hooks.command.outputs import check_file
 from cka_hooks.command.terminal import say
 from cka_hooks.errors import OptionError
 from cka_hooks.results.result import CKAResult
+from cka_hooks.views.formats import FORMATS, format_of
 
 LINE = "print a saved result, and draw it again"
 DESCRIPTION = """\
-Print a saved result in words. With --out or --html, draw it again.
+Print a saved result in words. With --out, draw it again, or write it as a table.
 
 examples
   cka-hooks show cka/cka.json
   cka-hooks show cka/cka.json --between a b --out a-b.png --values
-  cka-hooks show cka/cka.json --layers 'layer4.**' --html layer4.html"""
+  cka-hooks show cka/cka.json --layers 'layer4.**' --html layer4.html
+  cka-hooks show cka/cka.json --out cka.csv"""
 
 
 def words(parser: argparse.ArgumentParser) -> None:
@@ -28,12 +28,13 @@ def words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--between", nargs=2, metavar=("A", "B"), help="only model A against model B")
     parser.add_argument("--layers", nargs="+", metavar="L", help="only these labels, or globs of labels")
     parser.add_argument("--out", type=Path, metavar="FILE",
-        help="write this file, a picture or a table as its suffix says, and replace an earlier one")  # fmt: skip
+        help="write this file, in the format of its suffix: " + ", ".join(one.suffixes[0] for one in FORMATS)
+        + " and others; an earlier file is replaced")  # fmt: skip
     parser.add_argument("--values", action="store_true", help="write the values into the cells of the picture")
     parser.add_argument("--stderr", action="store_true", help="draw standard errors instead of CKA")
     parser.add_argument("--profile", action="store_true", help="draw the CKA of each layer with the next one instead")
     parser.add_argument("--html", type=Path, metavar="FILE",
-        help="write the interactive page into this file, and replace an earlier one")  # fmt: skip
+        help="also write the interactive page; an earlier file is replaced")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -42,8 +43,12 @@ def run(arguments: argparse.Namespace) -> int:
         for option in ("values", "stderr", "profile"):
             if getattr(arguments, option):
                 raise OptionError(f"--{option} says how to draw a picture: name its file with --out")
-    check_file(arguments.out, "--out")
-    check_file(arguments.html, "--html")
+    if arguments.out is not None:
+        format_of(arguments.out)
+    for path, option in ((arguments.out, "--out"), (arguments.html, "--html")):
+        check_file(path, option)
+        if path is not None and path.exists() and path.samefile(arguments.result):
+            raise OptionError(f"{option} {path} would replace the result that is shown: name another file")
     result = CKAResult.load(arguments.result)
     if arguments.between:
         result = result.between(*arguments.between)
@@ -51,23 +56,19 @@ def run(arguments: argparse.Namespace) -> int:
         result = result.select(arguments.layers)
     say(result)
     say(f"\n{result.summary()}")
-    if arguments.out is not None:
-        _write("picture", arguments.out, lambda path: _draw(result, path, arguments))
-    if arguments.html is not None:
-        _write("page", arguments.html, result.to_html)
+    for path in filter(None, (arguments.out, arguments.html)):
+        replaced = " (replaced the earlier file)" if path.exists() else ""
+        _write(result, path, arguments)
+        say(f"\nwrote {path}{replaced}")
     return 0
 
 
-def _draw(result: CKAResult, path: Path, arguments: argparse.Namespace) -> None:
-    if arguments.profile:
+def _write(result: CKAResult, path: Path, arguments: argparse.Namespace) -> None:
+    if path == arguments.html:
+        result.to_html(path)
+    elif arguments.profile:
         result.plot_profile(path)
     elif arguments.values or arguments.stderr:
         result.plot(path, values=arguments.values, stderr=arguments.stderr)
     else:
         result.export(path)
-
-
-def _write(name: str, path: Path, write: Callable[[Path], Any]) -> None:
-    replaced = " (replaced the earlier file)" if path.exists() else ""
-    write(path)
-    say(f"{name:<10}{path}{replaced}")
