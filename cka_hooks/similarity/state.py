@@ -242,7 +242,7 @@ class State:
 
     def add(self, step: Step, *, keep: bool) -> None:
         """Add a batch: as a whole, since all that may fail comes before the first change."""
-        parts = []
+        parts: list[State] = []
         for group in step.groups:
             hsic = all_pairs(group.vectors)
             tensors: dict[str, Any] = {
@@ -253,11 +253,13 @@ class State:
             if keep:
                 tensors["kept"] = [hsic]
             m, n = group.parts.shape[1:]
-            part = State(group.layers, **tensors, minibatches=m, samples=m * n, seen=dict.fromkeys(group.layers, m))
+            part = type(self)(
+                group.layers, **tensors, minibatches=m, samples=m * n, seen=dict.fromkeys(group.layers, m)
+            )
             if self.passes == 1:
                 part.first_minibatches, part.first_samples = m, m * n
             parts.append(part)
-        parts.append(State(largest=step.samples, left_out=step.samples - step.counted, dtypes=step.dtypes))
+        parts.append(type(self)(largest=step.samples, left_out=step.samples - step.counted, dtypes=step.dtypes))
         for part in parts:
             self.merge(part)
 
