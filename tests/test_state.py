@@ -179,7 +179,7 @@ class Extended(State):
     """As if somebody had declared three more fields."""
 
     cubes: Tensor = _tensor(Combine.SUM, lambda it, hsic: hsic.diagonal(dim1=-2, dim2=-1).pow(3).sum(0), axes=1)
-    colours: dict[str, str] = _value(Combine.FIRST, dict, of_layers=True)
+    colours: dict[str, str] = _value(Combine.FIRST, dict, of_layers=True, items=str)
     tags: list[str] = _value(Combine.CONCATENATED, list)
 
 

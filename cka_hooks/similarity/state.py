@@ -124,6 +124,7 @@ class _Declared(NamedTuple):
     fill: float = 0.0
     counted_from: str = ""
     of_layers: bool = False
+    items: type = int
 
 
 def _tensor(
@@ -155,10 +156,11 @@ def _tensor(
     )
 
 
-def _value(combine: Combine, default: Any, *, of_layers: bool = False) -> Any:
+def _value(combine: Combine, default: Any, *, of_layers: bool = False, items: type = int) -> Any:
     """Declare a number, text, or a list or mapping of these; a mapping `of_layers` has labels as its keys."""
     factory = default if isinstance(default, type) else lambda: default
-    return dataclasses.field(default_factory=factory, metadata={"is": _Declared(combine, of_layers=of_layers)})
+    declared = _Declared(combine, of_layers=of_layers, items=items)
+    return dataclasses.field(default_factory=factory, metadata={"is": declared})
 
 
 def moments_of(hsic: Tensor) -> Tensor:
@@ -218,9 +220,9 @@ class State:
     peak: Tensor = _tensor(Combine.LARGEST, _peak, lead=(2,), axes=1, counted_from="positions")
     kept: list[Tensor] = _tensor(Combine.CONCATENATED, lambda _, hsic: hsic, axes=2)
     seen: dict[str, int] = _value(Combine.SUM, dict, of_layers=True)
-    dtypes: dict[str, str] = _value(Combine.FIRST, dict, of_layers=True)
-    shapes: dict[str, list[int]] = _value(Combine.FIRST, dict, of_layers=True)
-    skipped: dict[str, str] = _value(Combine.FIRST, dict, of_layers=True)
+    dtypes: dict[str, str] = _value(Combine.FIRST, dict, of_layers=True, items=str)
+    shapes: dict[str, list[int]] = _value(Combine.FIRST, dict, of_layers=True, items=list)
+    skipped: dict[str, str] = _value(Combine.FIRST, dict, of_layers=True, items=str)
     minibatches: int = _value(Combine.SUM, 0)
     samples: int = _value(Combine.SUM, 0)
     left_out: int = _value(Combine.SUM, 0)
@@ -434,12 +436,11 @@ def _check(name: str, value: Any, declared: _Declared, blank: Any, layers: list[
         fits = isinstance(value, Tensor) and value.shape == shape and value.dtype == torch.float64
         wanted = f"{shape} float64"
     elif isinstance(blank, dict):
-        kinds = {"dtypes": str, "skipped": str, "shapes": list}
         fits = isinstance(value, dict) and all(
-            isinstance(key, str) and (isinstance(item, kinds[name]) if name in kinds else _is_count(item))
+            isinstance(key, str) and (_is_count(item) if declared.items is int else isinstance(item, declared.items))
             for key, item in value.items()
         )
-        wanted = "a mapping from labels"
+        wanted = f"a mapping from text to {declared.items.__name__}"
     elif isinstance(blank, list):
         fits, wanted = isinstance(value, list) and all(isinstance(item, str) for item in value), "a list of text"
     elif isinstance(blank, int):
