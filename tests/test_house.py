@@ -1,4 +1,4 @@
-"""The house as CONTRIBUTING.md draws it: one way for the data, files that can be read in a sitting, a map that is true."""
+"""The house as CONTRIBUTING.md draws it: one way for the data, files to be read in a sitting, a map that is true."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_code_is_counted_without_docstrings_comments_and_blank_lines() -> None:
 def contract(folder: Path) -> subprocess.CompletedProcess[str]:
     """The contract of pyproject.toml on the package in a folder."""
     pytest.importorskip("importlinter", reason="the extra `lint` has import-linter")
-    code = "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports_command; lint_imports_command()"
+    code = "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports_command as run; run()"
     return subprocess.run(
         [sys.executable, "-c", code, "--no-cache"], cwd=folder, capture_output=True, text=True, timeout=120
     )

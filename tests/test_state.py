@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cka_hooks import CKAAccumulator, OptionError
+from cka_hooks.hsic import centre
+from cka_hooks.null import null_cumulants, null_numbers
 from cka_hooks.run import checkpoint_file
 from cka_hooks.similarity import reduce
 from cka_hooks.similarity.state import DECLARED, Combine, State, Step, _tensor, _value
@@ -248,3 +250,26 @@ def test_what_is_no_state_is_refused_by_field(name: str, value: Any) -> None:
     State.from_state_dict(state)
     with pytest.raises(OptionError, match=name):
         State.from_state_dict({**state, name: value})
+
+
+def test_the_null_is_that_of_the_first_pass() -> None:
+    """Against the cumulants of each minibatch by itself; see test_null.py for those."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        {layer: torch.randn(n, 5, generator=generator, dtype=torch.float64) for layer in LAYERS} for n in (8, 12)
+    ]
+    cka = CKAAccumulator()
+    expected = torch.zeros(2, 3, 3, dtype=torch.float64)
+    for batch in batches:
+        cka.update(batch)
+        n = len(batch["a"])
+        centred = centre(torch.stack([x @ x.mT for x in batch.values()]))
+        own = centred.square().sum((-2, -1)) / n
+        expected += null_cumulants(own[:, None], null_numbers(centred)[:, None], n)
+    torch.testing.assert_close(cka.state.null, expected, rtol=1e-6, atol=1e-9)
+    cka.start_pass()
+    cka.update(batches[0])
+    torch.testing.assert_close(cka.state.null, expected, rtol=1e-6, atol=1e-9)
+    biased = CKAAccumulator(estimator="biased")
+    biased.update(batches[0])
+    assert not bool(biased.state.null[1].any())

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cka_hooks.errors import OptionError, SampleCountError
 from cka_hooks.hsic import Estimator, all_pairs, centre, pack, sample_parts
+from cka_hooks.null import null_cumulants, null_numbers
 from cka_hooks.similarity.products.grams import Grams
 
 # Numbers of the (layers, minibatches, n, n) stack that are centred at a time: 32 MB, and 8 MB on a CPU, whose
@@ -38,6 +39,7 @@ class Minibatches(NamedTuple):
         size: (l, m) traces of the linear Gram matrices.
         finite: (l, m) bool, whether the layer was finite; its vectors are 0 where it was not.
         parts: (l, m, n) parts of the layer's own HSIC that each sample has.
+        cubes: (l, m, 2) see :func:`cka_hooks.null.null_numbers`; 0 for the biased estimator.
     """
 
     layers: tuple[str, ...]
@@ -46,6 +48,7 @@ class Minibatches(NamedTuple):
     size: Tensor
     finite: Tensor
     parts: Tensor
+    cubes: Tensor
 
     @classmethod
     def of(cls, grams: Mapping[str, Grams], estimator: Estimator) -> Minibatches:
@@ -64,7 +67,9 @@ class Minibatches(NamedTuple):
             finite = torch.isfinite(stacked.values.sum((-2, -1)) + size)
             bad = ~finite.unsqueeze(-1)
             centred = centre(stacked.values, estimator)
-            rest.append((spread, size, finite, sample_parts(centred, estimator).masked_fill_(bad, 0)))
+            cubes = null_numbers(centred) if estimator == "unbiased" else centred.new_zeros(*finite.shape, 2)
+            parts = sample_parts(centred, estimator).masked_fill_(bad, 0)
+            rest.append((spread, size, finite, parts, cubes.masked_fill_(bad, 0)))
             vectors = pack(centred, estimator).masked_fill_(bad, 0)
             if packed is None:
                 packed = vectors if len(some) == len(rows) else vectors.new_empty(len(rows), *vectors.shape[1:])
@@ -174,6 +179,11 @@ def _bad(minibatches: Minibatches, _: Tensor) -> Tensor:
     return torch.where(minibatches.finite, math.inf, numbers).amin(1)
 
 
+def _null(minibatches: Minibatches, hsic: Tensor) -> Tensor:
+    own = hsic.diagonal(dim1=-2, dim2=-1).mT
+    return null_cumulants(own, minibatches.cubes, minibatches.parts.shape[-1])
+
+
 def _peak(minibatches: Minibatches, _: Tensor) -> Tensor:
     part, place = minibatches.parts.flatten(1).max(1)
     return torch.stack([part, place.to(part.dtype)])
@@ -193,6 +203,8 @@ class State:
         bad: (L,) number of the first minibatch in which the layer was not finite, infinity for none.
         peak: (2, L) the largest part of the sum of h_ii that one sample has, and its position in the run.
         kept: (m, L, L) the h_ij of every minibatch, where they are kept.
+        null: (2, L, L) variance and third central moment of the sum of h_ij if samples were permuted at random, over
+            the first pass; see :mod:`cka_hooks.null`. Unbiased estimates only.
         seen: label -> in how many minibatches the layer ran.
         dtypes: label -> the dtype of the activation, such as "float32".
         shapes: label -> the shape of one sample of the activation.
@@ -218,6 +230,7 @@ class State:
     size: Tensor = _tensor(Combine.SUM, lambda it, _: torch.where(it.finite, it.size, 0).sum(1), axes=1)
     bad: Tensor = _tensor(Combine.FIRST, _bad, axes=1, fill=math.inf, counted_from="minibatches")
     peak: Tensor = _tensor(Combine.LARGEST, _peak, lead=(2,), axes=1, counted_from="positions")
+    null: Tensor = _tensor(Combine.SUM, _null, lead=(2,), axes=2)
     kept: list[Tensor] = _tensor(Combine.CONCATENATED, lambda _, hsic: hsic, axes=2)
     seen: dict[str, int] = _value(Combine.SUM, dict, of_layers=True)
     dtypes: dict[str, str] = _value(Combine.FIRST, dict, of_layers=True, items=str)
@@ -250,10 +263,13 @@ class State:
             tensors: dict[str, Any] = {
                 name: declared.of(group, hsic)
                 for name, declared in DECLARED.items()
-                if declared.of is not None and (keep or name != "kept")
+                if declared.of is not None and name != "kept"
             }
             if keep:
                 tensors["kept"] = [hsic]
+            if self.passes > 1:
+                # Later passes are no further samples: the null is that of the first.
+                tensors["null"].zero_()
             m, n = group.parts.shape[1:]
             part = type(self)(
                 group.layers, **tensors, minibatches=m, samples=m * n, seen=dict.fromkeys(group.layers, m)
