@@ -74,6 +74,20 @@ def check_the_first_rank_without_a_batch() -> None:
     same(cka_hooks.compare(model(), batches_of(RANK)[: counts[RANK]], **QUIET), alone(every_batch(counts)))
 
 
+def check_ranks_with_other_plans() -> None:
+    """Other models, layers, tolerances and passes are refused on every rank, and nobody waits."""
+    plans = [{"layers": ["0", "2"]}, {"tolerance": 0.1}, {"epochs": 2}, {"estimator": "biased"}]
+    for plan in plans:
+        with pytest.raises(cka_hooks.CKAError, match=f"{next(iter(plan))}|chosen"):
+            cka_hooks.compare(model(), batches_of(RANK), **QUIET, **(plan if RANK else {}))
+    other = nn.ModuleDict({"a": model()})
+    with pytest.raises(cka_hooks.CKAError, match=r"different options: (models|chosen)"):
+        cka_hooks.compare(other if RANK else model(), batches_of(RANK), **QUIET)
+    # Refused on one rank only.
+    with pytest.raises(cka_hooks.CKAError, match="minibatch"):
+        cka_hooks.compare(model(), batches_of(RANK), **QUIET, minibatch=1 if RANK else None)
+
+
 def check_no_rank_has_a_batch() -> None:
     with pytest.raises(cka_hooks.TooFewSamplesError):
         cka_hooks.compare(model(), [], **QUIET)
