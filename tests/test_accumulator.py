@@ -205,3 +205,13 @@ def test_what_is_not_finite_is_left_out_of_the_sums(bad: float) -> None:
     assert bool(cka.state.moments.isfinite().all())
     without = accumulated([batches[0], batches[2]])
     torch.testing.assert_close(cka.state.moments[0, 1, 1], without.state.moments[0, 1, 1], rtol=1e-12, atol=0)
+
+
+def test_a_label_that_is_no_text_is_refused_before_the_first_batch() -> None:
+    """At the end of a run it would be too late: a result has text as labels."""
+    cka = CKAAccumulator()
+    with pytest.raises(cka_hooks.OptionError, match=r"label of a layer is 0: .*'layer 0'"):
+        cka.update({0: torch.randn(8, 3), 1: torch.randn(8, 3)})
+    assert not cka.observing
+    cka.update({"a": torch.randn(8, 3), np.str_("b"): torch.randn(8, 3)})
+    assert cka.compute().layers == ("a", "b")

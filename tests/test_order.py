@@ -65,6 +65,11 @@ def test_query_key_and_value_stand_beside_one_another(names):
     ]
 
 
+def test_one_letter_of_an_alphabet_is_no_branch():
+    names = list("pqrstuvw")
+    assert following(*names) == list(itertools.pairwise(names))
+
+
 def test_both_halves_of_a_gated_layer_have_one_input():
     assert following("ln", "mlp.gate_proj", "mlp.act_fn", "mlp.up_proj", "mlp.down_proj") == [
         ("ln", "mlp.gate_proj"),

@@ -1,10 +1,12 @@
 import base64
+import dataclasses
 import json
 import re
 import shutil
 import time
 
 import pytest
+import torch
 from made_up import resnet_labels, result_of
 
 from cka_hooks.names import glob_regex
@@ -337,6 +339,33 @@ def test_undefined_entries_are_grey_and_the_legend_says_so(open_page):
     assert "undefined" in page.text("legend")
     whole = open_page(SMALL.select("layer1.**"))
     assert whole.run("return document.getElementById('undefined').hidden")
+
+
+def test_entries_that_may_be_unrelated_are_hatched(open_page):
+    """Of the example, conv1 and fc: hatched cells have two colours, others one."""
+    example = CKAResult.example()
+    null = {"null_variance": torch.full_like(example.matrix, 0.1), "null_skewness": torch.zeros_like(example.matrix)}
+    page = open_page(dataclasses.replace(example, **null))
+    hatched = """
+        const canvas = heatmap.querySelector("canvas");
+        const [w, h] = [Math.round(canvas.width / 3), Math.round(canvas.height / 3)];
+        const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+        const several = (i, j) => {
+            const seen = new Set();
+            for (let y = (2 - i) * h + 2; y < (3 - i) * h - 2; y++) for (let x = j * w + 2; x < (j + 1) * w - 2; x++)
+                seen.add(pixels.slice(4 * (y * canvas.width + x), 4 * (y * canvas.width + x) + 3).join());
+            return seen.size > 1;
+        };
+        return [0, 1, 2].map((i) => [0, 1, 2].map((j) => several(i, j)));
+    """
+    assert page.run(hatched) == [[False, False, True], [False, False, False], [True, False, False]]
+    assert "indistinguishable from unrelated" in page.text("unrelated")
+    assert not page.run("return document.getElementById('unrelated').hidden")
+    page.hover(0, 2)
+    page.wait("return tip.textContent.includes('p = 0.057')")
+    page.hover(0, 1)
+    page.wait("return tip.textContent.endsWith('p = 0.0022')")
+    assert open_page(SMALL).run("return document.getElementById('unrelated').hidden")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

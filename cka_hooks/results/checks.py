@@ -38,6 +38,13 @@ def checked(result: CKAResult) -> dict[str, Any]:
     _check_tensor("stderr", result.stderr, shape)
     if bool((result.stderr < 0).any()):
         raise OptionError("stderr holds negative numbers; standard errors are 0 or more, or NaN")
+    if result.null_variance is not None and result.null_skewness is not None:
+        _check_tensor("null_variance", result.null_variance, shape)
+        _check_tensor("null_skewness", result.null_skewness, shape)
+        if bool((result.null_variance < 0).any()):
+            raise OptionError("null_variance holds negative numbers; variances are 0 or more, or NaN")
+    elif result.null_variance is not result.null_skewness:
+        raise OptionError("null_variance and null_skewness belong together; give both or neither")
     if result.minibatch_hsic is not None:
         count = len(fields["minibatch_layers"])
         batches = len(result.minibatch_hsic) if result.minibatch_hsic.dim() else 0

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from cka_hooks.errors import LayerError, OptionError
+from cka_hooks.errors import LayerError, OptionError, warn
 from cka_hooks.files import PathLike
 from cka_hooks.names import matching
 from cka_hooks.results.checks import checked
 from cka_hooks.results.choice import chosen, known, known_model, model_of, pair_of, patterns_of
-from cka_hooks.results.uncertainty import Difference, paired_difference, t_quantile
+from cka_hooks.results.uncertainty import Difference, paired_difference, t_quantile, upper_tail, why_unknown
 
 if TYPE_CHECKING:
     import pandas
@@ -74,6 +74,9 @@ class CKAResult:
             they were not kept. Cuts keep it whole.
         minibatch_layers: the L labels of ``minibatch_hsic``.
         passes: how often the loader was run through; the B minibatches are B / passes a pass.
+        null_variance: (R, C) variance that each value would have if the samples of one of its layers were permuted
+            within every minibatch, float64, or None where it is not known (:attr:`null_unknown`).
+        null_skewness: (R, C) skewness of the same distribution, whose mean is 0.
 
     Raises:
         OptionError: labels are repeated, or shapes, types or values do not fit together.
@@ -108,6 +111,8 @@ class CKAResult:
     minibatch_hsic: torch.Tensor | None = None
     minibatch_layers: tuple[str, ...] = ()
     passes: int = 1
+    null_variance: torch.Tensor | None = None
+    null_skewness: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, value in checked(self).items():
@@ -132,6 +137,11 @@ class CKAResult:
     @cached_property
     def _column_index(self) -> dict[str, int]:
         return {label: index for index, label in enumerate(self.columns)}
+
+    @property
+    def _entries(self) -> dict[str, torch.Tensor | None]:
+        """The fields that have one number for each entry."""
+        return {name: getattr(self, name) for name in ("matrix", "stderr", "null_variance", "null_skewness")}
 
     @cached_property
     def _model_set(self) -> frozenset[str]:
@@ -181,6 +191,39 @@ class CKAResult:
         # An exact value has an interval of no width, also where t has no degrees of freedom.
         half = torch.where(self.stderr == 0, torch.zeros_like(half), half)
         return self.matrix - half, self.matrix + half
+
+    @property
+    def null_stderr(self) -> torch.Tensor:
+        """(R, C) standard deviation of each value under the null of :meth:`pvalue`; NaN where it is not known."""
+        return torch.full_like(self.matrix, math.nan) if self.null_variance is None else self.null_variance.sqrt()
+
+    @property
+    def null_unknown(self) -> str | None:
+        """Why this result has no p-values; None where it has."""
+        return None if self.null_variance is not None else why_unknown(self.settings, self.passes)
+
+    def pvalue(self) -> torch.Tensor:
+        """Probability of a CKA at least as large if the two layers were unrelated: one-sided, for each entry alone.
+
+        Unrelated means that the samples of one layer could be permuted within every minibatch. Under such
+        permutations the unbiased estimate has mean 0 and a variance and a skewness that are known exactly; the tail
+        is that of the Pearson type III distribution with these three. Nearly all layers that see the same inputs are
+        related. A value above 0.05 says that the two cannot be told from unrelated ones with these samples.
+
+        Returns:
+            (R, C) float64; NaN where CKA is undefined. All NaN, with a warning that says why, where the null is not
+            known (:attr:`null_unknown`): for biased estimates, positions as samples, and several passes.
+
+        Example:
+            >>> example = CKAResult.example()
+            >>> null = {"null_variance": example.matrix * 0 + 0.25, "null_skewness": example.matrix * 0 + 1}
+            >>> f"{dataclasses.replace(example, **null).pvalue()[0, 1]:.3f}"
+            '0.055'
+        """
+        if self.null_variance is None or self.null_skewness is None:
+            warn(f"there are no p-values: {self.null_unknown}")
+            return torch.full_like(self.matrix, math.nan)
+        return upper_tail(self.matrix, self.null_variance, self.null_skewness)
 
     def difference(self, first: tuple[str, str], second: tuple[str, str]) -> Difference:
         """CKA of the pair ``first`` minus CKA of the pair ``second``, with a paired standard error.
@@ -302,6 +345,9 @@ class CKAResult:
         column_at = [self._column_index[label] for label in columns]
         kept = set(rows) | set(columns)
         owners = {self.model_of(label) for label in kept}
+        entries: dict[str, Any] = {
+            name: None if whole is None else whole[row_at][:, column_at] for name, whole in self._entries.items()
+        }
         hsic = self.minibatch_hsic
         gone = [i for i, label in enumerate(self.minibatch_layers) if label in self.degenerate and label not in kept]
         if hsic is not None and gone:
@@ -312,8 +358,7 @@ class CKAResult:
             self,
             rows=rows,
             columns=columns,
-            matrix=self.matrix[row_at][:, column_at],
-            stderr=self.stderr[row_at][:, column_at],
+            **entries,
             degenerate={label: why for label, why in self.degenerate.items() if label in kept},
             skipped={label: self.skipped[label] for label in skipped},
             influence={label: value for label, value in self.influence.items() if label in kept},
@@ -388,7 +433,8 @@ class CKAResult:
         """The matrix as a pandas DataFrame, index ``rows`` and columns ``columns``.
 
         Args:
-            tidy: one line per pair instead, with the columns ``row``, ``column``, ``cka``, ``stderr``.
+            tidy: one line per pair instead, with the columns ``row``, ``column``, ``cka``, ``stderr``, and
+                ``pvalue`` where it is known.
 
         Raises:
             MissingExtraError: pandas is not installed.
@@ -406,7 +452,8 @@ class CKAResult:
 
         Args:
             path: where to.
-            tidy: one line per pair instead, with the columns ``row``, ``column``, ``cka``, ``stderr``.
+            tidy: one line per pair instead, with the columns ``row``, ``column``, ``cka``, ``stderr``, and
+                ``pvalue`` where it is known.
         """
         from cka_hooks.results.tables import to_csv
 

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,8 +17,6 @@ from cka_hooks.results.result import CKAResult
 
 if TYPE_CHECKING:
     import pandas
-
-_TIDY = ("row", "column", "cka", "stderr")
 
 
 def as_text(result: CKAResult) -> str:
@@ -66,7 +64,8 @@ def to_dataframe(result: CKAResult, *, tidy: bool = False) -> pandas.DataFrame:
             'to_dataframe needs pandas, which is not installed: pip install "cka-hooks[dataframe]"'
         ) from error
     if tidy:
-        return pandas.DataFrame(list(_pairs(result)), columns=list(_TIDY))
+        head, *lines = _tidy(result)
+        return pandas.DataFrame(lines, columns=head)
     # Copied: an edit of the frame must not reach into the result.
     return pandas.DataFrame(result.matrix.numpy().copy(), index=list(result.rows), columns=list(result.columns))
 
@@ -93,9 +92,8 @@ def to_csv(result: CKAResult, path: PathLike, *, tidy: bool = False) -> None:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     if tidy:
-        writer.writerow(_TIDY)
-        for row, column, cka, stderr in _pairs(result):
-            writer.writerow([_no_formula(row), _no_formula(column), _cell(cka), _cell(stderr)])
+        for row, column, *numbers in _tidy(result):
+            writer.writerow([_no_formula(row), _no_formula(column), *map(_cell, numbers)])
     else:
         writer.writerow(["layer", *map(_no_formula, result.columns)])
         for label, values in zip(result.rows, result.matrix.tolist(), strict=True):
@@ -129,15 +127,20 @@ def to_npz(result: CKAResult, path: PathLike) -> None:
     )
 
 
-def _pairs(result: CKAResult) -> Iterator[tuple[str, str, float, float]]:
-    values, errors = result.matrix.tolist(), result.stderr.tolist()
+def _tidy(result: CKAResult) -> Iterator[list[Any]]:
+    """A line of names, then one for each entry."""
+    parts = {"cka": result.matrix, "stderr": result.stderr}
+    if result.null_unknown is None:
+        parts["pvalue"] = result.pvalue()
+    yield ["row", "column", *parts]
+    values = [part.tolist() for part in parts.values()]
     for i, row in enumerate(result.rows):
         for j, column in enumerate(result.columns):
-            yield row, column, values[i][j], errors[i][j]
+            yield [row, column, *(value[i][j] for value in values)]
 
 
-def _cell(value: float) -> str:
-    return "" if math.isnan(value) else repr(value)
+def _cell(value: Any) -> str:
+    return value if isinstance(value, str) else "" if math.isnan(value) else repr(value)
 
 
 def _no_formula(label: str) -> str:

@@ -24,6 +24,8 @@ NEAR = 0.95
 SAME = 1 - 1e-6
 #: A layer in which one sample has more than this share of its HSIC is named.
 SHARE = 0.5
+#: Entries whose p-value is above this cannot be told from those of unrelated layers.
+UNRELATED = 0.05
 
 _LISTED = 3
 # Models that get a line each; of more, the extremes are named.
@@ -54,6 +56,7 @@ def summary(result: CKAResult) -> str:
         if not set(result.rows) & set(result.columns):
             sides = [(_one_model(result, labels), [*range(len(labels))]) for labels in (result.rows, result.columns)]
             lines += _same_depth([_depth(result, *sides)])
+    lines += _unrelated(result)
     lines += _left_out(result)
     return "\n".join(map(printable, lines))
 
@@ -79,6 +82,16 @@ def error_in_words(error: float) -> str:
     if not error > 0:
         return f"{error:.3g}"
     return f"{error:.{max(3, _leading_zeros(error) + 2)}f}" if error >= 1e-5 else f"{error:.1e}"
+
+
+def pvalue_in_words(pvalue: float) -> str:
+    """A p-value in two digits, or that it is below 1e-4.
+
+    Example:
+        >>> pvalue_in_words(0.0312), pvalue_in_words(1e-30)
+        ('p = 0.031', 'p < 1e-4')
+    """
+    return f"p = {pvalue:.2g}" if pvalue >= 1e-4 else "p < 1e-4"
 
 
 def _leading_zeros(value: float) -> int:
@@ -246,6 +259,25 @@ def _same_depth(pairs: list[_Depth | None]) -> Iterator[str]:
         yield (
             "Layers that are most alike to one at the same or a neighbouring depth of another model, over "
             f"{len(found)} pairs of models: from {found[0].short}, to {found[-1].short}."
+        )
+
+
+def unrelated(result: CKAResult) -> npt.NDArray[np.bool_]:
+    """(R, C): entries that cannot be told from those of unrelated layers, p > 0.05; none where that is not known."""
+    if result.null_unknown is not None:
+        return np.zeros(result.matrix.shape, dtype=bool)
+    return np.asarray(result.pvalue().numpy() > UNRELATED)
+
+
+def _unrelated(result: CKAResult) -> Iterator[str]:
+    found = unrelated(result)
+    pairs = [(i, j) for i, j in np.argwhere(found).tolist() if not (result.square and j <= i)]
+    if pairs:
+        pvalues = result.pvalue()
+        i, j = max(pairs, key=lambda pair: float(pvalues[pair]))
+        yield (
+            f"Indistinguishable from unrelated (p > {UNRELATED}): {_count(len(pairs), 'pair')}, such as "
+            f"{_pair(result, i, j)}, {pvalue_in_words(float(pvalues[i, j]))}."
         )
 
 

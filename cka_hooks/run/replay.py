@@ -124,10 +124,9 @@ def repeats_samples(loader: Any) -> str | None:
 def fingerprint(batch: Any) -> str:
     """A hash of some numbers of every sample and of every shape: equal for equal batches, and cheap.
 
-    Tensors on other devices than the CPU count with their shape, since looking at them would wait. Where all are
-    elsewhere the hash begins with "?": equal ones may be of different batches.
+    Tensors on other devices than the CPU count with their shape, since looking at them would wait.
     """
-    hasher, is_seen = hashlib.blake2b(digest_size=16), False
+    hasher = hashlib.blake2b(digest_size=16)
     for tensor in tensors_in(batch):
         hasher.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
         if (
@@ -137,8 +136,7 @@ def fingerprint(batch: Any) -> str:
             and tensor.numel()
         ):
             hasher.update(_some(tensor).numpy().tobytes())
-            is_seen = True
-    return ("" if is_seen else "?") + hasher.hexdigest()
+    return hasher.hexdigest()
 
 
 def _some(tensor: Tensor) -> Tensor:

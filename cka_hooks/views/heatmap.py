@@ -13,6 +13,7 @@ import numpy.typing as npt
 from cka_hooks.errors import OptionError, warn
 from cka_hooks.files import PathLike
 from cka_hooks.results.result import CKAResult
+from cka_hooks.results.words import UNRELATED, unrelated
 from cka_hooks.views.canvas import (
     FONT,
     MISSING,
@@ -132,6 +133,8 @@ def _draw(result: CKAResult, axes: Axes, by_error: bool, scale: Scale, title: st
         what += f", colours from {low:.4g} to {high:.4g}"
     _colourbar(axes, image, what, _beyond(shown, low, high), given)
     legend = _mark_missing(axes, shown)
+    if not by_error:
+        legend += _mark_unrelated(axes, unrelated(result))
     row_side, column_side = side_of(result, result.rows), side_of(result, result.columns)
     _separate(row_side, axes.axhline)
     _separate(column_side, axes.axvline)
@@ -229,6 +232,24 @@ def _mark_missing(axes: Axes, shown: Floats) -> list[Any]:
         for start, stop in _runs([bool(column.all()) for column in missing.T]):
             axes.add_patch(Rectangle((start - 0.5, -0.5), stop - start, rows, **style))
     return [Patch(label="undefined", **style)]
+
+
+def _mark_unrelated(axes: Axes, found: npt.NDArray[np.bool_]) -> list[Any]:
+    """Hatch the entries that cannot be told from unrelated ones; what the legend then says."""
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Patch, Rectangle
+
+    if not found.any():
+        return []
+    style: dict[str, Any] = {"facecolor": "none", "edgecolor": "white", "hatch": "....", "linewidth": 0.0}
+    cells = [
+        Rectangle((start - 0.5, row - 0.5), stop - start, 1)
+        for row, flags in enumerate(found.tolist())
+        for start, stop in _runs(flags)
+    ]
+    axes.add_collection(PatchCollection(cells, **style), autolim=False)
+    colour = axes.images[-1].cmap(0.0)
+    return [Patch(label=f"indistinguishable from unrelated (p > {UNRELATED})", **{**style, "facecolor": colour})]
 
 
 def _runs(flags: Sequence[bool]) -> list[tuple[int, int]]:

@@ -58,6 +58,7 @@ def page_data(result: CKAResult) -> dict[str, Any]:
         "columns": _axis(result, result.columns),
         "matrix": _rounded(result.matrix.tolist()),
         "stderr": _rounded(result.stderr.tolist()),
+        "pvalue": None if result.null_unknown else _rounded(result.pvalue().tolist()),
         "colours": VIRIDIS,
     }
 
