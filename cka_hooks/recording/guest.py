@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from cka_hooks.errors import ModelError
 from cka_hooks.recording.layers import wrapped_attribute
 
-_lock = threading.RLock()
 # Who measures: the thread, and the ids of the modules.
 _claims: dict[object, tuple[int, frozenset[int]]] = {}
+# Who wants compiled code to run uncompiled, and the switch that makes it.
+_lock = threading.Lock()
 _eager: set[object] = set()
 _stance: list[Any] = []
 # Modules by class name that leave parts out at random, and the attribute with the rate of them.
@@ -44,15 +45,19 @@ def claim(owner: object, model: nn.Module) -> None:
     """
     modules = frozenset(map(id, model.modules()))
     own = threading.get_ident()
-    with _lock:
-        alive = {thread.ident: thread.name for thread in threading.enumerate()}
-        for thread, claimed in _claims.values():
-            if thread != own and thread in alive and not modules.isdisjoint(claimed):
-                raise ModelError(
-                    f"the model, or a part of it, is being measured in thread {alive[thread]!r}: wait until that run "
-                    "has ended, or give each thread a copy of the model (copy.deepcopy(model))"
-                )
-        _claims[owner] = own, modules
+    before = _claims.get(owner)
+    # First the claim, then the look: of two threads at the same time, at least one sees the other.
+    _claims[owner] = own, modules
+    alive = {thread.ident: thread.name for thread in threading.enumerate()}
+    for thread, claimed in (before or (own, modules), *_claims.copy().values()):
+        if thread != own and thread in alive and not modules.isdisjoint(claimed):
+            _claims.pop(owner, None)
+            if before is not None:
+                _claims[owner] = before
+            raise ModelError(
+                f"the model, or a part of it, is being measured in thread {alive[thread]!r}: wait until that run "
+                "has ended, or give each thread a copy of the model (copy.deepcopy(model))"
+            )
 
 
 def release(owner: object) -> None:
@@ -63,10 +68,10 @@ def release(owner: object) -> None:
 def run_eagerly(owner: object) -> None:
     """Compiled code runs uncompiled from here on, since hooks do not fire in it, until `run_compiled`."""
     with _lock:
+        _eager.add(owner)
         # Whoever compiled something has imported this module; importing it for others takes seconds.
         if "torch._dynamo" in sys.modules and not _stance:
             _stance.append(torch.compiler.set_stance("force_eager"))
-        _eager.add(owner)
 
 
 def run_compiled(owner: object) -> None:
@@ -144,19 +149,18 @@ class _Untouched:
     def _restore(self) -> None:
         for module, training in self._modes:
             module.training = training
-        with torch.no_grad():
-            for module, name, buffer, copy, version in self._buffers:
-                if buffer is not None and copy is not None:
-                    _write_back(buffer, copy, version)
-                if module._buffers.get(name) is not buffer:
-                    module._buffers[name] = buffer
+        for module, name, buffer, copy, version in self._buffers:
+            if buffer is not None and copy is not None:
+                _write_back(buffer, copy, version)
+            if module._buffers.get(name) is not buffer:
+                module._buffers[name] = buffer
         release(self)
         self._modes, self._buffers = [], []
 
 
 def _write_back(buffer: Tensor, copy: Tensor, version: int) -> None:
     if buffer._version != version:
-        buffer.copy_(copy)
+        buffer.detach().copy_(copy)
     elif buffer.layout is torch.strided and 0 not in buffer.stride():
         # What a module wrote through `.data` counts as no version, and neither does this. (Expanded tensors cannot be
         # written to.)

@@ -166,10 +166,10 @@ class LayerRecorder:
                 self._attach()
             self._entered = depth + 1
             self._listen()
+            return self
         except BaseException:
             self._leave(depth)
             raise
-        return self
 
     def __exit__(self, *exception: object) -> None:
         depth = self._entered - 1
@@ -447,6 +447,7 @@ class LayerRecorder:
             consumer(layer, activation)
 
         before, depth, visit = self.consumer, self._entered, guest.untouched(model)
+        with_gradients = torch.is_grad_enabled()
         try:
             self.consumer = take
             with random_stream, visit, self, self.forward_pass(batch), torch.no_grad():
@@ -455,6 +456,7 @@ class LayerRecorder:
             # For Ctrl-C in the first instant of leaving.
             self._leave(depth)
             visit.__exit__(None, None, None)
+            torch.set_grad_enabled(with_gradients)
             self.consumer = before
         if not ran:
             raise LayerError(nothing_ran(self.skipped))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -119,23 +119,32 @@ class Comparison:
             self._calls[name] = partial(_call, runnable(one), forwards[name])
         self.provenance: dict[str, Any] = {}
         self._random = RandomStream()
-        self._within: ExitStack | None = None
+        self._guests: list[AbstractContextManager[object]] = []
+        self._within = False
         self._targets: Tensor | None = None
         self._fingerprints: set[str] = set()
         self._ran = False
 
     def __enter__(self) -> Comparison:
-        with ExitStack() as stack:
+        try:
             for name, recorder in self._recorders.items():
-                stack.enter_context(untouched(self.models[name]))
-                stack.enter_context(recorder)
-            self._within = stack.pop_all()
-        return self
+                for guest in (untouched(self.models[name]), recorder):
+                    self._guests.append(guest)
+                    guest.__enter__()
+            self._within = True
+            return self
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __exit__(self, *exception: object) -> None:
-        if self._within is not None:
-            within, self._within = self._within, None
-            within.close()
+        self._within = False
+        try:
+            _leave(self._guests)
+        finally:
+            # Ctrl-C may have broken off the first time; guests leave once however often they are told to.
+            _leave(self._guests)
+            self._guests = []
 
     def update(self, batch: Any) -> int:
         """Run every model on a batch, and add it.
@@ -165,7 +174,7 @@ class Comparison:
             batch: as in :meth:`update`.
             limit: count only so many samples of it, the first ones.
         """
-        if self._within is None:
+        if not self._within:
             raise OptionError("update() belongs into the block: with Comparison(...) as comparison: ...")
         self._look_at(batch)
         observed: frozenset[str] = frozenset()
@@ -385,6 +394,15 @@ class _Labelled:
     def slot(self, layer: str) -> Callable[[Tensor], None] | None:
         """What takes the features of one layer, see :meth:`CKAAccumulator.slot`."""
         return self._accumulator.slot(_label(self._name, layer))
+
+
+def _leave(guests: Sequence[AbstractContextManager[object]]) -> None:
+    """All of them, whatever one of them raises, the last one first."""
+    if guests:
+        try:
+            guests[-1].__exit__(None, None, None)
+        finally:
+            _leave(guests[:-1])
 
 
 def _call(model: nn.Module, forward: batches.Forward | None, batch: Any) -> Any:

@@ -97,6 +97,8 @@ class Loop:
             self._keeper.broke_off(error, self._state)
             raise
         finally:
+            # For Ctrl-C in the first instant of entering or leaving.
+            self._comparison.__exit__()
             if sampler is not None:
                 sampler.set_epoch(shuffle)
             self._keeper.done()
