@@ -15,6 +15,18 @@ from torch import Tensor
 Estimator = Literal["unbiased", "biased"]
 # Below four samples the unbiased estimate divides by zero.
 MIN_SAMPLES = 4
+# Of a sum of all K_ij^2: what centring in float64 may leave of it where nothing is left.
+CENTRING_NOISE = (16 * torch.finfo(torch.float64).eps) ** 2
+
+
+def resolution(dtype: torch.dtype) -> float:
+    """Of tr(X X'): samples whose centred trace is not above it do not differ by more than rounding can make them.
+
+    Layers compute in floats of two bytes and more, whose last bits are uncertain; those of one byte are made in one
+    step from wider ones.
+    """
+    eps = torch.finfo(dtype).eps
+    return (eps if dtype.itemsize == 1 else 8 * eps) ** 2
 
 
 def centre(grams: Tensor, estimator: Estimator = "unbiased") -> Tensor:

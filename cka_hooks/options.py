@@ -39,15 +39,13 @@ class Options:
     epochs: int = 1
 
     def __post_init__(self) -> None:
-        if self.estimator not in ("unbiased", "biased"):
+        if not isinstance(self.estimator, str) or self.estimator not in ("unbiased", "biased"):
             raise OptionError(f"estimator={self.estimator!r} is not known: use 'unbiased' or 'biased'")
         plain = {
-            "minibatch": _whole(
-                "minibatch", self.minibatch, MIN_SAMPLES, "an HSIC estimate needs at least 4 samples"
-            ),
-            "seed": _whole("seed", self.seed, 0, "it is a whole number, 0 or more"),
-            "max_samples": _whole("max_samples", self.max_samples, MIN_SAMPLES, f"it must be at least {MIN_SAMPLES}"),
-            "epochs": _whole("epochs", self.epochs, 1, "it must be a whole number of passes, at least 1"),
+            "minibatch": whole("minibatch", self.minibatch, MIN_SAMPLES, "an HSIC estimate needs at least 4 samples"),
+            "seed": whole("seed", self.seed, 0, "it is a whole number, 0 or more"),
+            "max_samples": whole("max_samples", self.max_samples, MIN_SAMPLES, f"it must be at least {MIN_SAMPLES}"),
+            "epochs": whole("epochs", self.epochs, 1, "it must be a whole number of passes, at least 1"),
             "bandwidth": above_zero("bandwidth", self.bandwidth, "a multiple of the median distance"),
             "sigma": above_zero("sigma", self.sigma, "in the units of the features"),
             "tolerance": above_zero("tolerance", self.tolerance, "a standard error"),
@@ -66,8 +64,12 @@ class Options:
         return {name: spelled(getattr(self, name)) for name in names or vars(self)}
 
 
-def _whole(name: str, value: Any, least: int, why: str) -> Any:
-    """A whole number of any type that is one, or None."""
+def whole(name: str, value: Any, least: int, why: str) -> Any:
+    """A whole number of any type that is one, or None.
+
+    Raises:
+        OptionError: it is anything else, or below `least`.
+    """
     if value is None:
         return None
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cka_hooks
 from cka_hooks import precision
 from cka_hooks.precision import accumulation_device
+from cka_hooks.similarity.state import State
 
 # What waits for a value of the device, or has a size that depends on values.
 WAITING = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "_unique2"}
@@ -222,11 +224,11 @@ class Finished(Exception):
 
 @pytest.mark.usefixtures("pretended")
 def test_compare_waits_for_nothing_before_it_reads_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compute(accumulator: cka_hooks.CKAAccumulator) -> None:
-        assert accumulator.samples == 2 * 32
+    def finished(state: State, *_: object) -> None:
+        assert state.samples == 2 * 32
         raise Finished
 
-    monkeypatch.setattr(cka_hooks.CKAAccumulator, "compute", compute)
+    monkeypatch.setattr(sys.modules["cka_hooks.compare"], "finished", finished)
     models = {"a": transformer(), "b": transformer()}
     # Batches on the host: moved by `compare`.
     loader = [(torch.randn(32, 20, 8), None) for _ in range(2)]

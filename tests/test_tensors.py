@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import oracle
+import pandas
 import pytest
 import torch
 from torch import Tensor
@@ -144,21 +146,44 @@ BAD: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "few": ([torch.ones(3, 2)], {}, cka_hooks.TooFewSamplesError, "at least 4 samples.*found 3"),
     "none": ([], {}, cka_hooks.TooFewSamplesError, "no tensor"),
     "integers": ([torch.ones(5, 2).long()], {}, cka_hooks.OptionError, r"int64.*\.float\(\)"),
+    "integer array": ([np.ones((5, 2), int)], {}, cka_hooks.OptionError, r"int64.*\.astype\("),
+    "text": ([np.array(["a"] * 5)], {}, cka_hooks.OptionError, r"tensor 0, numpy.ndarray, cannot be taken"),
+    "objects": ([np.array([None] * 5)], {}, cka_hooks.OptionError, r"tensor 0, numpy.ndarray, cannot be taken"),
+    "masked": ([np.ma.masked_less(np.arange(5.0), 2)], {}, cka_hooks.OptionError, r"masked entries.*\.filled"),
+    "sparse": ([torch.ones(5, 2).to_sparse()], {}, cka_hooks.OptionError, r"sparse_coo.*\.to_dense\(\)"),
     "complex": ([torch.ones(5, 2) * 1j], {}, cka_hooks.OptionError, "complex64"),
     "list": ([[1.0, 2.0, 3.0, 4.0]], {}, cka_hooks.OptionError, "tensor 0 is list"),
-    "scalar": ([torch.tensor(1.0)], {}, cka_hooks.OptionError, "expected a floating-point tensor"),
+    "class": ([np.ndarray], {}, cka_hooks.OptionError, "tensor 0 is type"),
+    "scalar": ([torch.tensor(1.0)], {}, cka_hooks.OptionError, "expected floating-point numbers"),
     "nan": ([torch.ones(5), torch.full((5,), math.nan)], {}, cka_hooks.NonFiniteError, "tensor 1 has NaN"),
     "inf": ([torch.full((5,), math.inf)], {}, cka_hooks.NonFiniteError, "tensor 0"),
+    "one tensor": (torch.ones(5, 2), {}, cka_hooks.OptionError, r"one Tensor \(5, 2\).*cka_hooks.cka\(x, y\)"),
+    "one array": (np.ones((5, 2)), {}, cka_hooks.OptionError, r"one ndarray \(5, 2\).*cka_matrix\(\[x\], \[y\]\)"),
+    "two tensors": (
+        [torch.ones(5, 2)],
+        {"ys": torch.ones(5, 2)},
+        cka_hooks.OptionError,
+        r"ys is one Tensor \(5, 2\), and cka_matrix takes lists",
+    ),
+    "mapping": ({"a": torch.ones(5)}, {}, cka_hooks.OptionError, r"xs is a mapping.*list\(xs.values\(\)\)"),
+    "word": ("abcde", {}, cka_hooks.OptionError, "xs is one str"),
+    "nothing": (None, {}, cka_hooks.OptionError, "xs is one NoneType"),
     "kernel": ([torch.ones(5)], {"kernel": "rfb"}, cka_hooks.OptionError, "'rfb' is not known.*'rbf'"),
     "estimator": ([torch.ones(5)], {"estimator": "x"}, cka_hooks.OptionError, "'unbiased' or 'biased'"),
+    "estimators": ([torch.ones(5)], {"estimator": np.ones(2)}, cka_hooks.OptionError, "'unbiased' or 'biased'"),
     "bandwidth": ([torch.ones(5)], {"bandwidth": 1.0}, cka_hooks.OptionError, "belongs to kernel='rbf'"),
-    "negative": ([torch.ones(5)], {"kernel": "rbf", "bandwidth": -1.0}, cka_hooks.OptionError, "above 0"),
     "both": ([torch.ones(5)], {"kernel": "rbf", "bandwidth": 1.0, "sigma": 1.0}, cka_hooks.OptionError, "exclude"),
-    "large subset": ([torch.ones(5)], {"subset": 6}, cka_hooks.OptionError, "from 4 to the 5"),
-    "small subset": ([torch.ones(5)], {"subset": 3}, cka_hooks.OptionError, "from 4 to the 5"),
+    "large subset": ([torch.ones(5)], {"subset": 6}, cka_hooks.OptionError, "more than the 5"),
+    "small subset": ([torch.ones(5)], {"subset": 3}, cka_hooks.OptionError, "from 4 to 5"),
     "shape": ([torch.ones(5)], {"kernel": lambda x: x[:, 0]}, cka_hooks.OptionError, r"shape \(5, 5\)"),
     "not a tensor": ([torch.ones(5)], {"kernel": lambda x: 1.0}, cka_hooks.OptionError, "float"),
 }
+for number in (0, -1.0, math.nan, math.inf, "2", True, torch.ones(2), torch.tensor(math.nan), np.inf, [1.0]):
+    for option in ("bandwidth", "sigma"):
+        options = {"kernel": "rbf", option: number}
+        BAD[f"{option} {number!r}"] = ([torch.ones(5)], options, cka_hooks.OptionError, f"{option}=.*above 0")
+for number in (4.0, math.nan, math.inf, "4", True, torch.ones(2), [4]):
+    BAD[f"subset {number!r}"] = ([torch.ones(5)], {"subset": number}, cka_hooks.OptionError, "subset=.*from 4 to 5")
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -173,3 +198,116 @@ def test_tensors_that_need_gradients() -> None:
     assert not cka_matrix([x]).requires_grad
     with torch.inference_mode():
         assert cka(x, x * 2) == pytest.approx(1)
+
+
+class WithDLPack:
+    """An array of another package, which NumPy knows nothing of."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.tensor.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.tensor.__dlpack_device__()
+
+
+def arrays(x: np.ndarray, folder: Path) -> dict[str, Any]:
+    """The same numbers as people bring them."""
+    np.save(folder / "x.npy", x)
+    read_only = x.copy()
+    read_only.flags.writeable = False
+    packed = np.zeros((len(x), x[0].size), [("byte", "u1"), ("number", "f8")])
+    packed["number"] = x
+    return {
+        "array": x,
+        "read-only": read_only,
+        "memory map": np.load(folder / "x.npy", mmap_mode="r"),
+        "other order of bytes": x.astype(">f8"),
+        "long": x.astype(np.longdouble),
+        "Fortran": np.asfortranarray(x),
+        "backwards": x[::-1].copy()[::-1],
+        "not aligned": packed["number"],
+        "data frame": pandas.DataFrame(x),
+        "DLPack": WithDLPack(torch.from_numpy(x)),
+    }
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_arrays_are_what_tensors_of_their_numbers_are(device: str, tmp_path: Path) -> None:
+    x, y = features(20, 6), features(20, 30, seed=1)
+    wanted = cka(x, y)
+    torch.set_default_device(device)
+    try:
+        for name, array in arrays(x.numpy(), tmp_path).items():
+            if name == "DLPack" and device == "meta":
+                continue  # torch.from_dlpack itself makes meta tensors there
+            assert cka(array, y.numpy()) == pytest.approx(wanted, abs=1e-12), name
+            assert float(cka_matrix([array], [y])) == pytest.approx(wanted, abs=1e-12), name
+            accumulator = cka_hooks.CKAAccumulator()
+            accumulator.update({"x": array, "y": y.numpy()})
+            assert accumulator.compute()["x", "y"] == pytest.approx(wanted, abs=1e-12), name
+    finally:
+        torch.set_default_device(None)
+    assert np.array_equal(x.numpy(), features(20, 6).numpy()), "arrays are not written to"
+
+
+@pytest.mark.filterwarnings("ignore:one sample decides")
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("estimator", ["unbiased", "biased"])
+def test_any_default_device(kernel: str, estimator: Any) -> None:
+    xs = [features(20, *shape, seed=i).float() for i, shape in enumerate([(7,), (30,), (3, 4, 5)])]
+    options = {**KERNELS[kernel][0], "estimator": estimator}
+
+    def found() -> list[Tensor]:
+        accumulator = cka_hooks.CKAAccumulator(minibatch=5, keep_minibatches=True, **options)
+        accumulator.update({str(i): x for i, x in enumerate(xs)})
+        accumulator.update({str(i): x for i, x in enumerate(reversed(xs))})
+        result = accumulator.compute()
+        drawn = cka_matrix(xs, xs[:1], subset=10, generator=torch.Generator("cpu").manual_seed(0), **options)
+        torch.manual_seed(0)
+        return [cka_matrix(xs, **options), drawn, cka_matrix(xs, subset=9, **options), result.matrix, result.stderr]
+
+    wanted = found()
+    torch.set_default_device("meta")
+    try:
+        here = found()
+    finally:
+        torch.set_default_device(None)
+    for mine, theirs in zip(here, wanted, strict=True):
+        assert mine.device.type == "cpu"
+        assert torch.equal(mine, theirs)
+
+
+def test_numbers_of_other_types_are_options() -> None:
+    xs = [features(20, 4), features(20, 30, seed=1)]
+    for number in (np.float32(2), np.int64(2), torch.tensor(2.0), 2):
+        assert torch.equal(cka_matrix(xs, kernel="rbf", sigma=number), cka_matrix(xs, kernel="rbf", sigma=2.0))
+    for number in (np.int64(9), np.uint8(9), torch.tensor(9)):
+        drawn = [cka_matrix(xs, subset=n, generator=torch.Generator().manual_seed(0)) for n in (number, 9)]
+        assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("kernel", ["linear", "rbf", "distance", "cosine"])
+def test_floats_of_one_byte(dtype: torch.dtype, kernel: str) -> None:
+    xs = [features(20, d, seed=d).relu().to(dtype) for d in (6, 40)]
+    wanted = expected(xs, None, oracle.KERNELS[kernel], "unbiased")
+    np.testing.assert_allclose(cka_matrix(xs, kernel=kernel), wanted, rtol=0, atol=1e-6)
+    accumulator = cka_hooks.CKAAccumulator(kernel=kernel)
+    accumulator.update({"6": xs[0], "40": xs[1]})
+    np.testing.assert_allclose(accumulator.compute().matrix, wanted, rtol=0, atol=1e-6)
+    constant = torch.full((20, 5), 3.0).to(dtype)
+    constant[::2] = torch.tensor(3.5 if dtype is torch.float8_e5m2 else 3.25).to(dtype)
+    assert math.isnan(cka(constant, xs[0])), "one step of rounding is no difference"
+
+
+def test_an_update_that_is_no_mapping() -> None:
+    accumulator = cka_hooks.CKAAccumulator()
+    with pytest.raises(cka_hooks.OptionError, match=r'found Tensor: write update\(\{"layer"'):
+        accumulator.update(torch.ones(5, 2))
+    with pytest.raises(cka_hooks.OptionError, match=r"layer 'a' is \(5,\) of torch.int64"):
+        accumulator.update({"b": torch.ones(5, 2), "a": np.arange(5)})
+    assert not accumulator.observing

@@ -68,30 +68,34 @@ def read(path: Path) -> dict[str, Any]:
         raise refused(f"it is larger than {MAX_BYTES:,} bytes")
     data = path.read_bytes()
     try:
-        tensors = safetensors.torch.load(data)
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
-        text = metadata["cka_hooks"]
-        if metadata["sha256"] != _digest(text, tensors):
-            raise refused("its checksum does not fit its content, so it was edited or damaged")
-        decoded = json.loads(text)
-        if isinstance(decoded, list):
-            raise refused("an earlier version wrote it, and its sums are others")
-        content = _joined(decoded, tensors)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise refused(f"it is not of the format {FORMAT!r}")
-        if content["version"] != VERSION:
-            raise refused(f"it is of version {content['version']!r:.40}, and {VERSION} is the one known")
-        found: dict[str, Any] = content["content"]
-        if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
-            raise refused("it has no settings")
+        return _content(data)
+    except CheckpointError as error:
+        raise refused(str(error)) from None
     except SafetensorError as error:
         raise refused(f"it is no complete safetensors file ({error})") from error
     except RecursionError as error:
         raise refused("it is nested too deeply") from error
     except WRONG as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise refused(f"its content is none ({type(error).__name__}: {error})") from error
+
+
+def _content(data: bytes) -> dict[str, Any]:
+    tensors = safetensors.torch.load(data)
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
+    text = metadata["cka_hooks"]
+    if metadata["sha256"] != _digest(text, tensors):
+        raise CheckpointError("its checksum does not fit its content, so it was edited or damaged")
+    decoded = json.loads(text)
+    if isinstance(decoded, list):
+        raise CheckpointError("an earlier version wrote it, and its sums are others")
+    whole = _joined(decoded, tensors)
+    if not isinstance(whole, dict) or whole.get("format") != FORMAT:
+        raise CheckpointError(f"it is not of the format {FORMAT!r}")
+    if whole["version"] != VERSION:
+        raise CheckpointError(f"it is of version {whole['version']!r:.40}, and {VERSION} is the one known")
+    found = whole["content"]
+    if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
+        raise CheckpointError("it has no settings")
     return found
 
 

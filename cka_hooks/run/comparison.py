@@ -219,6 +219,8 @@ class Comparison:
         self._targets = batches.targets(batch)
         fingerprint = replay.fingerprint(batch)
         state = self._accumulator.state
+        if fingerprint.startswith("?"):
+            return
         if not state.first_batches:
             state.first_batches = [fingerprint]
         if fingerprint in self._fingerprints and state.repeats is None:

@@ -124,9 +124,10 @@ def repeats_samples(loader: Any) -> str | None:
 def fingerprint(batch: Any) -> str:
     """A hash of some numbers of every sample and of every shape: equal for equal batches, and cheap.
 
-    Tensors on other devices than the CPU count with their shape, since looking at them would wait.
+    Tensors on other devices than the CPU count with their shape, since looking at them would wait. Where all are
+    elsewhere the hash begins with "?": equal ones may be of different batches.
     """
-    hasher = hashlib.blake2b(digest_size=16)
+    hasher, is_seen = hashlib.blake2b(digest_size=16), False
     for tensor in tensors_in(batch):
         hasher.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
         if (
@@ -136,7 +137,8 @@ def fingerprint(batch: Any) -> str:
             and tensor.numel()
         ):
             hasher.update(_some(tensor).numpy().tobytes())
-    return hasher.hexdigest()
+            is_seen = True
+    return ("" if is_seen else "?") + hasher.hexdigest()
 
 
 def _some(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cka_hooks import memory
+from cka_hooks.arrays import Features, as_features
 from cka_hooks.errors import LayerError, OptionError, OutOfMemoryError, SampleCountError
 from cka_hooks.features import Reduction, check_reduction, feature_rows
 from cka_hooks.hsic import MIN_SAMPLES, Estimator
@@ -179,21 +180,23 @@ class CKAAccumulator:
         """Say which layers were not handed over, and why: label -> sentence, which every result then has."""
         self.state.skipped = {**self.state.skipped, **left_out}
 
-    def observe(self, layer: str, activation: Tensor) -> None:
+    def observe(self, layer: str, activation: Features) -> None:
         """Take the Gram matrix of one layer's activation.
 
         Args:
             layer: its label.
-            activation: (n, ...) floating point, the same n samples in the same order for every layer.
+            activation: (n, ...) floating point, a tensor or an array, the same n samples in the same order for every
+                layer.
 
         Raises:
+            OptionError: it is no tensor or array of floating-point numbers, or the label is not text.
             SampleCountError: its number of samples is not that of the layers before it.
             LayerError: the layer was observed already since the last `step`.
-            OptionError: the label is not text.
             OutOfMemoryError: also in smaller pieces; `discard` the batch and go on, or take another one.
         """
         if not isinstance(layer, str):
             raise OptionError(f"the label of a layer is {layer!r}: labels are text, such as {f'layer {layer}'!r}")
+        activation = as_features(activation, f"layer {layer!r}")
         with without_gradients():
             self._take(layer, feature_rows(activation.detach(), self._options.features), activation.dtype)
 
@@ -304,15 +307,21 @@ class CKAAccumulator:
         """Forget what was observed since the last `step`, after a forward pass that broke off."""
         self._pending = {}
 
-    def update(self, activations: Mapping[str, Tensor]) -> None:
+    def update(self, activations: Mapping[str, Features]) -> None:
         """Observe every layer of one batch, then step.
 
         Args:
-            activations: layer -> (n, ...) tensor.
+            activations: layer -> (n, ...) tensor or array.
 
         Raises:
+            OptionError: it is no such mapping; nothing was added.
             SampleCountError: they differ in their number of samples; nothing was added.
         """
+        if not isinstance(activations, Mapping):
+            raise OptionError(
+                f"update takes a mapping from layer to activation, found {type(activations).__name__}: write "
+                'update({"layer": activation})'
+            )
         try:
             for layer, activation in activations.items():
                 self.observe(layer, activation)

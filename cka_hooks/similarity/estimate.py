@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cka_hooks.errors import LayerError, NonFiniteError, TooFewSamplesError, warn
-from cka_hooks.hsic import MIN_SAMPLES
+from cka_hooks.hsic import MIN_SAMPLES, resolution
 from cka_hooks.results.result import CKAResult, Influence
 from cka_hooks.similarity.state import State
 
@@ -86,8 +86,7 @@ def degenerate(state: State) -> dict[str, str]:
     """Layers for which CKA is undefined, and why; of a state on the CPU."""
     found = {}
     for i, layer in enumerate(state.layers):
-        eps = torch.finfo(getattr(torch, state.dtypes[layer])).eps
-        if not state.spread[i] > (8 * eps) ** 2 * state.size[i]:
+        if not state.spread[i] > resolution(getattr(torch, state.dtypes[layer])) * state.size[i]:
             found[layer] = "its samples do not differ, so that CKA is undefined"
         elif not state.moments[0, i, i] > 0:
             found[layer] = "the estimate of its own HSIC is not above 0, so that CKA is undefined"

@@ -183,8 +183,7 @@ def as_kernel(kernel: str | Callable[[Tensor], Tensor], **options: float | None)
     """The kernel that a name, or a callable (n, d) -> (n, n), and its options stand for; None is no option.
 
     Raises:
-        OptionError: an unknown name, an option that is not in the signature of the kernel's function, or one that is
-            not above 0.
+        OptionError: an unknown name, or an option that is not in the signature of the kernel's function.
     """
     given = {name: value for name, value in options.items() if value is not None}
     if not callable(kernel) and not (isinstance(kernel, str) and kernel in KERNELS):
@@ -199,6 +198,4 @@ def as_kernel(kernel: str | Callable[[Tensor], Tensor], **options: float | None)
                 f"{name}={value!r} belongs to {' and '.join(f'kernel={owner!r}' for owner in owners)}, "
                 f"and kernel is {kernel!r}"
             )
-        if not value > 0:
-            raise OptionError(f"{name}={value!r} must be above 0")
     return on_raw_features(kernel) if callable(kernel) else KERNELS[kernel](**given)

@@ -10,9 +10,6 @@ import torch.distributed as dist
 from cka_hooks.errors import RankError
 from cka_hooks.similarity.state import DECLARED, Combine, State
 
-# What simply adds up and may be large: one reduction. All else is exchanged, and put together rank after rank.
-_SUMMED = tuple(name for name, declared in DECLARED.items() if declared.axes and declared.combine is Combine.SUM)
-
 
 def is_shared(group: dist.ProcessGroup | None) -> bool:
     """Whether there is a process group of more than one rank."""
@@ -26,21 +23,23 @@ def reduced(state: State, group: dist.ProcessGroup | None) -> State:
         RankError: a rank is gone, or did not answer within the group's timeout.
     """
     own = state.to("cpu")
-    blank = State().at(own.layers)
-    fields = {name: getattr(blank if name in _SUMMED else own, name) for name in DECLARED}
-    total = State()
-    for rank, theirs in enumerate(exchanged(State(own.layers, **fields), group)):
+    # What simply adds up may be large and takes one reduction. All else is exchanged, and merged rank after rank.
+    blank = type(own)().at(own.layers)
+    summed = [name for name, declared in DECLARED.items() if declared.axes and declared.combine is Combine.SUM]
+    fields = {name: getattr(blank if name in summed else own, name) for name in DECLARED}
+    total = type(own)()
+    for rank, theirs in enumerate(exchanged(type(own)(own.layers, **fields), group)):
         if not isinstance(theirs, State):
             raise RankError(f"rank {rank} failed: {theirs}")
         total.merge(theirs)
     own = own.at(total.layers)
-    flat = torch.cat([getattr(own, name).flatten() for name in _SUMMED]).to(_device_of(group))
+    flat = torch.cat([getattr(own, name).flatten() for name in summed]).to(_device_of(group))
     try:
         dist.all_reduce(flat, group=group)
     except RuntimeError as error:
         raise lost(error) from error
-    parts = flat.cpu().split([getattr(own, name).numel() for name in _SUMMED])
-    for name, part in zip(_SUMMED, parts, strict=True):
+    parts = flat.cpu().split([getattr(own, name).numel() for name in summed])
+    for name, part in zip(summed, parts, strict=True):
         setattr(total, name, part.view(getattr(own, name).shape).clone())
     return total
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cka_hooks.errors import OptionError, SampleCountError
 from cka_hooks.hsic import Estimator, all_pairs, centre, pack, sample_parts
+from cka_hooks.null import null_cumulants, null_numbers
 from cka_hooks.similarity.products.grams import Grams
 
 # Numbers of the (layers, minibatches, n, n) stack that are centred at a time: 32 MB, and 8 MB on a CPU, whose
@@ -38,6 +39,7 @@ class Minibatches(NamedTuple):
         size: (l, m) traces of the linear Gram matrices.
         finite: (l, m) bool, whether the layer was finite; its vectors are 0 where it was not.
         parts: (l, m, n) parts of the layer's own HSIC that each sample has.
+        cubes: (l, m, 2) see :func:`cka_hooks.null.null_numbers`; 0 for the biased estimator.
     """
 
     layers: tuple[str, ...]
@@ -46,6 +48,7 @@ class Minibatches(NamedTuple):
     size: Tensor
     finite: Tensor
     parts: Tensor
+    cubes: Tensor
 
     @classmethod
     def of(cls, grams: Mapping[str, Grams], estimator: Estimator) -> Minibatches:
@@ -64,7 +67,9 @@ class Minibatches(NamedTuple):
             finite = torch.isfinite(stacked.values.sum((-2, -1)) + size)
             bad = ~finite.unsqueeze(-1)
             centred = centre(stacked.values, estimator)
-            rest.append((spread, size, finite, sample_parts(centred, estimator).masked_fill_(bad, 0)))
+            cubes = null_numbers(centred) if estimator == "unbiased" else centred.new_zeros(*finite.shape, 2)
+            parts = sample_parts(centred, estimator).masked_fill_(bad, 0)
+            rest.append((spread, size, finite, parts, cubes.masked_fill_(bad, 0)))
             vectors = pack(centred, estimator).masked_fill_(bad, 0)
             if packed is None:
                 packed = vectors if len(some) == len(rows) else vectors.new_empty(len(rows), *vectors.shape[1:])
@@ -124,6 +129,7 @@ class _Declared(NamedTuple):
     fill: float = 0.0
     counted_from: str = ""
     of_layers: bool = False
+    items: type = int
 
 
 def _tensor(
@@ -155,10 +161,11 @@ def _tensor(
     )
 
 
-def _value(combine: Combine, default: Any, *, of_layers: bool = False) -> Any:
+def _value(combine: Combine, default: Any, *, of_layers: bool = False, items: type = int) -> Any:
     """Declare a number, text, or a list or mapping of these; a mapping `of_layers` has labels as its keys."""
     factory = default if isinstance(default, type) else lambda: default
-    return dataclasses.field(default_factory=factory, metadata={"is": _Declared(combine, of_layers=of_layers)})
+    declared = _Declared(combine, of_layers=of_layers, items=items)
+    return dataclasses.field(default_factory=factory, metadata={"is": declared})
 
 
 def moments_of(hsic: Tensor) -> Tensor:
@@ -170,6 +177,11 @@ def moments_of(hsic: Tensor) -> Tensor:
 def _bad(minibatches: Minibatches, _: Tensor) -> Tensor:
     numbers = torch.arange(minibatches.finite.shape[1], dtype=torch.float64, device=minibatches.finite.device)
     return torch.where(minibatches.finite, math.inf, numbers).amin(1)
+
+
+def _null(minibatches: Minibatches, hsic: Tensor) -> Tensor:
+    own = hsic.diagonal(dim1=-2, dim2=-1).mT
+    return null_cumulants(own, minibatches.cubes, minibatches.parts.shape[-1])
 
 
 def _peak(minibatches: Minibatches, _: Tensor) -> Tensor:
@@ -191,6 +203,8 @@ class State:
         bad: (L,) number of the first minibatch in which the layer was not finite, infinity for none.
         peak: (2, L) the largest part of the sum of h_ii that one sample has, and its position in the run.
         kept: (m, L, L) the h_ij of every minibatch, where they are kept.
+        null: (2, L, L) variance and third central moment of the sum of h_ij if samples were permuted at random, over
+            the first pass; see :mod:`cka_hooks.null`. Unbiased estimates only.
         seen: label -> in how many minibatches the layer ran.
         dtypes: label -> the dtype of the activation, such as "float32".
         shapes: label -> the shape of one sample of the activation.
@@ -216,11 +230,12 @@ class State:
     size: Tensor = _tensor(Combine.SUM, lambda it, _: torch.where(it.finite, it.size, 0).sum(1), axes=1)
     bad: Tensor = _tensor(Combine.FIRST, _bad, axes=1, fill=math.inf, counted_from="minibatches")
     peak: Tensor = _tensor(Combine.LARGEST, _peak, lead=(2,), axes=1, counted_from="positions")
+    null: Tensor = _tensor(Combine.SUM, _null, lead=(2,), axes=2)
     kept: list[Tensor] = _tensor(Combine.CONCATENATED, lambda _, hsic: hsic, axes=2)
     seen: dict[str, int] = _value(Combine.SUM, dict, of_layers=True)
-    dtypes: dict[str, str] = _value(Combine.FIRST, dict, of_layers=True)
-    shapes: dict[str, list[int]] = _value(Combine.FIRST, dict, of_layers=True)
-    skipped: dict[str, str] = _value(Combine.FIRST, dict, of_layers=True)
+    dtypes: dict[str, str] = _value(Combine.FIRST, dict, of_layers=True, items=str)
+    shapes: dict[str, list[int]] = _value(Combine.FIRST, dict, of_layers=True, items=list)
+    skipped: dict[str, str] = _value(Combine.FIRST, dict, of_layers=True, items=str)
     minibatches: int = _value(Combine.SUM, 0)
     samples: int = _value(Combine.SUM, 0)
     left_out: int = _value(Combine.SUM, 0)
@@ -242,22 +257,27 @@ class State:
 
     def add(self, step: Step, *, keep: bool) -> None:
         """Add a batch: as a whole, since all that may fail comes before the first change."""
-        parts = []
+        parts: list[State] = []
         for group in step.groups:
             hsic = all_pairs(group.vectors)
             tensors: dict[str, Any] = {
                 name: declared.of(group, hsic)
                 for name, declared in DECLARED.items()
-                if declared.of is not None and (keep or name != "kept")
+                if declared.of is not None and name != "kept"
             }
             if keep:
                 tensors["kept"] = [hsic]
+            if self.passes > 1:
+                # Later passes are no further samples: the null is that of the first.
+                tensors["null"].zero_()
             m, n = group.parts.shape[1:]
-            part = State(group.layers, **tensors, minibatches=m, samples=m * n, seen=dict.fromkeys(group.layers, m))
+            part = type(self)(
+                group.layers, **tensors, minibatches=m, samples=m * n, seen=dict.fromkeys(group.layers, m)
+            )
             if self.passes == 1:
                 part.first_minibatches, part.first_samples = m, m * n
             parts.append(part)
-        parts.append(State(largest=step.samples, left_out=step.samples - step.counted, dtypes=step.dtypes))
+        parts.append(type(self)(largest=step.samples, left_out=step.samples - step.counted, dtypes=step.dtypes))
         for part in parts:
             self.merge(part)
 
@@ -432,12 +452,11 @@ def _check(name: str, value: Any, declared: _Declared, blank: Any, layers: list[
         fits = isinstance(value, Tensor) and value.shape == shape and value.dtype == torch.float64
         wanted = f"{shape} float64"
     elif isinstance(blank, dict):
-        kinds = {"dtypes": str, "skipped": str, "shapes": list}
         fits = isinstance(value, dict) and all(
-            isinstance(key, str) and (isinstance(item, kinds[name]) if name in kinds else _is_count(item))
+            isinstance(key, str) and (_is_count(item) if declared.items is int else isinstance(item, declared.items))
             for key, item in value.items()
         )
-        wanted = "a mapping from labels"
+        wanted = f"a mapping from text to {declared.items.__name__}"
     elif isinstance(blank, list):
         fits, wanted = isinstance(value, list) and all(isinstance(item, str) for item in value), "a list of text"
     elif isinstance(blank, int):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from cka_hooks.arrays import Features, as_features
 from cka_hooks.errors import NonFiniteError, OptionError, SampleCountError, TooFewSamplesError
 from cka_hooks.features import memory_order
-from cka_hooks.hsic import MIN_SAMPLES, Estimator, centre, pack
+from cka_hooks.hsic import CENTRING_NOISE, MIN_SAMPLES, Estimator, centre, pack, resolution
+from cka_hooks.options import Options, whole
 from cka_hooks.precision import accumulation_device, without_gradients
 from cka_hooks.similarity.kernels import Kernel, as_kernel
 
@@ -20,8 +23,8 @@ _GRAM_IS_CHEAP = 8192
 
 
 def cka(
-    x: Tensor,
-    y: Tensor,
+    x: Features,
+    y: Features,
     *,
     kernel: str | Callable[[Tensor], Tensor] = "linear",
     bandwidth: float | None = None,
@@ -33,7 +36,7 @@ def cka(
     """Centered kernel alignment of two sets of features of the same samples (Kornblith et al. 2019).
 
     Args:
-        x: (n, ...) features of n samples; what is behind dimension 0 is flattened.
+        x: (n, ...) features of n samples, a tensor or an array; what is behind dimension 0 is flattened.
         y: (n, ...) features of the same samples in the same order, any number of them.
         kernel: as in :func:`cka_matrix`, like all options here.
 
@@ -64,8 +67,8 @@ def cka(
 
 
 def cka_matrix(
-    xs: Sequence[Tensor],
-    ys: Sequence[Tensor] | None = None,
+    xs: Iterable[Features],
+    ys: Iterable[Features] | None = None,
     *,
     kernel: str | Callable[[Tensor], Tensor] = "linear",
     bandwidth: float | None = None,
@@ -80,7 +83,7 @@ def cka_matrix(
     made of them.
 
     Args:
-        xs: tensors (n, ...), floating point, the same n samples in each.
+        xs: tensors or arrays (n, ...), floating point, the same n samples in each.
         ys: further ones for the columns; None pairs `xs` with themselves.
         kernel: a name in `cka_hooks.similarity.kernels.KERNELS` ("linear", "rbf", "distance", ...), or a callable
             (n, d) -> (n, n) on raw float64 features.
@@ -88,7 +91,7 @@ def cka_matrix(
         sigma: of "rbf", in the features' units, instead of `bandwidth`.
         estimator: "unbiased" (Song et al. 2012) or "biased" (Gretton et al. 2005).
         subset: use only that many samples, drawn without replacement, the same ones of every tensor.
-        generator: what draws them; None is torch's global one.
+        generator: what draws them; None is torch's global one of the CPU.
 
     Returns:
         (len(xs), len(ys)) float64 on the CPU; NaN where the samples of a tensor do not differ.
@@ -105,46 +108,54 @@ def cka_matrix(
         >>> cka_hooks.cka_matrix([x, x[:, :5]], [x]).shape
         torch.Size([2, 1])
     """
-    gram = as_kernel(kernel, bandwidth=bandwidth, sigma=sigma)
-    if estimator not in ("unbiased", "biased"):
-        raise OptionError(f"estimator={estimator!r} is not known: use 'unbiased' or 'biased'")
-    columns = xs if ys is None else ys
-    tensors = [*xs] if ys is None else [*xs, *ys]
-    samples = _checked(tensors)
+    options = Options(kernel=kernel, bandwidth=bandwidth, sigma=sigma, estimator=estimator)
+    gram = as_kernel(kernel, bandwidth=options.bandwidth, sigma=options.sigma)
+    rows = _several(xs, "xs")
+    columns = [] if ys is None else _several(ys, "ys")
+    tensors = _checked([*rows, *columns])
+    subset = whole("subset", subset, MIN_SAMPLES, f"it must be from {MIN_SAMPLES} to {len(tensors[0])} samples")
+    if subset is not None and subset > len(tensors[0]):
+        raise OptionError(f"subset={subset} is more than the {len(tensors[0])} samples there are")
     with without_gradients():
-        chosen = None
         if subset is not None:
-            if not MIN_SAMPLES <= subset <= samples:
-                raise OptionError(f"subset={subset!r} must be from {MIN_SAMPLES} to the {samples} samples there are")
-            where = generator.device if generator is not None else None
-            chosen = torch.randperm(samples, generator=generator, device=where)[:subset]
-        sides = [
-            _Side(
-                t.detach() if chosen is None else t.detach()[chosen.to(t.device)],
-                gram,
-                estimator,
-                kernel == "linear",
-            )
-            for t in tensors
-        ]
-        rows, others = sides[: len(xs)], sides if ys is None else sides[len(xs) :]
-        out = torch.empty(len(xs), len(columns), dtype=torch.float64)
-        for i, row in enumerate(rows):
+            where = "cpu" if generator is None else generator.device
+            chosen = torch.randperm(len(tensors[0]), generator=generator, device=where)[:subset]
+            tensors = [tensor[chosen.to(tensor.device)] for tensor in tensors]
+        sides = [_Side(tensor.detach(), gram, estimator, kernel == "linear") for tensor in tensors]
+        others = sides[len(rows) :] or sides
+        out = torch.empty(len(rows), len(others), dtype=torch.float64, device="cpu")
+        for i, row in enumerate(sides[: len(rows)]):
             for j, column in enumerate(others):
-                if ys is None and j < i:
-                    out[i, j] = out[j, i]
-                else:
-                    out[i, j] = row.cka(column)
+                # To itself it is symmetric.
+                out[i, j] = out[j, i] if others is sides and j < i else row.cka(column)
     return out
 
 
-def _checked(tensors: Sequence[Tensor]) -> int:
+def _several(xs: Any, name: str) -> list[Any]:
+    """The entries of a list; of a tensor they would be its samples, of a mapping its keys."""
+    if isinstance(xs, Mapping):
+        raise OptionError(f"{name} is a mapping: cka_matrix takes a list of tensors, such as list({name}.values())")
+    if hasattr(xs, "shape") or isinstance(xs, str) or not isinstance(xs, Iterable):
+        found = f"{type(xs).__name__} {tuple(xs.shape)}" if hasattr(xs, "shape") else type(xs).__name__
+        raise OptionError(
+            f"{name} is one {found}, and cka_matrix takes lists of tensors: write cka_hooks.cka(x, y) for the CKA of "
+            "two tensors, cka_matrix([x], [y]) for it as a matrix, cka_matrix(list(xs)) for a stack of tensors"
+        )
+    return list(xs)
+
+
+def _checked(values: Sequence[Any]) -> list[Tensor]:
+    tensors = [as_features(value, f"tensor {i}") for i, value in enumerate(values)]
+    check_counts(tensors)
     for i, tensor in enumerate(tensors):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.ndim < 1:
-            found = (
-                f"{tuple(tensor.shape)} of {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            )
-            raise OptionError(f"tensor {i} is {found}: expected a floating-point tensor (n, ...); .float() makes one")
+        # PyTorch computes next to nothing in floats of one byte.
+        if not bool(torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor).all()):
+            raise NonFiniteError(f"tensor {i} has NaN or infinity in it", {str(i): 0}, None)
+    return tensors
+
+
+def check_counts(tensors: Sequence[Tensor]) -> None:
+    """Raise :class:`SampleCountError` or :class:`TooFewSamplesError` unless all have the same samples, 4 or more."""
     counts = [len(tensor) for tensor in tensors]
     if len(set(counts)) > 1:
         raise SampleCountError(
@@ -154,10 +165,6 @@ def _checked(tensors: Sequence[Tensor]) -> int:
         raise TooFewSamplesError(
             f"CKA needs at least {MIN_SAMPLES} samples in dimension 0, found {counts[0] if counts else 'no tensor'}"
         )
-    for i, tensor in enumerate(tensors):
-        if not bool(torch.isfinite(tensor).all()):
-            raise NonFiniteError(f"tensor {i} has NaN or infinity in it", {str(i): 0}, None)
-    return counts[0]
 
 
 class _Side:
@@ -170,7 +177,6 @@ class _Side:
         self._packed: Tensor | None = None
         narrow = is_linear and self._rows[0].numel() < len(self._rows)
         self.features: Tensor | None = None
-        eps = torch.finfo(tensor.dtype).eps
         if narrow:
             wide = self._rows.flatten(1).to(accumulation_device(tensor.device), torch.float64)
             self.features = wide - wide.mean(0)
@@ -184,12 +190,12 @@ class _Side:
         if self.features is None:
             spread, size, rounding = self._gram()
             self.own = float(self.packed.square().sum())
-        self.degenerate = not (spread > (8 * eps) ** 2 * size and self.own * len(self._rows) > rounding)
+        self.degenerate = not (spread > resolution(tensor.dtype) * size and self.own * len(self._rows) > rounding)
 
     def _gram(self) -> tuple[float, float, float]:
         grams = self._kernel(self._rows, 1)
         self._packed = pack(centre(grams.values[0], self._estimator), self._estimator)
-        rounding = (16 * torch.finfo(torch.float64).eps) ** 2 * float(grams.values.square().sum())
+        rounding = CENTRING_NOISE * float(grams.values.square().sum())
         spread, size = grams.traces()
         return float(spread), float(size), rounding
 

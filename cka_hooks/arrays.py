@@ -1,0 +1,72 @@
+"""Arrays of any package as tensors: the one place where features that somebody brings are taken in."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils import dlpack
+
+from cka_hooks.errors import OptionError
+
+# And whatever else has one of the array interfaces: CuPy, JAX, pandas, h5py, zarr.
+Features: TypeAlias = Tensor | npt.NDArray[Any]
+
+
+def as_features(value: Any, name: str) -> Tensor:
+    """The tensor (n, ...) of floating-point numbers that a tensor or an array is, of the same memory where possible.
+
+    Args:
+        value: a tensor, or what has ``__dlpack__``, ``__array__`` or ``__cuda_array_interface__``.
+        name: what an error calls it.
+
+    Raises:
+        OptionError: it is neither, has other numbers or no dimension, or masked entries.
+
+    Example:
+        >>> import numpy
+        >>> as_features(numpy.ones((4, 2), ">f4"), "x").dtype
+        torch.float32
+    """
+    tensor = value if isinstance(value, Tensor) else _of_array(value, name)
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise OptionError(f"{name} is {tensor.layout}: expected a dense tensor (n, ...); .to_dense() may make one")
+    if not tensor.is_floating_point() or tensor.ndim < 1:
+        raise OptionError(
+            f"{name} is {tuple(tensor.shape)} of {tensor.dtype}: expected floating-point numbers (n, ...); "
+            + (".float()" if isinstance(value, Tensor) else '.astype("float32")')
+            + " makes them from others"
+        )
+    return tensor
+
+
+def _of_array(value: Any, name: str) -> Tensor:
+    interfaces = ("__cuda_array_interface__", "__dlpack__", "__array__", "__array_interface__")
+    if isinstance(value, type) or not any(hasattr(value, interface) for interface in interfaces):
+        raise OptionError(
+            f"{name} is {type(value).__name__}: expected a floating-point tensor or array (n, ...); "
+            "torch.tensor(...) makes one from numbers"
+        )
+    if np.ma.is_masked(value):
+        raise OptionError(f"{name} has masked entries: leave their samples out, or fill them with .filled(...)")
+    try:
+        if not isinstance(value, np.ndarray) and hasattr(value, "__cuda_array_interface__"):
+            return torch.as_tensor(value)
+        if not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__"):
+            return dlpack.from_dlpack(value)
+        array = np.asarray(value)
+        if array.dtype.kind == "f":
+            # PyTorch takes neither another order of bytes, nor strides below 0, nor more than 8 bytes. It warns where
+            # it may not write.
+            plain = array.flags.writeable and array.flags.aligned and min(array.strides, default=0) >= 0
+            size = min(array.dtype.itemsize, 8)
+            array = array.astype(f"f{size}", copy=not plain)
+        return torch.from_numpy(array)
+    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+        raise OptionError(
+            f"{name}, {type(value).__module__}.{type(value).__name__}, cannot be taken as a tensor: {error}; "
+            "expected a floating-point tensor or array (n, ...)"
+        ) from error
