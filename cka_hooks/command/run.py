@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -21,6 +21,7 @@ from cka_hooks.command.outputs import check_file, check_folder, folder_words, wr
 from cka_hooks.command.terminal import say
 from cka_hooks.compare import compare
 from cka_hooks.errors import CKAWarning, NonFiniteError, OptionError
+from cka_hooks.hsic import Estimator
 from cka_hooks.recording.batches import sample_count
 from cka_hooks.results.result import CKAResult
 from cka_hooks.results.words import SHARE
@@ -67,8 +68,8 @@ def words(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--minibatch", type=numbers.count, default=32, metavar="N",
         help="samples in each estimate: a larger one costs more and scatters less; default: %(default)s")  # fmt: skip
     how.add_argument("--sketch", action=_Gone, help=argparse.SUPPRESS)
-    how.add_argument("--kernel", default="linear", choices=tuple(KERNELS))
-    how.add_argument("--estimator", default="unbiased", choices=("unbiased", "biased"))
+    how.add_argument("--kernel", default="linear", choices=tuple(KERNELS), help="default: %(default)s")
+    how.add_argument("--estimator", default="unbiased", choices=get_args(Estimator), help="default: %(default)s")
     how.add_argument("--seed", type=numbers.seed, default=0, metavar="N",
         help="of the samples that are drawn, their order, and random weights; default: %(default)s")  # fmt: skip
     where = parser.add_argument_group("where")
