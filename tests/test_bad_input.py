@@ -64,7 +64,7 @@ def test_layers_that_match_nothing_fail_before_any_forward_pass(
         ({"estimator": "debiased"}, "'unbiased' or 'biased'"),
         ({"minibatch": 3}, "at least 4"),
         ({"minibatch": 8.0}, "minibatch=8.0"),
-        ({"bandwidth": 1.0}, "belong to kernel='rbf'"),
+        ({"bandwidth": 1.0}, "belongs to kernel='rbf'"),
         ({"kernel": "rbf", "bandwidth": 0.0}, "above 0"),
         ({"kernel": "rbf", "sigma": -1.0}, "above 0"),
         ({"kernel": "rbf", "sigma": 1.0, "bandwidth": 1.0}, "exclude each other"),

@@ -79,7 +79,8 @@ def test_hugging_face_batch_encoding() -> None:
     model = bert()
     seen = []
     model.register_forward_hook(lambda module, args, kwargs, output: seen.append(output.loss), with_kwargs=True)
-    result = cka_hooks.compare(model, [transformers.BatchEncoding(fields)] * 2, progress=False)
+    loader = [transformers.BatchEncoding({**fields, "input_ids": each}) for each in (ids, ids.flip(1))]
+    result = cka_hooks.compare(model, loader, progress=False)
     assert result.samples == 16
     assert seen == [None, None], "labels make the model compute a loss"
     moved = batches.to_device(transformers.BatchEncoding(fields), torch.device("meta"))
