@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from types import ModuleType
 
 import processes
 import pytest
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from cka_hooks import CKAResult
+from cka_hooks.command import cli
 from cka_hooks.command.cli import main
 
 # Few random samples: one may decide much, and the command line says so on stderr.
@@ -340,3 +342,14 @@ def test_showing_warnings_is_put_back(nets, tmp_path):
     before = warnings.showwarning
     run(nets, tmp_path, "--quiet")
     assert warnings.showwarning is before
+
+
+def test_a_command_is_one_file_and_one_word_in_the_table(monkeypatch, capsys):
+    command = ModuleType("cka_hooks.command.greet")
+    command.LINE = command.DESCRIPTION = "greet"
+    command.words = lambda parser: parser.add_argument("whom")
+    command.run = lambda arguments: print("hello", arguments.whom) or 0
+    monkeypatch.setitem(sys.modules, command.__name__, command)
+    monkeypatch.setattr(cli, "COMMANDS", (*cli.COMMANDS, "greet"))
+    assert main(["greet", "you"]) == 0
+    assert capsys.readouterr().out == "hello you\n"
