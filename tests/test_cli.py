@@ -338,6 +338,12 @@ def test_a_closed_pipe_is_no_error(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_a_closed_stdout_is_no_error(tmp_path, monkeypatch):
+    CKAResult.example().save(tmp_path / "cka.json")
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["show", str(tmp_path / "cka.json")]) == 0
+
+
 def test_showing_warnings_is_put_back(nets, tmp_path):
     before = warnings.showwarning
     run(nets, tmp_path, "--quiet")

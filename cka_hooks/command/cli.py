@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.simplefilter("always", CKAWarning)
             warnings.showwarning = _warn
             code: int = arguments.command(arguments)
-            sys.stdout.flush()
+            print(end="", flush=True)
             return code
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
