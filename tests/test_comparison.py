@@ -265,3 +265,49 @@ def test_a_random_state_that_would_read_beyond_its_memory_is_refused(tmp_path: P
     checkpoint_file.write(path, content)
     with pytest.raises(CheckpointError, match="the state of a random generator is none"):
         cka_hooks.compare(net(), batches(), forward=failing, checkpoint=path, progress=False)
+
+
+# P-values
+
+
+def test_pvalues_tell_related_layers_from_unrelated_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    cka = cka_hooks.CKAAccumulator()
+    for _ in range(20):
+        x = torch.randn(16, 6, generator=generator)
+        noise = torch.randn(16, 6, generator=generator)
+        cka.update({"x": x, "like x": x + noise, "other": torch.randn(16, 6, generator=generator)})
+    result = cka.compute()
+    p = result.pvalue()
+    assert p[0, 1] < 1e-10
+    assert p[0, 2] > 0.01
+    assert torch.equal(p, p.T)
+    assert 0.5 < float(result.null_stderr[0, 2] / result.stderr[0, 2]) < 2
+
+
+def test_there_are_no_pvalues_of_biased_estimates_and_of_several_passes() -> None:
+    for options in ({"estimator": "biased"}, {"epochs": 2}):
+        result = cka_hooks.compare(net(), batches(), progress=False, **options)
+        assert result.null_unknown is not None
+        assert bool(result.null_stderr.isnan().all())
+
+
+def test_pvalues_against_permuted_samples() -> None:
+    """The share of permuted runs with a larger value, for a pair that is weakly related."""
+    generator = torch.Generator().manual_seed(1)
+    pairs = [(torch.randn(12, 5, generator=generator), torch.randn(12, 5, generator=generator)) for _ in range(6)]
+    pairs = [(x, y + 0.25 * x) for x, y in pairs]
+
+    def value(permuted: bool) -> cka_hooks.CKAResult:
+        cka = cka_hooks.CKAAccumulator()
+        for x, y in pairs:
+            order = torch.randperm(12, generator=generator) if permuted else torch.arange(12)
+            cka.update({"x": x, "y": y[order]})
+        return cka.compute()
+
+    result = value(permuted=False)
+    rounds = 300
+    above = sum(value(permuted=True)["x", "y"] >= result["x", "y"] for _ in range(rounds)) / rounds
+    p = float(result.pvalue()[0, 1])
+    assert 0.02 < p < 0.6
+    assert above == pytest.approx(p, abs=4 * (p * (1 - p) / rounds) ** 0.5 + 2 / rounds)

@@ -57,6 +57,19 @@ def stderr(moments: Tensor, minibatches: int, minibatches_per_pass: int) -> Tens
     return errors.diagonal_scatter(torch.where(root.isnan(), root, 0.0))
 
 
+def null_moments(state: State) -> tuple[Tensor, Tensor] | None:
+    """(L, L) variance and skewness of CKA if samples were permuted at random; None where a second pass adds to it.
+
+    S_ii and S_jj do not depend on the permutation, see :mod:`cka_hooks.null`.
+    """
+    if state.passes > 1:
+        return None
+    root = _roots(state.moments)
+    variance, third = state.null
+    scale = root.unsqueeze(1) * root
+    return variance / scale / scale, third / variance.pow(1.5)
+
+
 def _roots(moments: Tensor) -> Tensor:
     own = moments[0].diagonal()
     return torch.where(own > 0, own, torch.nan).sqrt()
@@ -161,6 +174,10 @@ def _result(
         if layer not in undefined_layers
     }
     _warn(state, influence)
+    null = null_moments(state) if settings.get("estimator") == "unbiased" else None
+    variance, skewness = (
+        (None, None) if null is None else (chosen(it).masked_fill(undefined, torch.nan) for it in null)
+    )
     kept = torch.cat([chosen(hsic) for hsic in state.kept]) if state.kept else None
     more = {"shapes": state.shapes} if state.shapes else {}
     if state.stopped is not None:
@@ -172,6 +189,8 @@ def _result(
         stderr=chosen(stderr(state.moments, state.minibatches, state.first_minibatches)).masked_fill(
             undefined, torch.nan
         ),
+        null_variance=variance,
+        null_skewness=skewness,
         samples=state.first_samples,
         minibatches=state.minibatches,
         degrees_of_freedom=max(state.first_minibatches - 1, 0),
