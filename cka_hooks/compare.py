@@ -16,8 +16,8 @@ from cka_hooks.errors import OptionError
 from cka_hooks.features import Reduction
 from cka_hooks.hsic import Estimator
 from cka_hooks.options import Options
-from cka_hooks.recording.batches import Forward
-from cka_hooks.recording.guest import RandomStream
+from cka_hooks.recording.batches import Forward, check_loader
+from cka_hooks.recording.guest import RandomStream, is_sharded
 from cka_hooks.recording.layers import Layers
 from cka_hooks.results.result import CKAResult
 from cka_hooks.run.checkpoint import Keeper, path_of_rank
@@ -25,7 +25,7 @@ from cka_hooks.run.comparison import Comparison, finished, named_models, per_mod
 from cka_hooks.run.identity import of_loader, of_model, of_option
 from cka_hooks.run.in_turn import added_up_in_turn
 from cka_hooks.run.loop import DONE, Loop
-from cka_hooks.run.ranks import Ranks, is_sharded, told
+from cka_hooks.run.ranks import Ranks, told
 from cka_hooks.similarity.estimate import largest_stderr
 from cka_hooks.similarity.state import State, Step
 
@@ -125,6 +125,7 @@ def compare(
     started = time.perf_counter()
     with told(ranks), RandomStream(), torch.no_grad():
         models = named_models(model)
+        check_loader(loader)
         options = Options(
             kernel=kernel,
             bandwidth=bandwidth,

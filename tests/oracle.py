@@ -269,12 +269,58 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(getattr(value, field.name))
 
 
-def _activation(output: Any, samples: int) -> torch.Tensor | None:
-    """The first floating tensor with one entry per sample, or None."""
-    for tensor in _tensors(output):
-        if tensor.is_floating_point() and tensor.ndim > 0 and tensor.shape[0] == samples:
-            return tensor
-    return None
+def _activation(output: Any) -> torch.Tensor | None:
+    """The first floating tensor of an output, or None; None behind a packed sequence, where states stand."""
+    if isinstance(output, nn.utils.rnn.PackedSequence):
+        return None
+    if isinstance(output, tuple | list) and output and isinstance(output[0], nn.utils.rnn.PackedSequence):
+        return None
+    return next((tensor for tensor in _tensors(output) if tensor.is_floating_point()), None)
+
+
+def _size(batch: Any) -> int:
+    """The number of samples: entries of a list of images or dicts, else of the first tensor."""
+    first = batch[0] if isinstance(batch, tuple | list) else batch
+    is_listed = isinstance(batch, list) and (
+        isinstance(first, Mapping) or (torch.is_tensor(first) and first.ndim == 3)
+    )
+    return len(batch) if is_listed else next(tensor for tensor in _tensors(batch) if tensor.ndim > 0).shape[0]
+
+
+def _one_less(batch: Any, samples: int) -> Any:
+    """A batch without its last sample."""
+    if isinstance(batch, torch.Tensor):
+        return batch[:-1] if batch.ndim > 0 and batch.shape[0] == samples else batch
+    if isinstance(batch, Mapping):
+        return {key: _one_less(value, samples) for key, value in batch.items()}
+    if isinstance(batch, list) and len(batch) == samples and _size(batch) == samples:
+        return batch[:-1]
+    if isinstance(batch, tuple | list):
+        return type(batch)(_one_less(value, samples) for value in batch)
+    return batch
+
+
+def _rows(model: nn.Module, batch: Any, call: Call, names: Sequence[str]) -> dict[str, int]:
+    """Sizes of dimension 0 of the activations of one forward pass: label -> rows."""
+    rows: dict[str, int] = {}
+    calls: Counter[str] = Counter()
+
+    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            calls[name] += 1
+            activation = _activation(output)
+            if activation is not None and activation.ndim > 0:
+                rows[name if calls[name] == 1 else f"{name}#{calls[name]}"] = activation.shape[0]
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
+    try:
+        call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return rows
 
 
 def _default_call(model: nn.Module, batch: Any) -> Any:
@@ -339,9 +385,9 @@ def _observe(
     def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             calls[name] += 1
-            activation = _activation(output, samples)
-            if activation is not None:
-                label = name if calls[name] == 1 else f"{name}#{calls[name]}"
+            activation = _activation(output)
+            label = name if calls[name] == 1 else f"{name}#{calls[name]}"
+            if activation is not None and label in follows and activation.shape[0] == samples:
                 taken[label] = take(activation.detach())
 
         return hook
@@ -350,10 +396,15 @@ def _observe(
     try:
         with torch.no_grad():
             names = _leaves(model, batches[0], call) if layers is None else layers
+            # Samples are in dimension 0 where it has n entries, and one less of a batch of one less.
+            samples = _size(batches[0])
+            whole = _rows(model, batches[0], call, names)
+            less = _rows(model, _one_less(batches[0], samples), call, names)
+            follows = {label for label, rows in whole.items() if (rows, less.get(label)) == (samples, samples - 1)}
             for name in names:
                 handles.append(model.get_submodule(name).register_forward_hook(hook_for(name)))
             for batch in batches:
-                samples = next(tensor for tensor in _tensors(batch) if tensor.ndim > 0).shape[0]
+                samples = _size(batch)
                 calls.clear()
                 taken = {}
                 call(model, batch)

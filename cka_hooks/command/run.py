@@ -222,7 +222,7 @@ def _plan(
             seconds = time.perf_counter() - started
             if seconds > _SHORT:
                 break
-    size = sample_count(batch[0] if isinstance(batch, tuple | list) and batch else batch) or arguments.batch_size
+    size = sample_count(batch) or arguments.batch_size
     total = _total(loader, _samples(arguments))
     count = len(trial.rows)
     lines = [

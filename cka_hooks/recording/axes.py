@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import lru_cache
-from typing import Literal
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from cka_hooks.errors import BatchError, CKAWarning
+from cka_hooks.errors import BatchError
 from cka_hooks.features import Layout
 from cka_hooks.names import PerLayer
-from cka_hooks.recording.outputs import NotRecordable
-
-Place = Literal["output", "further output", "input"]
+from cka_hooks.recording.outputs import INPUT, NotRecordable, tensors_in
+from cka_hooks.recording.probe import Run, Take, sample_dimensions
+from cka_hooks.recording.routes import Place
+from cka_hooks.recording.snapshot import Snapshot
 
 _CHANNELS_FIRST: tuple[type[nn.Module], ...] = (
     nn.modules.conv._ConvNd,
@@ -26,60 +26,73 @@ _CHANNELS_FIRST: tuple[type[nn.Module], ...] = (
     nn.modules.pooling._AdaptiveAvgPoolNd,
     nn.modules.pooling._AdaptiveMaxPoolNd,
 )
+_SPATIAL = tuple(kind for kind in _CHANNELS_FIRST if kind is not nn.GroupNorm)
+_ELEMENTWISE = (
+    *(nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.Identity, nn.modules.dropout._DropoutNd),
+    *(getattr(nn, name) for name in nn.modules.activation.__all__ if name not in ("GLU", "MultiheadAttention")),
+)
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.MultiheadAttention)
 # Classes of torchvision and timm that permute to channels last and back, or have no base class of torch's.
 _CHANNELS_FIRST_NAMES = frozenset({"LayerNorm2d", "RmsNorm2d", "SimpleNorm2d", "FrozenBatchNorm2d"})
 _SELF_ATTENTIVE = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
+NAMED, KNOWN, PROBED = "named", "known", "confirmed by a probe"
+
+
 class SampleDimension:
-    """Finds the dimension with the samples: given, or known from the module's kind, or told from sizes.
+    """Which dimension has the samples: named, known from the kinds of all modules, or confirmed by a probe.
 
     Args:
         names: the model's modules.
         batch_dim: the dimension for every layer and for the batch itself, or a mapping from layer pattern to it.
+
+    Attributes:
+        samples: in the batch that is under way, None where nothing says it.
+        found: label -> the dimension that a probe confirmed, None where there is none, or why it is not known.
+        is_settled: whether that was found out, or needs not be.
+        is_plain: whether dimension 0 has the samples everywhere by the kinds of all modules.
+        evidence: label -> how the dimension was found, of layers that have one.
     """
 
     def __init__(self, names: Mapping[str, nn.Module], batch_dim: int | Mapping[str, int] | None) -> None:
         self._given = PerLayer(batch_dim, names, "batch_dim")
         self._everywhere = isinstance(batch_dim, int)
-        self.sequence_first = [module for module in names.values() if _wants_second(module)]
-        self._second = {id(part) for module in self.sequence_first for part in _parts(module)}
-        self._decided: dict[str, int] = {}
-        self._warned = False
+        self._sequence_first = {name: module for name, module in names.items() if _wants_second(module)}
+        self._second = {id(part) for module in self._sequence_first.values() for part in _parts(module)}
         self.samples: int | None = None
-        self._batch: tuple[int, ...] = ()
+        self.found: dict[str, int | str | None] = {}
+        self.is_settled = self._everywhere
+        self.is_plain = False
+        self.evidence: dict[str, str] = {}
 
-    def start(self, samples: int | None, batch: tuple[int, ...]) -> None:
-        """A forward pass of that many samples; `batch` is the shape of the batch's first tensor."""
+    def start(self, samples: int | None) -> None:
+        """A forward pass of that many samples."""
         self.samples = None if self._everywhere else samples
-        self._batch = batch
 
-    def of(self, name: str, label: str, module: nn.Module, shape: tuple[int, ...], place: Place) -> int:
+    def of(self, name: str, label: str, shape: tuple[int, ...]) -> int:
         """The dimension of `shape` that has the samples.
 
-        A layer's dimension is decided once: where two have the same size in one batch, another batch tells.
-
         Raises:
-            NotRecordable: there is none, or it cannot be told.
+            NotRecordable: there is none, or it is not known.
         """
         given = self._given.of(name, None)
         if given is not None:
-            return self._checked(given, shape)
-        if self.samples is None:
-            if not shape:
-                raise NotRecordable("returned a single number, without a batch dimension")
-            return 0
-        dim = self._told(label, module, shape, place)
-        before = self._decided.setdefault(label, dim)
-        if before == dim:
-            return dim
-        if before < len(shape) and shape[before] == self.samples:
-            return before
-        raise NotRecordable(
-            f"had its samples in dimension {before} of an earlier batch, and in this one of shape {shape} dimension "
-            f"{dim} has {self.samples} of them (batch_dim= names the right one)"
-        )
+            dim, how = self._checked(given, shape), NAMED
+        elif self.is_plain:
+            dim, how = self._confirmed(0, shape), KNOWN
+        elif not self.found and not self.is_settled:
+            raise NotRecordable(
+                "has its samples in a dimension that nothing confirmed, since only parts of the model were called: "
+                "give batch_dim=, or use compare() or Comparison, which run all of it on a part of the batch first"
+            )
+        else:
+            found = self.found.get(label, "was not reached by the probe of the first batch")
+            if isinstance(found, str):
+                raise NotRecordable(f"{found} (batch_dim= names the dimension with the samples)")
+            dim, how = self._confirmed(found, shape), PROBED
+        self.evidence[label] = how
+        return dim
 
     def _checked(self, given: int, shape: tuple[int, ...]) -> int:
         if -len(shape) <= given < len(shape):
@@ -91,85 +104,74 @@ class SampleDimension:
             f"batch_dim={given} of its shape {shape} does not have the {self.samples} samples of the batch"
         )
 
-    def _told(self, label: str, module: nn.Module, shape: tuple[int, ...], place: Place) -> int:
-        channels = _channel_dim(module, shape) if place == "output" else None
-        fitting = [dim for dim, size in enumerate(shape) if size == self.samples and dim != channels]
-        if 1 in fitting and self._is_second(module, place):
-            return 1
-        if 0 in fitting and self._may_be_positions(module, shape):
-            raise NotRecordable(
-                f"may be an embedding of positions, of which the batch of shape {self._batch} has as many as samples "
-                "(batch_dim= says that these are samples; so does a batch of another size)"
-            )
-        if 0 in fitting:
-            is_known = place == "further output" and isinstance(module, nn.MultiheadAttention)
-            if 1 in fitting and len(shape) > 2 and self.sequence_first and not is_known:
-                self._warn_of_squares(label, shape)
-            return 0
+    def _confirmed(self, dim: int | None, shape: tuple[int, ...]) -> int:
         samples = self.samples
-        if len(fitting) == 1 and not self._is_folded(shape):
-            return fitting[0]
-        if not fitting:
-            found = "no dimension"
-        elif len(fitting) == 1:
-            found = f"dimension {fitting[0]}, which may be so by chance,"
-        else:
-            found = f"dimensions {fitting}, and not dimension 0,"
+        if dim is not None and dim < len(shape) and shape[dim] == samples:
+            return dim
+        if not shape:
+            raise NotRecordable("no dimension: it returned a single number, without a batch dimension")
         why = ""
-        if shape and samples and shape[0] > samples and shape[0] % samples == 0:
+        if samples and shape[0] > samples and shape[0] % samples == 0:
             why = f": {shape[0] // samples} windows, heads or beams of each are folded into dimension 0"
-        elif shape and shape[0] == 1:
+        elif shape[0] == 1:
             why = ": it is the same for all of them"
+        elif dim is not None:
+            why = f": they were confirmed in dimension {dim}"
         raise NotRecordable(
-            f"{found} of its shape {shape} has the {samples} samples of the batch{why} (batch_dim= names it)"
+            f"no dimension of its shape {shape} has the {samples} samples of the batch{why} (batch_dim= names it)"
         )
 
-    def _is_second(self, module: nn.Module, place: Place) -> bool:
+    def is_second(self, module: nn.Module, place: Place) -> bool:
         """Whether PyTorch's documentation of a module puts the samples in dimension 1."""
         if place == "further output":
             # Hidden states are (layers, n, d) whatever batch_first says; attention weights are (n, ...) always.
             return isinstance(module, nn.RNNBase)
         return id(module) in self._second
 
-    def _may_be_positions(self, module: nn.Module, shape: tuple[int, ...]) -> bool:
-        """Whether an embedding's (T, d) may belong to the T positions of an (n, T) batch with T = n."""
-        return isinstance(module, nn.Embedding) and len(shape) == 2 and self._batch[1:2] == (self.samples,)
+    def confirm(self, run: Run, snapshot: Snapshot, batch: Any, shape: tuple[int, ...], *, always: bool) -> None:
+        """Find out by a probe what nothing names; see :func:`cka_hooks.recording.probe.sample_dimensions`.
 
-    def _is_folded(self, shape: tuple[int, ...]) -> bool:
-        """Whether dimension 0 looks like the samples, so that a fitting size further on is most likely chance.
-
-        It is 1 (the same for all), or a multiple of them that the batch does not show as its own length.
-        """
-        if shape[0] == 1:
-            return True
-        is_multiple = bool(self.samples) and shape[0] % (self.samples or 1) == 0
-        return is_multiple and not self.sequence_first and shape[0] not in self._batch[1:]
-
-    def _warn_of_squares(self, label: str, shape: tuple[int, ...]) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"dimensions 0 and 1 of layer {label!r}, {shape}, both have the {self.samples} samples of the batch, "
-                "and the model has modules with batch_first=False: dimension 0 is taken here; batch_dim= names it",
-                CKAWarning,
-                stacklevel=2,
-            )
-
-    def check_input(self, module: nn.Module, tensor: Tensor | None) -> None:
-        """Refuse a batch that goes with its samples in front into a module that has them in dimension 1.
+        Args:
+            shape: of the batch, samples first.
 
         Raises:
-            BatchError: then either the loader or the module is not what its user thinks.
+            BatchError: a module with ``batch_first=False`` gets its samples in dimension 0: either the loader or the
+                module is not what its user thinks.
         """
-        if tensor is None or self._everywhere or tensor.ndim < 3 or len(self._batch) < 2:
-            return
-        length, samples = tensor.shape[:2]
-        if tuple(self._batch[:2]) == (length, samples) and length != samples:
-            raise BatchError(
-                f"a batch of shape {self._batch} is taken for {length} samples, and {type(module).__name__} with "
-                f"batch_first=False takes it for {samples}: give batch_dim=1 where the loader is right, else build "
-                "the module with batch_first=True"
-            )
+        inputs: dict[str, tuple[int, ...]] = {}
+
+        def run_and_look(part: Any, take: Take) -> None:
+            def look(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                tensor = next(tensors_in((args, kwargs)), None)
+                if tensor is not None and tensor.ndim > 2 and tensor.is_floating_point():
+                    inputs.setdefault(name, tuple(tensor.shape))
+                    take(_input_of(name), tensor, False)
+
+            with ExitStack() as stack:
+                for name, module in self._sequence_first.items():
+                    hook = module.register_forward_pre_hook(
+                        lambda module, args, kwargs, name=name: look(name, args, kwargs),  # type: ignore[misc]
+                        with_kwargs=True,
+                    )
+                    stack.callback(hook.remove)
+                run(part, take)
+
+        self.found, problem = sample_dimensions(run_and_look, snapshot, batch, shape[0], always=always)
+        # Where the model cannot run on the whole batch, the next one may do.
+        self.is_settled = problem is None
+        for name, seen in inputs.items():
+            if self.found.get(_input_of(name)) == 0:
+                kind = type(self._sequence_first[name]).__name__
+                raise BatchError(
+                    f"a batch of shape {shape} is taken for {shape[0]} samples, and {kind} {name!r} with "
+                    f"batch_first=False takes it for {seen[1]}: give batch_dim=1 where the loader is right, else "
+                    "build the module with batch_first=True"
+                )
+
+
+def _input_of(name: str) -> str:
+    # No layer has this label.
+    return f"{name}:{INPUT} "
 
 
 def _wants_second(module: nn.Module) -> bool:
@@ -181,6 +183,31 @@ def _wants_second(module: nn.Module) -> bool:
 def _parts(module: nn.Module) -> list[nn.Module]:
     """A module with the samples in dimension 1, and what is in it and does not say otherwise."""
     return [part for part in module.modules() if getattr(part, "batch_first", False) is False]
+
+
+def plain_rank(module: nn.Module, rank: int) -> int | None:
+    """How many dimensions a module makes of an (n, ...) tensor of `rank`, None unless it surely keeps the samples.
+
+    Known are torch's convolutions, linear layers, norms, pools, activations, dropouts and ``Flatten``, and a
+    ``Sequential`` of them. In the ``forward`` of any other module anything may happen in between.
+    """
+    kind = type(module)
+    if kind is nn.Sequential:
+        after: int | None = rank
+        for part in module.children():
+            after = None if after is None else plain_rank(part, after)
+        return after
+    if not kind.__module__.startswith("torch.nn.modules.") or "forward" in vars(module) or rank < 2:
+        return None
+    if isinstance(module, nn.Flatten):
+        return rank - (module.end_dim % rank - module.start_dim) if module.start_dim > 0 else None
+    if isinstance(module, nn.Embedding):
+        return rank + 1
+    if isinstance(module, _SPATIAL):
+        # These take one sample without a batch, too, and then dimension 0 has something else.
+        spatial = int(kind.__name__[-2])
+        return rank if rank == spatial + 2 or (rank == 2 and isinstance(module, nn.BatchNorm1d)) else None
+    return rank if isinstance(module, _ELEMENTWISE) else None
 
 
 class ChannelDimension:
@@ -223,19 +250,6 @@ def _layout_of_class(kind: type) -> Layout | None:
     return None
 
 
-def _channel_dim(module: nn.Module, shape: tuple[int, ...]) -> int | None:
-    """The dimension of a module's output that has its channels for certain, and so cannot have the samples."""
-    layout = layout_of(module)
-    if layout is None or len(shape) < 2 + (layout == "first"):
-        return None
-    return 1 if layout == "first" else len(shape) - 1
-
-
 def matters(module: nn.Module) -> bool:
     """Whether a module tells where channels are, or moves them."""
     return layout_of(module) is not None or type(module).__name__ == "Permute"
-
-
-def first_tensor(args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tensor | None:
-    """The first tensor among a call's arguments."""
-    return next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
+from torch.utils import data
 
-from cka_hooks.errors import BatchError
+from cka_hooks.errors import BatchError, CKAError, OptionError
 from cka_hooks.recording.outputs import tensors_in
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -22,60 +27,280 @@ LABELS = frozenset(
 MASK = "attention_mask"
 
 
-def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """How a model is called with a batch: positional and keyword arguments.
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How the batches of a run are read. The first one decides: a short one may look like something else.
 
-    A mapping or dataclass is passed as keywords, its labels dropped; of a tuple or list the first entry is the
-    input; anything else is the input itself. A list of images, as detectors take it, is one input.
+    Attributes:
+        listed: where a list with one entry a sample stands, as detectors take it: "batch" itself, "input", its first
+            entry, or None where tensors have a dimension with the samples.
     """
-    if isinstance(batch, tuple | list) and not is_image_list(batch):
-        if not batch:
-            raise BatchError("the loader yielded an empty sequence: expected (input, target), or a tensor")
-        batch = batch[0]
-    keywords = _keywords(batch)
-    return ((batch,), {}) if keywords is None else ((), keywords)
+
+    listed: str | None = None
+
+    @classmethod
+    def of(cls, batch: Any) -> Form:
+        """The form of a run that begins with this batch."""
+        if is_sample_list(batch):
+            return cls("batch")
+        inside = isinstance(batch, tuple | list) and bool(batch) and is_sample_list(batch[0], is_input=True)
+        return cls("input" if inside else None)
+
+    def input_of(self, batch: Any) -> Any:
+        """What a model is called with: of a tuple or list the first entry, of a mapping the mapping itself."""
+        is_pair = isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence) and self.listed != "batch"
+        return batch[0] if is_pair and batch else batch
+
+    def shape(self, batch: Any) -> tuple[int, ...]:
+        """The shape of the first tensor of a batch, (n,) of n listed samples, () where nothing has one."""
+        value = self.input_of(batch)
+        if self.listed is not None and isinstance(value, Sequence):
+            return (len(value),)
+        return leading_shape(value) or leading_shape(batch)
 
 
-def _keywords(value: Any) -> dict[str, Any] | None:
-    if isinstance(value, Mapping):
-        items = dict(value)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+def is_sample_list(value: Any, *, is_input: bool = False) -> bool:
+    """Whether a list has one entry a sample: unbatched images (C, H, W), dicts with the same keys, texts, objects.
+
+    One or two entries are taken for an input and its target, or for two views of the samples.
+    """
+    if not isinstance(value, tuple | list) or not value or isinstance(value, PackedSequence):
+        return False
+    first = value[0]
+    if isinstance(first, str):
+        return all(isinstance(item, str) for item in value)
+    if isinstance(first, Tensor):
+        if not all(isinstance(item, Tensor) and item.ndim == 3 and item.shape[0] in (1, 3, 4) for item in value):
+            return False
+        # A tuple inside of a batch is not torch's default collation, which makes lists of views.
+        return len(value) > 2 or (is_input and (isinstance(value, tuple) or len(value) == 1))
+    if isinstance(first, Mapping):
+        alike = all(isinstance(item, Mapping) and item.keys() == first.keys() for item in value)
     else:
-        return None
-    return {str(key): item for key, item in items.items() if key not in LABELS}
-
-
-def is_image_list(value: Any) -> bool:
-    """Whether a list holds unbatched images (C, H, W), one a sample."""
-    return (
-        isinstance(value, tuple | list)
-        and len(value) > 0
-        and all(isinstance(item, Tensor) and item.ndim == 3 and item.shape[0] in (1, 3, 4) for item in value)
-    )
-
-
-def sample_count(*values: Any) -> int | None:
-    """The number of samples in a call's arguments: the size of dimension 0 of the first tensor, None without one."""
-    shape = leading_shape(*values)
-    return shape[0] if shape else None
+        is_data = first is None or isinstance(first, bool | int | float | tuple | list | np.ndarray)
+        alike = not is_data and all(type(item) is type(first) for item in value)
+    return alike and (len(value) > 2 or is_input)
 
 
 def leading_shape(*values: Any) -> tuple[int, ...]:
-    """The shape of the first tensor that has one in a call's arguments, (n,) for n unbatched images, else ()."""
+    """The shape of the first tensor that has one in a call's arguments, (n,) of n entries or graphs, else ()."""
     for value in values:
         shape: tuple[int, ...] = ()
-        if is_image_list(value):
-            return (len(value),)
-        if isinstance(value, Mapping):
-            shape = leading_shape(*value.values())
+        if isinstance(value, Tensor | np.ndarray):
+            shape = tuple(value.shape)
+        elif isinstance(value, PackedSequence):
+            shape = (int(value.batch_sizes[0]),)
+        elif isinstance(graphs := getattr(value, "num_graphs", None), int):
+            shape = (graphs,)
+        elif is_sample_list(value, is_input=True):
+            shape = (len(value),)
         elif isinstance(value, tuple | list):
             shape = leading_shape(*value)
-        else:
-            shape = next((tuple(tensor.shape) for tensor in tensors_in(value) if tensor.ndim > 0), ())
+        elif (fields := fields_of(value)) is not None:
+            shape = leading_shape(*fields.values())
         if shape:
             return shape
     return ()
+
+
+def fields_of(value: Any) -> dict[str, Any] | None:
+    """What a mapping, a dataclass or an object of a class for batches has in it, None where it is something else."""
+    if isinstance(value, Mapping):
+        return {str(key): item for key, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
+    if isinstance(value, Tensor | nn.Module | type) or not any(isinstance(item, Tensor) for item in _vars(value)):
+        return None
+    return dict(vars(value))
+
+
+def _vars(value: Any) -> Iterable[Any]:
+    return vars(value).values() if hasattr(value, "__dict__") else ()
+
+
+def sample_count(batch: Any, form: Form | None = None) -> int | None:
+    """The number of samples in a batch, None where nothing says it."""
+    shape = (form or Form.of(batch)).shape(batch)
+    return shape[0] if shape else None
+
+
+def is_empty(batch: Any) -> bool:
+    """Whether a batch has no samples: None, nothing, or a first tensor without rows.
+
+    A ``collate_fn`` that drops bad samples yields such batches. They are to be skipped.
+    """
+    if batch is None:
+        return True
+    entries = batch.values() if isinstance(batch, Mapping) else batch
+    if isinstance(batch, tuple | list | Mapping) and all(map(is_empty, entries)):
+        return True
+    return leading_shape(batch)[:1] == (0,)
+
+
+def check_loader(loader: Any) -> None:
+    """Refuse what is iterable and yields no batches.
+
+    Raises:
+        OptionError: it is a data set, a sampler, or one batch.
+    """
+    kind = f"{type(loader).__module__}.{type(loader).__qualname__}"
+    advice = None
+    if isinstance(loader, data.Sampler):
+        advice = "a sampler, which yields indices: pass torch.utils.data.DataLoader(dataset, sampler=sampler)"
+        if isinstance(loader, data.BatchSampler):
+            advice = advice.replace("sampler=", "batch_sampler=")
+    elif isinstance(loader, data.Dataset) and not isinstance(loader, data.IterableDataset):
+        advice = "a data set, which yields single samples: pass torch.utils.data.DataLoader(dataset, batch_size=64)"
+    elif kind.startswith("datasets."):
+        advice = (
+            "a data set, which yields single samples: pass "
+            'torch.utils.data.DataLoader(dataset.with_format("torch"), batch_size=64)'
+        )
+    elif isinstance(loader, Tensor | np.ndarray):
+        advice = "one tensor: pass torch.utils.data.DataLoader(tensor, batch_size=64), or [tensor] for one batch"
+    elif isinstance(loader, nn.Module):
+        advice = "a model: the models come first, compare({'a': a, 'b': b}, loader)"
+    elif isinstance(loader, Mapping) or _is_pair(loader):
+        advice = "one batch: pass [batch], or the loader that it came from"
+    elif isinstance(loader, str) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+        advice = "not iterable: pass a DataLoader or a list of batches"
+    if advice is not None:
+        raise OptionError(f"the loader is a {kind}: {advice}")
+
+
+def _is_pair(value: Any) -> bool:
+    """Whether a tuple or list is an input and its classes, and not two batches."""
+    if not isinstance(value, tuple | list) or len(value) != 2 or not all(isinstance(item, Tensor) for item in value):
+        return False
+    first, second = value
+    return first.ndim > 1 and second.ndim == 1 and len(first) == len(second) and not second.is_floating_point()
+
+
+# Changing batches
+
+
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A batch in which every item is `change(item)`; what that returns None for is gone into, or stays.
+
+    Mappings, named tuples, dataclasses and objects of classes for batches keep their types.
+    """
+    changed = change(value)
+    if changed is not None:
+        return changed
+    if isinstance(value, Mapping):
+        items = {key: mapped(item, change) for key, item in value.items()}
+        return items if type(value) is dict else _rebuilt(value, items)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(mapped(item, change) for item in value))
+    if isinstance(value, tuple | list):
+        return type(value)(mapped(item, change) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = {f.name: mapped(getattr(value, f.name), change) for f in dataclasses.fields(value) if f.init}
+        return dataclasses.replace(value, **items)
+    if (fields := fields_of(value)) is not None:
+        new = copy.copy(value)
+        vars(new).update({name: mapped(item, change) for name, item in fields.items()})
+        return new
+    return value
+
+
+def _rebuilt(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """A mapping of the same type where that type can be made from a dict, else a dict."""
+    try:
+        return type(value)(items)  # type: ignore[call-arg]
+    except (TypeError, ValueError):
+        return items
+
+
+def to_device(value: Any, device: torch.device | None) -> Any:
+    """A batch with every tensor on `device`, moved without waiting for it; the same objects where they are there.
+
+    Graphs and other objects with a method ``to`` are moved by it.
+    """
+
+    def moved(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            return item if item.device == device else item.to(device, non_blocking=True)
+        has_own = not isinstance(item, Mapping | type | nn.Module) and callable(getattr(item, "to", None))
+        return item.to(device) if has_own else None
+
+    return value if device is None else mapped(value, moved)
+
+
+def _is_container(value: Any) -> bool:
+    if isinstance(value, PackedSequence):
+        return False
+    return isinstance(value, tuple | list) or fields_of(value) is not None
+
+
+def cut(value: Any, samples: int, index: Sequence[int]) -> Any:
+    """A copy of a batch of `samples` with those of its samples that `index` names, in that order.
+
+    Cut are tensors and arrays whose dimension 0 has that size, lists with one entry a sample, packed sequences and
+    batches of graphs. Everything else is copied.
+    """
+
+    def chosen(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            rows = item.ndim > 0 and item.shape[0] == samples
+            return item[torch.tensor(index, device=item.device)] if rows else item.clone()
+        if isinstance(item, np.ndarray):
+            return item[list(index)] if item.ndim and item.shape[0] == samples else item.copy()
+        if isinstance(item, PackedSequence):
+            unpacked = unpack_sequence(item)
+            return pack_sequence([unpacked[i] for i in index], enforce_sorted=False)
+        if is_sample_list(item, is_input=True) and len(item) == samples:
+            return type(item)([copy.deepcopy(item[i]) for i in index])
+        if getattr(item, "num_graphs", None) == samples:
+            return type(item).from_data_list([item[i] for i in index])
+        return None if _is_container(item) else copy.deepcopy(item)
+
+    return mapped(value, chosen)
+
+
+# Calling a model
+
+
+def arguments(
+    batch: Any, model: nn.Module | None = None, form: Form | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How a model is called with a batch: positional and keyword arguments.
+
+    A mapping or dataclass is passed as keywords, without what only a loss needs; of a tuple or list the first
+    entry is the input; anything else is the input itself. A list with one entry a sample, as detectors take it, is
+    one input. NumPy arrays become tensors.
+
+    Labels are kept where the model's ``forward`` has a parameter of that name, or takes any keyword. Of the models of
+    transformers, only encoder-decoders without a decoder's input get them: they make it from the labels.
+    """
+    form = Form.of(batch) if form is None else form
+    value = mapped(form.input_of(batch), _as_tensor)
+    keywords = fields_of(value) if isinstance(value, Mapping) or dataclasses.is_dataclass(value) else None
+    if keywords is None:
+        return (value,), {}
+    return (), {key: item for key, item in keywords.items() if key not in LABELS or _keeps(model, key, keywords)}
+
+
+def _as_tensor(item: Any) -> Tensor | None:
+    is_numeric = isinstance(item, np.ndarray) and item.dtype.kind in "bifc"
+    return torch.tensor(np.ascontiguousarray(item)) if is_numeric else None
+
+
+def _keeps(model: nn.Module | None, key: str, keywords: Mapping[str, Any]) -> bool:
+    """Whether a model is given its labels."""
+    if model is None:
+        return False
+    try:
+        parameters = inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return False
+    config = getattr(model, "config", None)
+    named = parameters.get(key)
+    if config is not None and hasattr(config, "is_encoder_decoder"):
+        is_required = named is not None and named.default is named.empty
+        has_input = any(name.startswith("decoder_input") for name in keywords)
+        return is_required or (bool(config.is_encoder_decoder) and not has_input)
+    return named is not None or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
 def attention_masks(batch: Any) -> Callable[[str], Tensor | None]:
@@ -83,9 +308,7 @@ def attention_masks(batch: Any) -> Callable[[str], Tensor | None]:
 
     In a batch for an encoder and a decoder, layers with "decoder" in their name have the decoder's mask.
     """
-    if isinstance(batch, tuple | list) and batch and not is_image_list(batch):
-        batch = batch[0]
-    keywords = _keywords(batch) or {}
+    keywords = fields_of(Form.of(batch).input_of(batch)) or {}
     found = {key: keywords.get(key) for key in (MASK, f"decoder_{MASK}")}
     masks = {key: mask for key, mask in found.items() if isinstance(mask, Tensor) and mask.ndim == 2}
     two = any(key.startswith("decoder_") for key in keywords)
@@ -96,71 +319,129 @@ def attention_masks(batch: Any) -> Callable[[str], Tensor | None]:
     return mask_of
 
 
-def targets(batch: Any) -> Tensor | None:
+def targets(batch: Any, form: Form | None = None) -> Tensor | None:
     """The class of each sample, where the batch says it: the second of a pair, or the labels of a mapping."""
-    found = batch[1] if isinstance(batch, tuple | list) and len(batch) >= 2 and not is_image_list(batch) else None
+    form = Form.of(batch) if form is None else form
+    found = None
     if isinstance(batch, Mapping):
         found = next((batch[key] for key in batch if key in LABELS), None)
+    elif isinstance(batch, tuple | list) and len(batch) >= 2 and form.listed != "batch":
+        found = batch[1]
     usable = (
         isinstance(found, Tensor) and found.ndim == 1 and not found.is_floating_point() and found.device.type == "cpu"
     )
     return found if usable else None
 
 
-def to_device(value: Any, device: torch.device | None) -> Any:
-    """A batch with every tensor on `device`, moved without waiting for it; the same objects where they are there."""
-    if device is None:
-        return value
-    if isinstance(value, Tensor):
-        return value if value.device == device else value.to(device, non_blocking=True)
-    if isinstance(value, nn.utils.rnn.PackedSequence):
-        return value.to(device)  # type: ignore[arg-type]
-    if isinstance(value, Mapping):
-        moved = {key: to_device(item, device) for key, item in value.items()}
-        return moved if type(value) is dict else _rebuilt(value, moved)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(to_device(item, device) for item in value))
-    if isinstance(value, tuple | list):
-        return type(value)(to_device(item, device) for item in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        moved = {f.name: to_device(getattr(value, f.name), device) for f in dataclasses.fields(value) if f.init}
-        return dataclasses.replace(value, **moved)
-    return value
-
-
-def _rebuilt(value: Mapping[Any, Any], moved: dict[Any, Any]) -> Any:
-    """A mapping of the same type where that type can be made from a dict, else a dict."""
-    try:
-        return type(value)(moved)  # type: ignore[call-arg]
-    except (TypeError, ValueError):
-        return moved
-
-
 def device_of(model: nn.Module) -> torch.device | None:
     """Where a model wants its input: the device of its first parameter or buffer, None for a model without."""
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in chain(model.parameters(), model.buffers()):
         if tensor.device.type != "meta":
             return tensor.device
     return None
 
 
-def call(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
-    """Run the model on a batch, by `forward(model, batch)` where that is given.
+def call(
+    model: nn.Module, batch: Any, forward: Forward | None = None, form: Form | None = None, number: int | None = None
+) -> Any:
+    """Run the model on a batch, moved to the model's device, by `forward(model, batch)` where that is given.
+
+    Args:
+        number: of the batch, counted from 0, for messages.
 
     Raises:
         BatchError: the model cannot be called with the batch; the cause is chained.
     """
+    device = device_of(model)
+    which = "a batch" if number is None else f"batch {number} (counted from 0)"
     if forward is not None:
-        return forward(model, batch)
-    args, kwargs = arguments(batch)
+        batch = to_device(batch, device)
+        try:
+            return forward(model, batch)
+        except Exception as error:
+            _explain(error, model, batch, which, is_own=True)
+            raise
+    args, kwargs = to_device(arguments(batch, model, form), device)
     try:
         inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
         given = ", ".join((*(type(a).__name__ for a in args), *(f"{k}=" for k in kwargs)))
         raise BatchError(
-            f"{type(model).__name__} cannot be called with a batch of ({given}): {error}. Pass "
+            f"{type(model).__name__} cannot be called with {which} of ({given}): {error}. Pass "
             "forward=lambda model, batch: model(...) to say how"
         ) from error
     except ValueError:
         pass
-    return model(*args, **kwargs)
+    try:
+        return model(*args, **kwargs)
+    except Exception as error:
+        _explain(error, model, batch, which)
+        raise
+
+
+def _explain(error: Exception, model: nn.Module, batch: Any, which: str, *, is_own: bool = False) -> None:
+    """Raise a :class:`BatchError` with what to do, where an error of the model is due to the batch.
+
+    Args:
+        batch: what the model was called with.
+        is_own: whether by the user's own function, of which only devices and dtypes can be told.
+    """
+    if isinstance(error, CKAError):
+        return
+    advice = _about_tensors(error, model, batch)
+    if advice is None and not is_own:
+        advice = _about_kind(error, batch)
+    if advice is not None:
+        reason = str(error).splitlines()[0] if str(error) else ""
+        raise BatchError(
+            f"{type(model).__name__} cannot run on {which}: {advice} ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def _about_tensors(error: Exception, model: nn.Module, batch: Any) -> str | None:
+    """What to do about the device or the dtype of a batch's tensors, None where that is not the matter."""
+    text = str(error)
+    weights = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if weights is None or not isinstance(error, RuntimeError):
+        return None
+    if "device" in text and any(word in text for word in ("same device", "different from", "Expected")):
+        return (
+            f"its input was moved to {weights.device}, where its first parameter is, and something is elsewhere: "
+            "move the whole model, model.to(device), or the tensors that its forward makes"
+        )
+    if not any(word in text for word in ("dtype", "type", "Byte", "Long", "Double", "Half")):
+        return None
+    first = next(tensors_in(batch), None)
+    if first is None or first.dtype is weights.dtype:
+        return None
+    have, want = (str(tensor.dtype).removeprefix("torch.") for tensor in (first, weights))
+    if first.ndim == 1 and not first.is_floating_point() and isinstance(batch, tuple | list) and len(batch) > 1:
+        return (
+            f"the first entry of the batch, {have} of shape {tuple(first.shape)}, may be the index of the samples: "
+            "pass forward=lambda model, batch: model(batch[1])"
+        )
+    scaled = " / 255" if first.dtype is torch.uint8 else ""
+    entry = "batch[0]" if isinstance(batch, tuple | list) else "batch"
+    convert = (
+        "" if fields_of(batch) else f", or pass forward=lambda model, batch: model({entry}.to(torch.{want}){scaled})"
+    )
+    return f"the batch is {have} and the model {want}: convert it in the loader{convert}"
+
+
+def _about_kind(error: Exception, batch: Any) -> str | None:
+    """What to do where a model was called with something else than a tensor, None where that is not the matter."""
+    if not isinstance(error, TypeError | AttributeError):
+        return None
+    value = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if isinstance(value, tuple | list):
+        return (
+            f"its input is a {type(value).__name__} of {len(value)}. Of two views of the samples, pass one: "
+            "forward=lambda model, batch: model(batch[0][0]); or compare them, under two names of the model with a "
+            "mapping as forward="
+        )
+    if not isinstance(value, Tensor | Mapping):
+        return (
+            f"its input is a {type(value).__module__}.{type(value).__qualname__} and no tensor: pass "
+            "forward=lambda model, batch: model(...) to say which part of the batch it takes"
+        )
+    return None

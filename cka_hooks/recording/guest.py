@@ -37,6 +37,13 @@ def runnable(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a forward pass of the model needs all ranks that hold its parts: FSDP, tensor parallel."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters()) or any(
+        type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
+    )
+
+
 def claim(owner: object, model: nn.Module) -> None:
     """Measure a model in this thread, until :func:`release`; a thread may do so several times.
 

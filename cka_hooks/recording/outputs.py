@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 INPUT = "input"
 
@@ -17,7 +18,7 @@ class NotRecordable(Exception):
 
 
 def activation_of(value: Any, part: str = "") -> Tensor:
-    """The tensor at `part` of a value, or the first floating-point tensor in it.
+    """The tensor at `part` of a value, or the first floating-point tensor in it; never another one.
 
     Args:
         value: a tensor, or tuples, lists, mappings and dataclasses of them, nested.
@@ -29,27 +30,17 @@ def activation_of(value: Any, part: str = "") -> Tensor:
     found = value
     for step in part.split(":") if part else ():
         found = _child(found, step, part)
-    reasons = []
-    for tensor in tensors_in(found):
-        if (reason := _unusable(tensor)) is None:
-            return local(tensor)
-        reasons.append(reason)
-    if not reasons:
-        raise NotRecordable(f"returned no tensor but {_kind(found)}")
-    raise NotRecordable(reasons[0])
-
-
-def activations_of(value: Any, part: str = "") -> Iterator[Tensor]:
-    """The tensor at `part`; without a part every one that `activation_of` could mean, the first one first.
-
-    Raises:
-        NotRecordable: there is none.
-    """
-    yield activation_of(value, part)
-    if not part:
-        usable = (tensor for tensor in tensors_in(value) if _unusable(tensor) is None)
-        next(usable, None)
-        yield from map(local, usable)
+    reason = None
+    for leaf in leaves_in(found):
+        problem = _unusable(leaf)
+        if problem is None and isinstance(leaf, Tensor):
+            return local(leaf)
+        reason = reason or problem
+        # Numbers of items stand before what a layer computed. Behind a packed sequence stand a recurrent layer's
+        # states, behind a nested tensor attention weights, and these are not the layer's output.
+        if isinstance(leaf, PackedSequence) or leaf.is_nested or leaf.is_quantized or leaf.is_complex():
+            break
+    raise NotRecordable(reason or f"returned no tensor but {_kind(found)}")
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -91,23 +82,28 @@ def _child(value: Any, step: str, part: str) -> Any:
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Every tensor in nested mappings, sequences and dataclasses, depth first, in order."""
-    if isinstance(value, Tensor):
+    return (leaf for leaf in leaves_in(value) if isinstance(leaf, Tensor))
+
+
+def leaves_in(value: Any) -> Iterator[Tensor | PackedSequence]:
+    """Every tensor and packed sequence in nested mappings, sequences and dataclasses, depth first, in order."""
+    if isinstance(value, Tensor | PackedSequence):
         yield value
-    elif isinstance(value, nn.utils.rnn.PackedSequence):
-        # One row per step of all samples together, sorted by length: no dimension of it is the batch.
-        return
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from tensors_in(item)
+            yield from leaves_in(item)
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from tensors_in(item)
+            yield from leaves_in(item)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, field.name, None))
+            yield from leaves_in(getattr(value, field.name, None))
 
 
-def _unusable(tensor: Tensor) -> str | None:
+def _unusable(tensor: Tensor | PackedSequence) -> str | None:
+    if isinstance(tensor, PackedSequence):
+        # One row per step of all samples together, sorted by length: no dimension of it is the batch.
+        return "returned a packed sequence: choose a layer behind pad_packed_sequence"
     if tensor.is_nested:
         return (
             "a nested tensor, whose samples differ in their number of features (nn.TransformerEncoder makes them of "
@@ -125,6 +121,4 @@ def _unusable(tensor: Tensor) -> str | None:
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, nn.utils.rnn.PackedSequence):
-        return "a packed sequence: choose a layer behind pad_packed_sequence"
     return "nothing" if value is None else f"a {type(value).__name__}"

@@ -6,9 +6,11 @@ operation further on (the ``ReLU(inplace=True)`` after a ``bn1``) cannot have ch
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from threading import get_ident
 from typing import Any
 
@@ -24,7 +26,9 @@ from cka_hooks.recording import axes, batches, guest, outputs
 from cka_hooks.recording.describe import Description, described
 from cka_hooks.recording.layers import Layers, Selection, check_model, named_layers, select_layers, unwrap
 from cka_hooks.recording.left_out import silent, twice_named
+from cka_hooks.recording.probe import Take
 from cka_hooks.recording.routes import LONG_WAY, Consumer, Pass, Route, Tap, slots_of
+from cka_hooks.recording.snapshot import Snapshot
 
 Features = Reduction | str | Mapping[str, Reduction | str]
 
@@ -104,6 +108,7 @@ class LayerRecorder:
         self.consumer = consumer
         self._entered = 0
         self._managed = False
+        self._form: batches.Form | None = None
         self.only_in_passes = False
         self._left_out: dict[str, str] = {}
         self._recorded: dict[str, nn.Module] = {}
@@ -181,8 +186,6 @@ class LayerRecorder:
     def _attach(self) -> None:
         guest.run_eagerly(self)
         unwrap(self.model).register_forward_pre_hook(self._on_start, prepend=True, with_kwargs=True)
-        for module in self._dimension.sequence_first:
-            module.register_forward_pre_hook(self._on_sequence_first, with_kwargs=True)
         for module in self._channel_modules:
             module.register_forward_hook(self._on_channels)
         for tap in self._taps.values():
@@ -217,8 +220,7 @@ class LayerRecorder:
             batch: what the loader yielded.
             limit: hand over only that many samples, the first ones.
         """
-        inputs = batch[:1] if isinstance(batch, tuple | list) and not batches.is_image_list(batch) else [batch]
-        self._start(batches.leading_shape(*inputs, batch), batch, limit)
+        self._start(self._form_of(batch).shape(batch), batch, limit)
         self._managed = True
         self._listen()
         try:
@@ -227,13 +229,76 @@ class LayerRecorder:
             self._managed = False
             self._listen()
 
+    def run(self, batch: Any, *, limit: int | None = None, number: int | None = None) -> Any:
+        """One minibatch through the model: :meth:`confirm`, where that is due, and a :meth:`forward_pass`.
+
+        Args:
+            batch: what the loader yielded.
+            limit: hand over only that many samples, the first ones.
+            number: of the batch, counted from 0, for messages.
+
+        Returns:
+            What the model returned.
+
+        Raises:
+            BatchError: the model cannot be called with the batch.
+            LayerError: a layer that was asked for by name cannot be recorded.
+        """
+        self.confirm(batch)
+        with self.forward_pass(batch, limit=limit):
+            return self._call(batch, number)
+
+    def confirm(self, batch: Any) -> None:
+        """Find out from the first batch which dimension of each layer has the samples; later calls do nothing.
+
+        Where the kinds of modules do not say it, the model runs on a few samples of the batch and on one fewer, and
+        where these do not tell, on the whole batch as it is and in reversed order. Then the model, its attributes and
+        all random states are as before.
+
+        Raises:
+            BatchError: a module with ``batch_first=False`` gets its samples in dimension 0.
+        """
+        value = self._form_of(batch).input_of(batch) if self._forward is None else None
+        self._confirm(batch, self._form_of(batch).shape(batch), self._call, value)
+
+    def _form_of(self, batch: Any) -> batches.Form:
+        if self._form is None:
+            self._form = batches.Form.of(batch)
+        return self._form
+
+    def _call(self, batch: Any, number: int | None = None) -> Any:
+        return batches.call(guest.runnable(self.model), batch, self._forward, self._form, number)
+
+    def _confirm(self, batch: Any, shape: tuple[int, ...], call: Callable[[Any], Any], value: Any) -> None:
+        dimension = self._dimension
+        if dimension.is_settled or self._now.show is not None:
+            return
+        if isinstance(value, Tensor) and axes.plain_rank(unwrap(self.model), value.ndim) is not None:
+            dimension.is_plain = dimension.is_settled = True
+        elif shape:
+            snapshot = Snapshot(guest.runnable(self.model))
+            run = partial(self._show, call)
+            dimension.confirm(run, snapshot, batch, shape, always=guest.is_sharded(self.model))
+
+    def _show(self, call: Callable[[Any], Any], batch: Any, take: Take) -> None:
+        """A pass that hands nothing over: what layers return is shown to a probe."""
+        managed, self._managed = self._managed, True
+        try:
+            self._listen()
+            with self._now.shown_to(take), warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                self._begin((), None, None)
+                call(batch)
+        finally:
+            self._managed = managed
+            self._listen()
+
     def _on_start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._managed and self._now.concerns():
-            self._start(batches.leading_shape(*args, kwargs), kwargs, None)
-
-    def _on_sequence_first(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._now.concerns():
-            self._dimension.check_input(module, axes.first_tensor(args, kwargs))
+            shape = batches.leading_shape(*args, kwargs)
+            value = args[0] if len(args) == 1 and not kwargs else None
+            self._confirm((args, kwargs), shape, lambda batch: module(*batch[0], **batch[1]), value)
+            self._start(shape, kwargs, None)
 
     def _on_channels(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._now.concerns():
@@ -246,7 +311,7 @@ class LayerRecorder:
         self._begin(shape, batch, limit)
 
     def _begin(self, shape: tuple[int, ...], batch: Any, limit: int | None) -> None:
-        self._dimension.start(shape[0] if shape else None, shape)
+        self._dimension.start(shape[0] if shape else None)
         self._limit = limit
         self._masks = batches.attention_masks(batch)
         self._channels = axes.ChannelDimension()
@@ -264,9 +329,18 @@ class LayerRecorder:
         """What a module returned, or its arguments, to the consumer. From then on the route is open."""
         selection, label = route.selection, route.label
         try:
-            activation = self._with_samples(route, given)
+            activation = route.activation(given)
+            _refuse_vmap(activation)
+            if self._now.show is not None:
+                self._now.show(
+                    label, activation, self._dimension.is_second(selection.module, route.place(given, activation))
+                )
+                return
+            route.axis = self._dimension.of(selection.name, label, tuple(activation.shape))
         except outputs.NotRecordable as reason:
             route.close()
+            if self._now.show is not None:
+                return
             if selection.named:
                 kind = type(selection.module).__name__
                 raise LayerError(f"layer {label!r} ({kind}) cannot be recorded: {reason}") from None
@@ -281,24 +355,6 @@ class LayerRecorder:
         # A dimension that is given for the batch, too, tells how many samples there are.
         self._allow_routes()
         self._hand_over(route, activation)
-
-    def _with_samples(self, route: Route, given: Any) -> Tensor:
-        """The activation; the route then knows the axis with its samples. NotRecordable where there is none."""
-        selection = route.selection
-        leading = None if route.is_input else next(outputs.tensors_in(given), None)
-        problem = None
-        for activation in route.candidates(given):
-            place: axes.Place = "input" if route.is_input else "output" if activation is leading else "further output"
-            try:
-                _refuse_vmap(activation)
-                shape = tuple(activation.shape)
-                route.axis = self._dimension.of(selection.name, route.label, selection.module, shape, place)
-            except outputs.NotRecordable as reason:
-                problem = problem or reason
-            else:
-                return activation
-        assert problem is not None
-        raise problem
 
     def _hand_over(self, route: Route, activation: Tensor) -> None:
         """An activation, whose axis with the samples the route knows, to the consumer."""
@@ -352,6 +408,14 @@ class LayerRecorder:
             "depend on chance or on the other samples of the batch: call model.eval() before the forward pass, and "
             "model.train() after it"
         )
+
+    @property
+    def sample_axes(self) -> dict[str, str]:
+        """How the dimension with the samples is known, of each layer that was recorded: label -> word.
+
+        "named" by `batch_dim`, "known" from the kinds of all modules, or "confirmed by a probe" of the first batch.
+        """
+        return dict(self._dimension.evidence)
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -450,8 +514,8 @@ class LayerRecorder:
         with_gradients = torch.is_grad_enabled()
         try:
             self.consumer = take
-            with random_stream, visit, self, self.forward_pass(batch), torch.no_grad():
-                batches.call(model, batches.to_device(batch, batches.device_of(model)), self._forward)
+            with random_stream, visit, self, torch.no_grad():
+                self.run(batch)
         finally:
             # For Ctrl-C in the first instant of leaving.
             self._leave(depth)

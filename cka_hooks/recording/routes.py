@@ -9,8 +9,10 @@ activations that are alike in everything but their sizes go straight on.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from threading import get_ident
-from typing import Any
+from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,8 @@ from cka_hooks.recording.layers import Selection
 Product = Callable[[Tensor], None]
 Consumer = Callable[[str, Tensor], None]
 
+Place = Literal["output", "further output", "input"]
+
 LONG_WAY = -1
 
 
@@ -35,13 +39,17 @@ class Pass:
     Attributes:
         thread: the one whose calls are recorded, 0 while none are.
         samples: in the batch, or LONG_WAY where no route may be taken.
+        show: where the pass is a probe and hands nothing over, takes label, activation and whether the module's kind
+            puts the samples into dimension 1.
     """
 
-    __slots__ = ("samples", "thread")
+    __slots__ = ("__weakref__", "samples", "show", "thread")
 
     def __init__(self) -> None:
         self.thread = 0
         self.samples = LONG_WAY
+        self.show: Callable[[str, Tensor, bool], None] | None = None
+        _passes.add(self)
 
     def concerns(self) -> bool:
         """Whether what runs now belongs to the pass.
@@ -50,6 +58,24 @@ class Pass:
         modules again whose activations were recorded.
         """
         return get_ident() == self.thread and _current_graph_task_id() == -1
+
+    @contextmanager
+    def shown_to(self, show: Callable[[str, Tensor, bool], None]) -> Iterator[None]:
+        """A probe, which is nothing to other recorders in this thread."""
+        others = [other for other in _passes if other is not self and other.thread == get_ident()]
+        before = self.show
+        try:
+            for other in others:
+                other.thread = 0
+            self.show = show
+            yield
+        finally:
+            self.show = before
+            for other in others:
+                other.thread = get_ident()
+
+
+_passes: WeakSet[Pass] = WeakSet()
 
 
 def slots_of(consumer: Consumer | None) -> Callable[[str], Product | None] | None:
@@ -127,8 +153,8 @@ class Route:
             self._find = lambda given: outputs.activation_of(given, part)
         self.close()
 
-    def candidates(self, given: Any) -> Iterator[Tensor]:
-        """The tensors that may be the layer's, the most likely one first.
+    def activation(self, given: Any) -> Tensor:
+        """The layer's tensor.
 
         Args:
             given: what the module returned, or its arguments and keyword arguments.
@@ -136,7 +162,13 @@ class Route:
         Raises:
             NotRecordable: there is none.
         """
-        return outputs.activations_of(given) if self._find is None else iter([self._find(given)])
+        return outputs.activation_of(given) if self._find is None else self._find(given)
+
+    def place(self, given: Any, activation: Tensor) -> Place:
+        """Where the layer's tensor stands in what the module returned or was given."""
+        if self.is_input:
+            return "input"
+        return "output" if activation is next(outputs.tensors_in(given), None) else "further output"
 
     def close(self) -> None:
         """From here on activations go the long way."""

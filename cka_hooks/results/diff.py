@@ -12,7 +12,7 @@ from cka_hooks.names import printable
 from cka_hooks.results.result import CKAResult
 
 #: What says how a run went and not what was measured.
-_INCIDENTAL = frozenset({"seconds", "shapes", "out", "stopped"})
+_INCIDENTAL = frozenset({"seconds", "shapes", "sample_axes", "out", "stopped"})
 _LISTED = 10
 
 

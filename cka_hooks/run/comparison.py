@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from cka_hooks.features import Reduction
 from cka_hooks.hsic import Estimator
 from cka_hooks.options import Options
 from cka_hooks.recording import batches
-from cka_hooks.recording.guest import RandomStream, runnable, untouched
+from cka_hooks.recording.guest import RandomStream, untouched
 from cka_hooks.recording.layers import Layers, select_layers, unwrap
 from cka_hooks.recording.recorder import LayerRecorder, nothing_ran
 from cka_hooks.results.result import CKAResult
@@ -105,7 +104,6 @@ class Comparison:
             for name, model in self.models.items()
         }
         self._recorders: dict[str, LayerRecorder] = {}
-        self._calls: dict[str, Callable[[Any], Any]] = {}
         for name, one in self.models.items():
             self._recorders[name] = LayerRecorder(
                 one,
@@ -113,10 +111,10 @@ class Comparison:
                 consumer=_Labelled(name, self._accumulator),
                 features=features,
                 batch_dim=batch_dim,
+                forward=forwards[name],
             )
             # Two names may stand for one model, or for models that share a part.
             self._recorders[name].only_in_passes = True
-            self._calls[name] = partial(_call, runnable(one), forwards[name])
         self.provenance: dict[str, Any] = {}
         self._random = RandomStream()
         self._guests: list[AbstractContextManager[object]] = []
@@ -124,6 +122,7 @@ class Comparison:
         self._targets: Tensor | None = None
         self._fingerprints: set[str] = set()
         self._ran = False
+        self._number = 0
 
     def __enter__(self) -> Comparison:
         try:
@@ -163,9 +162,16 @@ class Comparison:
             OutOfMemoryError: nothing was added; you can go on with the next batch.
         """
         samples = self._accumulator.samples
-        self.observe(batch)
-        self.step()
+        if not self.passes_over(batch):
+            self.observe(batch)
+            self.step()
         return self._accumulator.samples - samples
+
+    def passes_over(self, batch: Any) -> bool:
+        """Whether a batch has no samples, as a ``collate_fn`` makes it that drops bad ones. Then it is counted."""
+        empty = batches.is_empty(batch)
+        self._accumulator.state.empty += empty
+        return empty
 
     def observe(self, batch: Any, *, limit: int | None = None) -> None:
         """The first half of :meth:`update`: run every model on a batch. An error leaves nothing behind.
@@ -177,13 +183,13 @@ class Comparison:
         if not self._within:
             raise OptionError("update() belongs into the block: with Comparison(...) as comparison: ...")
         self._look_at(batch)
+        number, self._number = self._number, self._number + 1
         observed: frozenset[str] = frozenset()
         silent: str | None = None
         try:
             with self._random, torch.no_grad():
                 for name, recorder in self._recorders.items():
-                    with recorder.forward_pass(batch, limit=limit):
-                        self._calls[name](batch)
+                    recorder.run(batch, limit=limit, number=number)
                     before, observed = observed, self._accumulator.observing
                     if observed == before:
                         silent = name if silent is None else silent
@@ -251,6 +257,7 @@ class Comparison:
         if self._ran:
             self._accumulator.skips(self._labelled("skipped"))
             state.shapes = {**{key: list(shape) for key, shape in self._labelled("shapes").items()}, **state.shapes}
+            state.sample_axes = {**self._labelled("sample_axes"), **state.sample_axes}
         return state
 
     @state.setter
@@ -318,6 +325,11 @@ def finished(state: State, types: Mapping[str, str], settings: Mapping[str, Any]
     class_order.warn_of_order(state)
     if state.repeats is not None:
         warn(state.repeats)
+    if state.empty:
+        warn(
+            f"{state.empty} batches without samples were skipped: None, an empty list, or tensors without rows, as "
+            "from a collate_fn that drops every sample of a batch"
+        )
     same = max((state.first_batches.count(first) for first in state.first_batches), default=0)
     if same > 1:
         warn(
@@ -405,7 +417,3 @@ def _leave(guests: Sequence[AbstractContextManager[object]]) -> None:
             guests[-1].__exit__(None, None, None)
         finally:
             _leave(guests[:-1])
-
-
-def _call(model: nn.Module, forward: batches.Forward | None, batch: Any) -> Any:
-    return batches.call(model, batches.to_device(batch, batches.device_of(model)), forward)

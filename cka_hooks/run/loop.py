@@ -10,10 +10,11 @@ from cka_hooks.errors import OptionError, TooFewSamplesError
 from cka_hooks.options import Options
 from cka_hooks.progress import progress_bar
 from cka_hooks.recording import batches
+from cka_hooks.recording.guest import is_sharded
 from cka_hooks.run import replay
 from cka_hooks.run.checkpoint import Keeper, undisturbed
 from cka_hooks.run.comparison import Comparison
-from cka_hooks.run.ranks import Ranks, is_sharded
+from cka_hooks.run.ranks import Ranks
 from cka_hooks.similarity.estimate import largest_stderr
 from cka_hooks.similarity.state import State, Step
 
@@ -158,6 +159,10 @@ class Loop:
     def _batch(self, batch: Any, limit: int | None) -> int:
         """One batch into the sums; the number of its samples."""
         seen = self._seen
+        if self._comparison.passes_over(batch):
+            with undisturbed(self._keeper.path is not None):
+                self._keeper.seen()
+            return 0
         # Of no sample a layer has no features. A batch that does not count goes through the models whole.
         self._comparison.observe(batch, limit=limit or None)
         if limit == 0:

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
 
 from cka_hooks.errors import OptionError, RankError, warn
 from cka_hooks.similarity.reduce import exchanged, lost, reduced
@@ -155,10 +154,3 @@ def told(ranks: Ranks | None) -> Iterator[None]:
         if ranks is not None:
             ranks.fail(error)
         raise
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether a forward pass of the model needs all ranks that hold its parts: FSDP, tensor parallel."""
-    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters()) or any(
-        type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
-    )

@@ -179,9 +179,9 @@ def _result(
         (None, None) if null is None else (chosen(it).masked_fill(undefined, torch.nan) for it in null)
     )
     kept = torch.cat([chosen(hsic) for hsic in state.kept]) if state.kept else None
-    more = {"shapes": state.shapes} if state.shapes else {}
+    more: dict[str, Any] = {"shapes": state.shapes, "sample_axes": state.sample_axes} if state.shapes else {}
     if state.stopped is not None:
-        more["stopped"] = state.stopped  # type: ignore[assignment]
+        more["stopped"] = state.stopped
     return CKAResult(
         rows=tuple(layers),
         columns=tuple(layers),

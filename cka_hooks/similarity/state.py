@@ -208,10 +208,12 @@ class State:
         seen: label -> in how many minibatches the layer ran.
         dtypes: label -> the dtype of the activation, such as "float32".
         shapes: label -> the shape of one sample of the activation.
+        sample_axes: label -> how the dimension with its samples is known.
         skipped: label -> why the layer was not recorded.
         minibatches: how many there were.
         samples: how many are in them.
         left_out: samples of batches that are in no minibatch.
+        empty: batches without samples.
         largest: samples of the largest batch.
         passes: how often the data were gone over.
         first_minibatches: minibatches of the first pass over the data.
@@ -235,10 +237,12 @@ class State:
     seen: dict[str, int] = _value(Combine.SUM, dict, of_layers=True)
     dtypes: dict[str, str] = _value(Combine.FIRST, dict, of_layers=True, items=str)
     shapes: dict[str, list[int]] = _value(Combine.FIRST, dict, of_layers=True, items=list)
+    sample_axes: dict[str, str] = _value(Combine.FIRST, dict, of_layers=True, items=str)
     skipped: dict[str, str] = _value(Combine.FIRST, dict, of_layers=True, items=str)
     minibatches: int = _value(Combine.SUM, 0)
     samples: int = _value(Combine.SUM, 0)
     left_out: int = _value(Combine.SUM, 0)
+    empty: int = _value(Combine.SUM, 0)
     largest: int = _value(Combine.LARGEST, 0)
     passes: int = _value(Combine.LARGEST, 1)
     first_minibatches: int = _value(Combine.SUM, 0)

@@ -1,0 +1,193 @@
+"""Which dimension of each layer has the samples: a batch runs smaller, and in other order, before anything counts.
+
+A size that coincides decides nothing. First a few samples of the batch run, then one fewer of them, in another order.
+A dimension has the samples if its size follows and its slices are those of the same samples. Where that cannot be
+done, or two dimensions follow, the whole batch runs as it is and in reversed order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cka_hooks.recording.batches import cut
+from cka_hooks.recording.snapshot import Snapshot
+
+# Samples of the smaller pass. With one or two, dimensions of that size are squeezed away or are there anyway.
+FEW = 3
+# Slices of the whole batch that are looked at, and numbers of all of them together.
+_SLICES = 256
+_NUMBERS = 8192
+# Slices are those of the same sample where they differ by at most this share of what differs between samples.
+_ALIKE = 0.1
+
+# The smaller passes do not tell.
+OPEN = "open"
+
+Take = Callable[[str, Tensor, bool], None]
+# Runs the model on a batch and hands every layer's activation to a function, with whether its module's kind puts the
+# samples into dimension 1.
+Run = Callable[[Any, Take], None]
+
+
+class _Glance(NamedTuple):
+    """What a pass showed of one layer.
+
+    Attributes:
+        shape: of its activation.
+        slices: (positions, numbers) of each dimension that has as many entries as the pass had samples.
+        second: whether the kind of its module puts the samples into dimension 1.
+        eps: of its dtype.
+    """
+
+    shape: tuple[int, ...]
+    slices: dict[int, Tensor]
+    second: bool
+    eps: float
+
+
+class _Pass:
+    """One pass over some samples of the batch.
+
+    Attributes:
+        seen: what each layer showed, the first call of each label.
+        drew: whether the model drew random numbers.
+        problem: what ended it early, None where it ran through.
+    """
+
+    def __init__(self, run: Run, snapshot: Snapshot, batch: Any, samples: int, positions: Sequence[int]) -> None:
+        self.samples = samples
+        self.seen: dict[str, _Glance] = {}
+        self.problem: str | None = None
+        self._positions = list(positions)
+        try:
+            run(batch, self._take)
+        except Exception as error:
+            self.problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        finally:
+            self.drew = snapshot.drew()
+            snapshot.restore()
+
+    def _take(self, label: str, activation: Tensor, second: bool) -> None:
+        if label in self.seen:
+            return
+        slices = {
+            dim: _numbers(activation, dim, self._positions)
+            for dim, size in enumerate(activation.shape)
+            if size == self.samples
+        }
+        self.seen[label] = _Glance(tuple(activation.shape), slices, second, torch.finfo(activation.dtype).eps)
+
+
+def _numbers(activation: Tensor, dim: int, positions: Sequence[int]) -> Tensor:
+    """Some numbers of some slices, the same ones of each, as (positions, numbers) in float64 on the CPU."""
+    index = torch.tensor(positions, device=activation.device)
+    rows = activation.detach().index_select(dim, index).movedim(dim, 0).reshape(len(positions), -1)
+    step = max(1, rows.numel() // _NUMBERS)
+    return rows[:, ::step].cpu().double()
+
+
+class Findings(NamedTuple):
+    """What a probe found.
+
+    Attributes:
+        dimensions: label -> the dimension with the samples, None where none has them, or why it is not known.
+        problem: why the model cannot run on the batch at all, None where it can.
+    """
+
+    dimensions: dict[str, int | str | None]
+    problem: str | None = None
+
+
+def sample_dimensions(run: Run, snapshot: Snapshot, batch: Any, samples: int, *, always: bool = False) -> Findings:
+    """The dimension with the samples of every layer that runs.
+
+    Args:
+        run: runs the model on a batch.
+        snapshot: of the model; put back after every pass.
+        batch: the first batch.
+        samples: in it.
+        always: make every pass, also one that is not needed: as ranks must that make each one together.
+    """
+    few = min(samples, FEW)
+    chosen = [samples * i // few for i in range(few)]
+    order = {1: [0, 0], 2: [1, 0, 0]}.get(few, [2, 0])
+    first = _Pass(run, snapshot, cut(batch, samples, chosen), few, range(few))
+    second = _Pass(run, snapshot, cut(batch, samples, [chosen[i] for i in order]), len(order), range(len(order)))
+    labels = {**first.seen, **second.seen}
+    found = {label: _by_size(label, first, second, order) for label in labels}
+    problem = first.problem or second.problem
+    if samples == 1 or not (always or problem or OPEN in found.values()):
+        return Findings({label: _unknown(problem) if dim == OPEN else dim for label, dim in found.items()})
+    several = min(samples, _SLICES)
+    looked_at = [(samples - 1) * i // (several - 1) for i in range(several)]
+    whole = _Pass(run, snapshot, cut(batch, samples, range(samples)), samples, looked_at)
+    mirrored = [samples - 1 - i for i in looked_at]
+    turned = _Pass(run, snapshot, cut(batch, samples, range(samples)[::-1]), samples, mirrored)
+    for label in {**labels, **whole.seen}:
+        if found.get(label, OPEN) == OPEN:
+            found[label] = _by_order(label, whole, turned, problem or whole.problem or turned.problem)
+    return Findings(found, whole.problem)
+
+
+def _by_size(label: str, first: _Pass, second: _Pass, order: list[int]) -> int | str | None:
+    """The dimension whose size and slices follow the samples, None where none does; OPEN where that does not tell."""
+    before, after = first.seen.get(label), second.seen.get(label)
+    if before is None or after is None:
+        return OPEN if first.problem or second.problem else "ran for some samples and not for others"
+    fitting = [dim for dim in before.slices if dim in after.slices]
+    alike = {dim: _alike(before, after, dim, order) for dim in fitting}
+    sure = [dim for dim in fitting if alike[dim]]
+    if len(sure) == 1:
+        return sure[0]
+    # Where its samples are all the same, or have other random numbers in each pass, only the size can tell.
+    silent = first.drew or second.drew or (len(fitting) == 1 and alike[fitting[0]] is None)
+    if silent and len(fitting) == 1 and fitting[0] in (0, int(before.second)):
+        return fitting[0]
+    return OPEN if fitting or _may_be_fixed(before.shape, after.shape, first.samples, second.samples) else None
+
+
+def _alike(before: _Glance, after: _Glance, dim: int, order: Sequence[int]) -> bool | None:
+    """Whether slices of one pass are those of the same samples in the other; None where no number could tell."""
+    a, b = before.slices[dim], after.slices[dim]
+    if a.shape[1] != b.shape[1]:
+        return None
+    finite = a.isfinite().all(0) & b.isfinite().all(0)
+    a, b = a[:, finite], b[:, finite]
+    spread = torch.cdist(a, a).max()
+    if not a.shape[1] or spread <= 8 * before.eps * a.norm(dim=1).max():
+        return None
+    return bool((b - a[list(order)]).norm(dim=1).max() <= _ALIKE * spread)
+
+
+def _may_be_fixed(before: tuple[int, ...], after: tuple[int, ...], samples: int, fewer: int) -> bool:
+    """Whether the samples may have a dimension of their own in the whole batch only, as in ``x.view(8, -1, d)``.
+
+    Windows, heads or beams that are folded into dimension 0 have none there either.
+    """
+    folded = before[1:] == after[1:] and before != after and before[0] * fewer == after[0] * samples
+    return before != after and not folded and math.prod(before) * fewer == math.prod(after) * samples
+
+
+def _by_order(label: str, whole: _Pass, turned: _Pass, problem: str | None) -> int | str | None:
+    """The dimension whose slices are turned round with the samples, None where none is, or why it is not known."""
+    before, after = whole.seen.get(label), turned.seen.get(label)
+    if before is None or after is None:
+        return _unknown(problem)
+    fitting = [dim for dim in before.slices if dim in after.slices]
+    sure = [dim for dim in fitting if _alike(before, after, dim, range(len(before.slices[dim])))]
+    if len(sure) == 1:
+        return sure[0]
+    if problem and fitting:
+        return _unknown(problem)
+    which = f"dimensions {sure} all" if sure else f"none of the dimensions {fitting} with the batch's size"
+    return f"{which} followed the samples when these were turned round" if fitting else None
+
+
+def _unknown(problem: str | None) -> str:
+    reason = f"the model raised {problem}" if problem else "it was not reached"
+    return f"could not be confirmed by a probe of the first batch: {reason}"

@@ -1,0 +1,129 @@
+"""Everything that a forward pass may leave behind in a model and in random states, to be put back."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+# Containers with more entries than this hold data, of which each entry would have to be looked at.
+_MANY = 10_000
+
+
+class Snapshot:
+    """A model's buffers, the attributes of its modules, and what lists and tensors in these hold.
+
+    Parameters are not copied: a forward pass does not write to them. Objects of other classes in an attribute are put
+    back, what is in them is not.
+
+    Args:
+        model: taken as it is now.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._undo: list[Callable[[], None]] = []
+        # Held, so that no other object can have the same id meanwhile.
+        self._seen: dict[int, Any] = {}
+        for module in model.modules():
+            self._keep(vars(module))
+        self._random = random_state()
+
+    def restore(self) -> None:
+        """Put everything back; twice is as good as once."""
+        with torch.no_grad():
+            for undo in self._undo:
+                undo()
+        _restore_random(*self._random)
+
+    def drew(self) -> bool:
+        """Whether random numbers were drawn meanwhile."""
+        states, python, numpy = random_state()
+        before, python_before, numpy_before = self._random
+        return (
+            python != python_before
+            or not all(map(torch.equal, states, before))
+            or numpy[2] != numpy_before[2]
+            or not np.array_equal(numpy[1], numpy_before[1])
+        )
+
+    def _keep(self, value: Any) -> None:
+        if id(value) in self._seen or isinstance(value, nn.Module | nn.Parameter):
+            return
+        self._seen[id(value)] = value
+        if type(value) is Tensor:
+            self._keep_tensor(value)
+        elif isinstance(value, np.ndarray):
+            numbers = value.copy()
+            self._undo.append(lambda: np.copyto(value, numbers))
+        elif isinstance(value, torch.Generator):
+            state = value.get_state()
+            self._undo.append(lambda: _set_state(value, state))
+        elif isinstance(value, dict):
+            items = dict(value)
+            self._undo.append(lambda: _fill(value, items))
+            self._keep_each(items.values())
+        elif isinstance(value, list | deque):
+            entries = list(value)
+            self._undo.append(lambda: _fill_sequence(value, entries))
+            self._keep_each(entries)
+        elif isinstance(value, set):
+            members = set(value)
+            self._undo.append(lambda: value.symmetric_difference_update(value ^ members))
+        elif isinstance(value, tuple):
+            self._keep_each(value)
+        elif dataclasses.is_dataclass(value) and hasattr(value, "__dict__") and not isinstance(value, type):
+            self._keep(vars(value))
+
+    def _keep_each(self, values: Iterable[Any]) -> None:
+        values = list(values)
+        for value in values if len(values) <= _MANY else ():
+            self._keep(value)
+
+    def _keep_tensor(self, tensor: Tensor) -> None:
+        if tensor.layout is torch.strided and not (tensor.is_inference() or tensor.is_meta or tensor.is_nested):
+            copy = tensor.detach().clone()
+            self._undo.append(lambda: _write_back(tensor, copy))
+
+
+def _write_back(tensor: Tensor, copy: Tensor) -> None:
+    # What is unchanged stays untouched: a graph that holds it would notice.
+    if tensor.shape == copy.shape and not torch.equal(tensor, copy):
+        tensor.copy_(copy)
+
+
+def _fill(mapping: dict[Any, Any], items: dict[Any, Any]) -> None:
+    # Never empty in between: Ctrl-C would leave a module without its attributes.
+    mapping.update(items)
+    for key in [key for key in mapping if key not in items]:
+        del mapping[key]
+
+
+def _fill_sequence(sequence: list[Any] | deque[Any], entries: list[Any]) -> None:
+    if list(map(id, sequence)) != list(map(id, entries)):
+        sequence.clear()
+        sequence.extend(entries)
+
+
+def _set_state(generator: torch.Generator, state: Tensor) -> None:
+    generator.set_state(state)
+
+
+def random_state() -> tuple[list[Tensor], Any, Any]:
+    """The states of torch's generators, on the CPU and on devices in use, of Python's and of NumPy's."""
+    in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if in_use else [])]
+    return states, random.getstate(), np.random.get_state()
+
+
+def _restore_random(states: list[Tensor], python: Any, numpy: Any) -> None:
+    torch.set_rng_state(states[0])
+    if states[1:]:
+        torch.cuda.set_rng_state_all(states[1:])
+    random.setstate(python)
+    np.random.set_state(numpy)
