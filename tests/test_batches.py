@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from test_models import bert
@@ -82,7 +84,7 @@ def test_hugging_face_batch_encoding() -> None:
     loader = [transformers.BatchEncoding({**fields, "input_ids": each}) for each in (ids, ids.flip(1))]
     result = cka_hooks.compare(model, loader, progress=False)
     assert result.samples == 16
-    assert seen == [None, None], "labels make the model compute a loss"
+    assert set(seen) == {None}, "labels make the model compute a loss"
     moved = batches.to_device(transformers.BatchEncoding(fields), torch.device("meta"))
     assert isinstance(moved, transformers.BatchEncoding)
     assert moved["input_ids"].device.type == "meta"
@@ -135,14 +137,14 @@ def test_two_views_through_one_network() -> None:
 def test_a_batch_that_does_not_fit() -> None:
     with pytest.raises(cka_hooks.BatchError, match=r"cannot be called with a batch of \(pixels=\).*forward=lambda"):
         cka_hooks.compare(net(), [{"pixels": X}], progress=False)
-    with pytest.raises(cka_hooks.BatchError, match="empty sequence"):
-        cka_hooks.compare(net(), [()], progress=False)
 
 
 def test_sample_counts() -> None:
     assert batches.sample_count({"a": None, "b": [torch.tensor(3.0), X]}) == 24
     assert batches.sample_count([torch.zeros(3, 8, 8)] * 5) == 5
-    assert batches.sample_count("text", 3) is None
+    assert batches.sample_count(([torch.zeros(3, 8, 8)], [{}])) == 1
+    assert batches.sample_count(["a", "b"]) == 2
+    assert batches.sample_count("text") is None
     assert batches.leading_shape((X, Y)) == (24, 5)
 
 
@@ -152,3 +154,286 @@ def test_max_samples_of_a_padded_batch() -> None:
     batch = {"input_ids": torch.randint(0, 50, (8, 6), generator=GENERATOR), "attention_mask": mask}
     result = cka_hooks.compare(bert(), [batch], features="mean", max_samples=5, progress=False)
     assert result.samples == 5
+
+
+# Batches of others' making
+
+
+class Images(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.head(self.conv(image).mean((2, 3)))
+
+
+def pictures(samples: int = 6, count: int = 3) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(samples, 3, 5, 5, generator=generator) for _ in range(count)]
+
+
+EMPTY: dict[str, Any] = {
+    "none": None,
+    "list": [],
+    "tuple": (),
+    "dict": {},
+    "no rows": torch.zeros(0, 3, 5, 5),
+    "pair without rows": (torch.zeros(0, 3, 5, 5), torch.zeros(0)),
+    "pair of nothing": (None, None),
+    "empty lists": ([], []),
+}
+
+
+@pytest.mark.parametrize("kind", EMPTY)
+def test_batches_that_a_collate_fn_emptied_are_skipped_and_counted(kind: str) -> None:
+    model = Images()
+    batches = [(x, 0) for x in pictures()]
+    expected = cka_hooks.compare(model, batches, progress=False)
+    some = [EMPTY[kind], batches[0], EMPTY[kind], *batches[1:]]
+    with pytest.warns(cka_hooks.CKAWarning, match="2 batches without samples were skipped") as caught:
+        result = cka_hooks.compare(model, some, progress=False)
+    assert len(caught) == 1
+    assert torch.equal(result.matrix, expected.matrix)
+    assert (result.samples, result.minibatches) == (18, 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*batches without samples")
+def test_nothing_but_empty_batches() -> None:
+    with pytest.raises(cka_hooks.TooFewSamplesError):
+        cka_hooks.compare(Images(), [None, ()], progress=False)
+
+
+def test_arrays_become_tensors() -> None:
+    model = Images()
+    expected = cka_hooks.compare(model, pictures(), progress=False)
+    for batch in (lambda x: x.numpy(), lambda x: (x.numpy()[::-1][::-1], 0), lambda x: {"image": x.numpy()}):
+        assert torch.equal(cka_hooks.compare(model, map(batch, pictures()), progress=False).matrix, expected.matrix)
+    # What the user's own function gets is what the loader yields.
+    seen = []
+
+    def forward(model: nn.Module, batch: Any) -> Any:
+        seen.append(type(batch))
+        return model(torch.from_numpy(batch))
+
+    own = cka_hooks.compare(model, [x.numpy() for x in pictures()], forward=forward, progress=False)
+    assert torch.equal(own.matrix, expected.matrix)
+    assert set(seen) == {np.ndarray}
+
+
+UNFIT: dict[str, tuple[Any, str]] = {
+    "uint8": (
+        lambda x: ((x * 9).byte(), 0),
+        r"uint8 and the model float32.*model\(batch\[0\].to\(torch.float32\) / 255\)",
+    ),
+    "uint8 alone": (lambda x: (x * 9).byte(), r"model\(batch\.to\(torch\.float32\) / 255\)"),
+    "float64": (lambda x: (x.double(), 0), r"float64 and the model float32.*model\(batch\[0\].to\(torch.float32\)\)"),
+    "float64 in a dict": (lambda x: {"image": x.double()}, "float64 and the model float32: convert it in the loader"),
+    "index": (lambda x: (torch.arange(len(x)), x), r"may be the index of the samples.*model\(batch\[1\]\)"),
+    "views": (lambda x: ([x, x + 1], 0), r"a list of 2. Of two views of the samples.*model\(batch\[0\]\[0\]\)"),
+    "object": (lambda x: (SimpleNamespace(image=x), 0), "SimpleNamespace and no tensor"),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_a_batch_that_the_model_cannot_take(kind: str) -> None:
+    make, message = UNFIT[kind]
+    first, *others = pictures()
+    good = {"image": first} if isinstance(make(first), dict) else first if kind == "uint8 alone" else (first, 0)
+    with pytest.raises(cka_hooks.BatchError, match=message) as caught:
+        cka_hooks.compare(Images(), [good, make(others[0])], progress=False)
+    assert isinstance(caught.value.__cause__, RuntimeError | TypeError | AttributeError)
+    assert str(caught.value).endswith(")")
+    assert type(caught.value.__cause__).__name__ in str(caught.value)
+
+
+def test_another_device_than_the_models() -> None:
+    class Elsewhere(Images):
+        def forward(self, image: Tensor) -> Tensor:
+            return super().forward(image) + torch.zeros(2, device="meta")
+
+    with pytest.raises(cka_hooks.BatchError, match="something is elsewhere: move the whole model") as caught:
+        cka_hooks.compare(Elsewhere(), pictures(), progress=False)
+    assert "device" in str(caught.value.__cause__)
+
+
+def test_errors_of_the_models_own_stay_what_they_are() -> None:
+    class Fails(Images):
+        def forward(self, image: Tensor) -> Tensor:
+            return image @ torch.zeros(7, 7)
+
+    with pytest.raises(RuntimeError, match="size"):
+        cka_hooks.compare(Fails(), pictures(), progress=False)
+
+
+class Series(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(7, 5)
+        self.second = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu())
+
+
+@pytest.mark.parametrize("samples", [1, 3, 4, 6])
+@pytest.mark.parametrize("entries", [1, 2, 3])
+@pytest.mark.filterwarnings("ignore:.*samples at the end")
+def test_series_and_targets_are_no_images_at_a_remainder(entries: int, samples: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16 + samples, 9, 7, generator=generator)
+    loader = DataLoader(TensorDataset(*[x] * entries), batch_size=16)
+    model = Series()
+    expected = cka_hooks.compare(model, x.split(16), progress=False)
+    for forward in (None, lambda model, batch: model(batch[0])):
+        result = cka_hooks.compare(model, loader, forward=forward, progress=False)
+        assert torch.equal(result.matrix, expected.matrix)
+    streamed = list(cka_hooks.LayerRecorder(model).stream(loader))
+    assert [len(activations["first"]) for activations in streamed] == [16, samples]
+
+
+def test_a_pair_of_four_series() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 9, 7, generator=generator)
+    expected = cka_hooks.compare(Series(), x.split(4), progress=False)
+    assert expected.samples == 16
+    result = cka_hooks.compare(Series(), DataLoader(TensorDataset(x, x[:, :4]), batch_size=4), progress=False)
+    assert (result.samples, result.minibatches) == (16, 4)
+
+
+class TakesLists(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, images: list[Tensor]) -> Tensor:
+        assert isinstance(images, list | tuple)
+        return self.head(self.conv(torch.stack(list(images))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+@pytest.mark.filterwarnings("ignore:.*samples at the end")
+@pytest.mark.parametrize("collate", ["list", "list and targets", "tuple and targets"])
+def test_lists_of_images_stay_lists_at_a_remainder(collate: str, last: int) -> None:
+    made: dict[str, Callable[[Tensor], Any]] = {
+        "list": list,
+        "list and targets": lambda x: (list(x), [{"boxes": None}] * len(x)),
+        "tuple and targets": lambda x: (tuple(x), ({"boxes": None},) * len(x)),
+    }
+    loader = [made[collate](x) for x in (*pictures(count=2), pictures(last)[0])]
+    result = cka_hooks.compare(TakesLists(), loader, progress=False)
+    assert result.samples == 12
+    streamed = list(cka_hooks.LayerRecorder(TakesLists()).stream(loader))
+    assert [len(activations["head"]) for activations in streamed] == [6, 6, last]
+
+
+def test_texts_in_a_list() -> None:
+    class Texts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(128, 5)
+            self.head = nn.Linear(5, 2)
+
+        def forward(self, texts: list[str]) -> Tensor:
+            return self.head(torch.stack([self.embed(torch.tensor(list(map(ord, text)))).mean(0) for text in texts]))
+
+    texts = ["a", "few", "short", "texts", "of", "words"]
+    for batch in (texts, (texts, torch.arange(6))):
+        result = cka_hooks.compare(Texts(), [batch] * 2, progress=False)
+        assert result.layers == ("head",)
+        assert result.samples == 12
+
+
+@pytest.mark.parametrize("kind", ["namespace", "class"])
+def test_objects_of_a_class_for_batches(kind: str) -> None:
+    class Batch:
+        def __init__(self, image: Tensor) -> None:
+            self.image = image
+            self.lengths = [1, 2, 3]
+
+    make = (lambda image: SimpleNamespace(image=image)) if kind == "namespace" else Batch
+    model = Images()
+    result = cka_hooks.compare(
+        model, map(make, pictures()), forward=lambda model, batch: model(batch.image), progress=False
+    )
+    assert torch.equal(result.matrix, cka_hooks.compare(model, pictures(), progress=False).matrix)
+
+
+# Labels
+
+
+class Teacher(nn.Module):
+    """Its decoder runs on the target, as in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = nn.Linear(5, 4)
+        self.decode = nn.Linear(9, 4)
+
+    def forward(self, src: Tensor, target: Tensor) -> Tensor:
+        return self.decode(torch.cat([self.encode(src), target], 1))
+
+
+def test_labels_that_a_signature_asks_for_are_kept() -> None:
+    model, batches = Teacher(), [{"src": x, "target": x.flip(1)} for x in X.split(12)]
+    result = cka_hooks.compare(model, batches, progress=False)
+    own = cka_hooks.compare(model, batches, forward=lambda model, batch: model(**batch), progress=False)
+    assert result.layers == ("encode", "decode")
+    assert torch.equal(result.matrix, own.matrix)
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+@pytest.mark.filterwarnings("ignore:.*mask")
+def test_encoder_decoders_make_their_decoders_input_from_labels(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    if kind == "bart":
+        config = transformers.BartConfig(
+            vocab_size=50,
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=16,
+            decoder_ffn_dim=16,
+            max_position_embeddings=32,
+        )
+        model, layers = transformers.BartForConditionalGeneration(config), "model.*coder.layers.0"
+    else:
+        config = transformers.T5Config(
+            vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
+        )
+        model, layers = transformers.T5ForConditionalGeneration(config), "*coder.block.0"
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        {
+            "input_ids": torch.randint(3, 50, (8, 7), generator=generator),
+            "labels": torch.randint(3, 50, (8, 4), generator=generator),
+        }
+        for _ in range(2)
+    ]
+    result = cka_hooks.compare(model, batches, layers=layers, progress=False)
+    own = cka_hooks.compare(
+        model, batches, layers=layers, forward=lambda model, batch: model(**batch), progress=False
+    )
+    assert result.settings["shapes"] == own.settings["shapes"]
+    assert torch.equal(result.matrix, own.matrix)
+    assert any(shape == [4, 16] for shape in result.settings["shapes"].values())
+    # With an input of the decoder's own, labels are only for a loss.
+    losses = []
+    model.register_forward_hook(lambda module, args, output: losses.append(output.loss))
+    for batch in batches:
+        batch["decoder_input_ids"] = batch["labels"].flip(1)
+    cka_hooks.compare(model, batches, layers=layers, progress=False)
+    assert set(losses) == {None}
+
+
+@pytest.mark.parametrize(("signature", "kept"), [("x", False), ("x, label=None", True), ("x, **others", True)])
+def test_labels_go_where_a_forward_takes_them(signature: str, kept: bool) -> None:
+    scope: dict[str, Any] = {}
+    exec(f"def forward(self, {signature}): return self.fc(x)", scope)
+    kind = type("Net", (nn.Module,), {"forward": scope["forward"]})
+    _, keywords = batches.arguments({"x": X, "label": Y}, kind())
+    assert set(keywords) == ({"x", "label"} if kept else {"x"})

@@ -67,13 +67,12 @@ NESTED = {
     "named tuple": lambda x: Named(x * 2, x * 3),
     "dict": lambda x: {"a": x * 2, "b": x * 3},
     "dataclass": lambda x: Pair(x.long(), x * 2, {}),
-    "no batch in the first": lambda x: (x.sum(), torch.zeros(3, 2), x * 2),
     "integers first": lambda x: (x.long(), None, "text", [x.bool(), {"deep": x * 2}]),
 }
 
 
 @pytest.mark.parametrize("function", NESTED.values(), ids=NESTED)
-def test_the_first_floating_tensor_with_the_batch(function: Any) -> None:
+def test_the_first_floating_tensor(function: Any) -> None:
     seen, skipped = recorded(Model(function), X)
     assert torch.equal(seen["part"], X * 2)
     assert not skipped
@@ -226,7 +225,10 @@ LEFT_OUT = {
     "text": (lambda x: "text", "a str"),
     "a number": (lambda x: x.sum(), "no dimension"),
     "other samples": (lambda x: x[:4], r"no dimension of its shape \(4, 5\) has the 6 samples"),
-    "two dimensions": (lambda x: torch.zeros(2, 6, 6), r"dimensions \[1, 2\], and not dimension 0"),
+    "two dimensions": (lambda x: torch.zeros(2, 6, 6), "no dimension"),
+    "another tensor behind it": (lambda x: (x.sum(), x * 2), "no dimension"),
+    "states behind a packed sequence": (lambda x: (packed(x), x), "packed sequence"),
+    "weights behind a nested tensor": (lambda x: (torch.nested.nested_tensor([x[0], x[1, :2]]), x), "nested"),
     "windows": (lambda x: torch.zeros(12, 6), "2 windows, heads or beams"),
     "no samples": (lambda x: torch.zeros(1, 6), "the same for all of them"),
 }
@@ -274,26 +276,21 @@ def test_the_one_dimension_of_that_size() -> None:
     assert torch.equal(seen["part"], X)
 
 
-def test_a_dimension_is_decided_once() -> None:
-    """A square batch does not change where a layer has its samples."""
+@pytest.mark.parametrize("first", [5, 6])
+def test_a_square_batch_does_not_change_where_the_samples_are(first: int) -> None:
     model = Model(lambda x: x.T.contiguous())
-    shapes = []
-    with cka_hooks.LayerRecorder(model, "part", lambda layer, tensor: shapes.append(tensor)):
-        x = torch.randn(5, 5)
-        model(torch.randn(6, 5))
-        model(x)
-    assert torch.equal(shapes[1], x)
-    recorder = cka_hooks.LayerRecorder(model, "part", lambda layer, tensor: None)
-    with recorder:
-        model(x)
-        with pytest.raises(cka_hooks.LayerError, match="dimension 0 of an earlier batch"):
-            model(torch.randn(6, 5))
+    seen = []
+    batches = [torch.randn(first, 5), torch.randn(11 - first, 5)]
+    with cka_hooks.LayerRecorder(model, "part", lambda layer, tensor: seen.append(tensor)):
+        for batch in batches:
+            model(batch)
+    assert all(torch.equal(tensor, batch) for tensor, batch in zip(seen, batches, strict=True))
 
 
 def test_a_sequence_first_batch() -> None:
     lstm = nn.LSTM(5, 4)
     x = torch.randn(9, 6, 5)
-    with pytest.raises(cka_hooks.BatchError, match=r"taken for 9 samples.*takes it for 6: give batch_dim=1"):
+    with pytest.raises(cka_hooks.BatchError, match=r"for 9 samples, and LSTM .*takes it for 6: give batch_dim=1"):
         cka_hooks.compare(lstm, [x, x], layers="(model)", progress=False)
     result = cka_hooks.compare(lstm, [x, x], layers=["(model)", "(model):1:0"], batch_dim=1, progress=False)
     assert result.samples == 12

@@ -163,7 +163,7 @@ def test_names_of_nested_wrappers_are_the_users() -> None:
     inner = nn.DataParallel(torch.compile(net(), backend="eager"))
     model = nn.Sequential(inner, nn.Linear(2, 2))
     seen = Seen()
-    with cka_hooks.LayerRecorder(model, ["0.0", "0.2", "1"], seen):
+    with cka_hooks.LayerRecorder(model, ["0.0", "0.2", "1"], seen, batch_dim=0):
         model[1](inner.module._orig_mod(X))
     assert set(seen) == {"0.0", "0.2", "1"}
     with pytest.raises(cka_hooks.LayerError, match="the closest names are"):
@@ -316,10 +316,12 @@ def test_nested_tensors_of_the_fused_path() -> None:
     def masked(model: nn.Module, batch: Tensor) -> Tensor:
         return model(batch, src_key_padding_mask=mask)
 
+    # The mask is of this one batch: no part of it can be run.
+    options = {"forward": masked, "batch_dim": 0, "progress": False}
     with pytest.raises(cka_hooks.LayerError, match="use_nested_tensor = False stops it"):
-        cka_hooks.compare(model, [x], forward=masked, progress=False)
+        cka_hooks.compare(model, [x], **options)
     model.use_nested_tensor = False
-    assert len(cka_hooks.compare(model, [x], forward=masked, progress=False).layers) == 16
+    assert len(cka_hooks.compare(model, [x], **options).layers) == 16
 
 
 # Several recorders, the user's hooks, errors

@@ -150,7 +150,7 @@ class SampleDimension:
             with ExitStack() as stack:
                 for name, module in self._sequence_first.items():
                     hook = module.register_forward_pre_hook(
-                        lambda module, args, kwargs, name=name: look(name, args, kwargs),  # type: ignore[misc]
+                        lambda module, args, kwargs, name=name: look(name, args, kwargs),
                         with_kwargs=True,
                     )
                     stack.callback(hook.remove)

@@ -404,7 +404,7 @@ def _about_tensors(error: Exception, model: nn.Module, batch: Any) -> str | None
     weights = next((p for p in model.parameters() if p.is_floating_point()), None)
     if weights is None or not isinstance(error, RuntimeError):
         return None
-    if "device" in text and any(word in text for word in ("same device", "different from", "Expected")):
+    if "device" in text and any(word in text for word in ("same device", "different from", "xpected")):
         return (
             f"its input was moved to {weights.device}, where its first parameter is, and something is elsewhere: "
             "move the whole model, model.to(device), or the tensors that its forward makes"
