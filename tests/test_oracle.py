@@ -369,7 +369,7 @@ class Output:
 
 class Wrap(nn.Module):
     def forward(self, x):
-        return Output(1, torch.arange(len(x)), {"weights": torch.ones(2, 2), "hidden": [x.clone()]})
+        return Output(1, torch.arange(len(x)), {"weights": None, "hidden": [x.clone()]})
 
 
 class Nothing(nn.Module):
