@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset, Te
 
 import cka_hooks
 
-pytestmark = pytest.mark.filterwarnings("ignore:one sample decides")
+pytestmark = pytest.mark.filterwarnings("ignore:one sample decides", "ignore:a batch came twice")
 N = 6
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import cka_hooks
 from cka_hooks.recording import batches
 
-pytestmark = pytest.mark.filterwarnings("ignore:one sample decides")
+pytestmark = pytest.mark.filterwarnings("ignore:one sample decides", "ignore:a batch came twice")
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(24, 5, generator=GENERATOR)
 Y = torch.arange(24) % 3
@@ -135,7 +135,7 @@ def test_two_views_through_one_network() -> None:
 
 
 def test_a_batch_that_does_not_fit() -> None:
-    with pytest.raises(cka_hooks.BatchError, match=r"cannot be called with a batch of \(pixels=\).*forward=lambda"):
+    with pytest.raises(cka_hooks.BatchError, match=r"cannot be called with batch 0 .*of \(pixels=\).*forward=lambda"):
         cka_hooks.compare(net(), [{"pixels": X}], progress=False)
 
 

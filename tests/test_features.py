@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import cka_hooks
 from cka_hooks.features import feature_rows, memory_order
 
-pytestmark = pytest.mark.filterwarnings("ignore:one sample decides")
+pytestmark = pytest.mark.filterwarnings("ignore:one sample decides", "ignore:a batch came twice")
 GENERATOR = torch.Generator().manual_seed(0)
 TOKENS = torch.randn(6, 7, 5, generator=GENERATOR)
 IMAGES = torch.randn(6, 5, 3, 4, generator=GENERATOR)

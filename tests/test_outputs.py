@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import cka_hooks
 
-pytestmark = pytest.mark.filterwarnings("ignore:one sample decides")
+pytestmark = pytest.mark.filterwarnings("ignore:one sample decides", "ignore:a batch came twice")
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
 
 
