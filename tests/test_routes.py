@@ -127,7 +127,8 @@ def test_what_changes_between_batches_goes_the_long_way_and_is_right(what: str) 
     functions = iter([first, other, first, other, other])
     model = Apply(lambda x: next(functions)(x))
     inputs = images(4, 4, 3, 5, 6)
-    products, recorder = run(model, inputs, layers="(model)")
+    # Named: a probe would call the functions, too.
+    products, recorder = run(model, inputs, layers="(model)", batch_dim=0)
     for x, (_, rows) in zip(inputs, products.rows, strict=True):
         assert torch.equal(rows.flatten(1).sort(1).values, x.flatten(1).to(rows.dtype).sort(1).values)
         assert not rows.requires_grad
@@ -153,7 +154,7 @@ def test_a_route_takes_nothing_else(what: str) -> None:
     functions = iter([lambda x: x, NOT_ACTIVATIONS[what], lambda x: x])
     model = nn.Sequential(nn.Identity(), Apply(lambda x: next(functions)(x)))
     products, recorder = Products(), None
-    recorder = cka_hooks.LayerRecorder(model, consumer=products)
+    recorder = cka_hooks.LayerRecorder(model, consumer=products, batch_dim=0)
     with recorder, torch.no_grad():
         for i, x in enumerate(images(4, 4, 4)):
             model(x)
