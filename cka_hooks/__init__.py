@@ -6,6 +6,7 @@ Comparison         the same for a loop of your own: update(batch), compute()
 LayerRecorder      hooks on named modules, for people who write their own loop
 CKAAccumulator     minibatch CKA, one forward pass at a time
 cka, cka_matrix    CKA of tensors in hand
+cka_loss           1 - CKA, with gradients
 """
 
 import logging
@@ -32,6 +33,7 @@ from cka_hooks.results.result import CKAResult, Influence
 from cka_hooks.results.uncertainty import Difference
 from cka_hooks.run.comparison import Comparison
 from cka_hooks.similarity.accumulator import CKAAccumulator
+from cka_hooks.similarity.loss import cka_loss
 from cka_hooks.similarity.tensors import cka, cka_matrix
 
 __version__ = "0.1.0"
@@ -61,6 +63,7 @@ __all__ = [
     "SampleCountError",
     "TooFewSamplesError",
     "cka",
+    "cka_loss",
     "cka_matrix",
     "compare",
 ]

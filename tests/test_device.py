@@ -297,3 +297,15 @@ def test_a_device_without_float64(
             x = torch.empty(16, 5, 40, device="cuda", dtype=dtype)
             accumulator.update({"x": x, "y": x[:, 0]})
     assert accumulator.state.moments.device.type == "cpu"
+
+
+@pytest.mark.usefixtures("pretended")
+@pytest.mark.parametrize("kernel", ["linear", "rbf", "distance", "cosine", "polynomial"])
+@pytest.mark.parametrize("learns", [True, False])
+def test_the_loss_does_not_wait(kernel: str, learns: bool) -> None:
+    x = torch.randn(16, 5, 7, device="cuda", requires_grad=learns)
+    y = torch.randn(16, 9, device="cuda", dtype=torch.bfloat16)
+    with NoHostSync():
+        loss = cka_hooks.cka_loss(x, y, kernel=kernel)
+    assert loss.device.type == "cuda"
+    assert loss.requires_grad == learns

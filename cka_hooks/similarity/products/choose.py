@@ -50,6 +50,8 @@ def linear_grams(features: Tensor, minibatches: int = 1, dtype: torch.dtype | No
         features = features.half()
     rows, positions, channels = features.shape
     grouped = features.view(minibatches, rows // minibatches, positions, channels)
+    if features.requires_grad and torch.is_grad_enabled():
+        return reference.differentiable(grouped)
     if dtype is not None:
         return reference.shifted(grouped.to(accumulation_device(features.device)), dtype)
     if not _can_branch(features):

@@ -93,6 +93,17 @@ def shifted(grouped: Tensor, dtype: torch.dtype | None = None) -> Grams:
     return Grams(_mirrored(values, grouped.device), shift)
 
 
+def differentiable(grouped: Tensor) -> Grams:
+    """K = (X - 1v') (X - 1v')' with the samples' mean v, in float64, which gradients go through.
+
+    None goes through v, of which nothing depends that does not change when all samples are shifted.
+    """
+    rows = grouped.flatten(2).to(accumulation_device(grouped.device), torch.float64)
+    common = rows.detach().mean(1, keepdim=True)
+    centred = rows - common
+    return Grams(centred @ centred.mT, _norm(common.flatten(1)))
+
+
 def _add_products(values: Tensor | None, chunks: Tensor) -> Tensor:
     """Add the products of (m, T, n, c) chunks with their transposes to (m, n, n) `values`, lower bands only.
 
