@@ -208,7 +208,18 @@ class Watching(nn.Module):
 
 def tensors() -> list[Tensor]:
     # By type: isinstance() asks the object for its class, and torch.distributed has one that warns when it is asked.
-    return [it for it in gc.get_objects() if issubclass(type(it), Tensor)]
+    found = [it for it in gc.get_objects() if issubclass(type(it), Tensor)]
+    # What other tests have left alive may have no memory of its own.
+    return [
+        it for it in found if it.layout is torch.strided and type(it) in (Tensor, nn.Parameter) and has_memory(it)
+    ]
+
+
+def has_memory(tensor: Tensor) -> bool:
+    try:
+        return tensor.data_ptr() is not None
+    except RuntimeError:
+        return False
 
 
 def live_bytes() -> int:

@@ -281,7 +281,7 @@ def test_pvalues_tell_related_layers_from_unrelated_ones() -> None:
     p = result.pvalue()
     assert p[0, 1] < 1e-10
     assert p[0, 2] > 0.01
-    assert torch.equal(p, p.T)
+    torch.testing.assert_close(p, p.T)
     assert 0.5 < float(result.null_stderr[0, 2] / result.stderr[0, 2]) < 2
 
 
@@ -296,7 +296,7 @@ def test_pvalues_against_permuted_samples() -> None:
     """The share of permuted runs with a larger value, for a pair that is weakly related."""
     generator = torch.Generator().manual_seed(1)
     pairs = [(torch.randn(12, 5, generator=generator), torch.randn(12, 5, generator=generator)) for _ in range(6)]
-    pairs = [(x, y + 0.25 * x) for x, y in pairs]
+    pairs = [(x, y + 0.5 * x) for x, y in pairs]
 
     def value(permuted: bool) -> cka_hooks.CKAResult:
         cka = cka_hooks.CKAAccumulator()

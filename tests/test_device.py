@@ -120,7 +120,8 @@ def launches(
     with torch.no_grad():
         with NoHostSync() as bare:
             model(inputs())
-        with cka_hooks.LayerRecorder(model, consumer=accumulator.observe):
+        # Named, so that no probe looks at values of a device that is only pretended.
+        with cka_hooks.LayerRecorder(model, consumer=accumulator.observe, batch_dim=0):
             for _ in range(3):
                 with NoHostSync() as counted:
                     model(inputs())
@@ -209,7 +210,7 @@ def test_reductions_with_a_mask_do_not_wait(features: Any) -> None:
     model = Tokens()
     batch = {"input_ids": torch.zeros(8, 12, dtype=torch.long), "attention_mask": torch.ones(8, 12, dtype=torch.long)}
     accumulator = cka_hooks.CKAAccumulator()
-    recorder = cka_hooks.LayerRecorder(model, consumer=accumulator.observe, features=features)
+    recorder = cka_hooks.LayerRecorder(model, consumer=accumulator.observe, features=features, batch_dim=0)
     with NoHostSync(), recorder, torch.no_grad():
         for _ in range(2):
             with recorder.forward_pass(batch):
@@ -233,7 +234,7 @@ def test_compare_waits_for_nothing_before_it_reads_the_result(monkeypatch: pytes
     # Batches on the host: moved by `compare`.
     loader = [(torch.randn(32, 20, 8), None) for _ in range(2)]
     with NoHostSync(), pytest.raises(Finished):
-        cka_hooks.compare(models, loader, minibatch=8, max_samples=2 * 32, progress=False)
+        cka_hooks.compare(models, loader, minibatch=8, max_samples=2 * 32, batch_dim=0, progress=False)
 
 
 @pytest.mark.usefixtures("pretended")
@@ -259,7 +260,7 @@ def test_a_model_on_two_devices() -> None:
 
     model = Split()
     accumulator = cka_hooks.CKAAccumulator()
-    with cka_hooks.LayerRecorder(model, consumer=accumulator.observe), torch.no_grad():
+    with cka_hooks.LayerRecorder(model, consumer=accumulator.observe, batch_dim=0), torch.no_grad():
         for _ in range(2):
             model(torch.randn(16, 8, device="cuda:0"))
             accumulator.step()
