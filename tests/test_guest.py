@@ -143,7 +143,8 @@ def test_two_recorders_in_one_thread_and_one_inside_a_run() -> None:
         model(batch)
 
     result = cka_hooks.compare(model, inputs(), forward=forward, progress=False)
-    assert torch.equal(inner[0], model[0](inputs()[0]))
+    # The last one, since a probe of the first batch runs on parts of it.
+    assert torch.equal(inner[-1], model[0](inputs()[-1]))
     # For the one outside, every call of a module inside of its own pass is one.
     assert result.layers == ("0", "1", "2", "0#2", "1#2", "2#2")
     expected = cka_hooks.compare(model, inputs(), progress=False).matrix

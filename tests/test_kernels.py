@@ -230,7 +230,9 @@ def test_a_new_kernel_is_an_entry_of_one_table(
     assert cka(x, y, kernel="new", sigma=2.0) == cka(x, y, kernel=lambda x: torch.exp(-torch.cdist(x, x) / 2))
     with pytest.raises(OptionError, match="'polynomial', 'new', or a callable"):
         cka(x, y, kernel="old")
-    with pytest.raises(OptionError, match="sigma=1 belongs to kernel='rbf' and kernel='new', and kernel is 'linear'"):
+    with pytest.raises(
+        OptionError, match=r"sigma=1\.0 belongs to kernel='rbf' and kernel='new', and kernel is 'linear'"
+    ):
         cka(x, y, sigma=1)
     with pytest.raises(SystemExit):
         main(["run", "--help"])

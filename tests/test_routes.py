@@ -202,7 +202,7 @@ def test_a_module_is_a_layer_where_nothing_in_it_ran() -> None:
 
     model = nn.Sequential(Block())
     products = Products()
-    with cka_hooks.LayerRecorder(model, consumer=products), torch.no_grad():
+    with cka_hooks.LayerRecorder(model, consumer=products, batch_dim=0), torch.no_grad():
         for alone in (False, False, True, True, False):
             model[0].alone = alone
             model(torch.randn(6, 4))

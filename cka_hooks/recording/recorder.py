@@ -278,7 +278,9 @@ class LayerRecorder:
         elif shape:
             snapshot = Snapshot(guest.runnable(self.model))
             run = partial(self._show, call)
-            dimension.confirm(run, snapshot, batch, shape, always=guest.is_sharded(self.model))
+            # What is cut out of a batch is no part of its graph.
+            with torch.no_grad():
+                dimension.confirm(run, snapshot, batch, shape, always=guest.is_sharded(self.model))
 
     def _show(self, call: Callable[[Any], Any], batch: Any, take: Take) -> None:
         """A pass that hands nothing over: what layers return is shown to a probe."""

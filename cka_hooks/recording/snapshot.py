@@ -31,6 +31,8 @@ class Snapshot:
         # Held, so that no other object can have the same id meanwhile.
         self._seen: dict[int, Any] = {}
         for module in model.modules():
+            # Whoever shards parameters exchanges them before and after each forward pass.
+            self._seen[id(module._parameters)] = module._parameters
             self._keep(vars(module))
         self._random = random_state()
 
