@@ -61,6 +61,19 @@ def test_a_loop_of_ones_own_gives_what_compare_gives() -> None:
     assert models["a"].training
 
 
+def test_a_loop_with_recorder_and_accumulator_says_what_was_skipped() -> None:
+    model = nn.ModuleDict({"used": net().eval(), "unused": nn.Linear(3, 3)})
+    model.forward = lambda x: model["used"](x)  # type: ignore[method-assign, assignment]
+    cka = cka_hooks.CKAAccumulator()
+    with torch.no_grad(), cka_hooks.LayerRecorder(model, consumer=cka.observe, batch_dim=0):
+        for batch in batches():
+            model(batch)
+            cka.step()
+    result = cka.compute()
+    assert result.skipped == {"unused": "did not run in the forward pass"}
+    assert "unused" not in result.layers
+
+
 def test_it_can_be_saved_restored_and_reset() -> None:
     whole = cka_hooks.compare(net(), batches(), progress=False)
     with Comparison(net()) as first:

@@ -182,6 +182,10 @@ class LayerRecorder:
             self._leave(depth)
         finally:
             self._leave(depth)
+        # An accumulator keeps it for its result.
+        skips = getattr(getattr(self._consumer, "__self__", None), "skips", None)
+        if skips is not None and self._started:
+            skips(self.skipped)
 
     def _attach(self) -> None:
         guest.run_eagerly(self)
