@@ -24,6 +24,9 @@ from cka_hooks.similarity.accumulator import CKAAccumulator
 from cka_hooks.similarity.estimate import result_of
 from cka_hooks.similarity.state import State, Step
 
+# Batches of a pass that are known again.
+_REMEMBERED = 256
+
 
 class Comparison:
     """CKA of every pair of layers of one or several models, one batch at a time.
@@ -234,7 +237,9 @@ class Comparison:
                 "a batch came twice in one pass over the data, and its samples count twice: with an IterableDataset "
                 "and several workers, each worker has to yield its own part (torch.utils.data.get_worker_info())"
             )
-        self._fingerprints.add(fingerprint)
+        # Workers that yield the same, and data that begin again, show in the first ones.
+        if len(self._fingerprints) < _REMEMBERED:
+            self._fingerprints.add(fingerprint)
 
     def start_pass(self) -> None:
         """From here on come the samples seen before, in other minibatches: they are not new samples."""
