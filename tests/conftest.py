@@ -16,9 +16,6 @@ from torch import Tensor, nn
 
 import cka_hooks
 
-# dcor brings numba, whose compiler has crashed where two workers ran it at the same time. Before anybody imports it.
-os.environ["NUMBA_DISABLE_JIT"] = "1"
-
 # The same examples in every run: a landing does not hang on chance. Others with `--hypothesis-profile explore`.
 settings.register_profile("same", derandomize=True)
 settings.register_profile("explore", derandomize=False)

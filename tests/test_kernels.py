@@ -1,10 +1,10 @@
 """Every kernel against the oracle: on a real network, over minibatches, and where samples do not differ."""
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
 
-import dcor
 import numpy as np
 import oracle
 import pytest
@@ -153,17 +153,16 @@ def test_samples_that_are_equal_but_for_a_few() -> None:
     assert cka(x, y, kernel="rbf") == pytest.approx(oracle.cka_minibatch(grams)[0, 1], abs=1e-6)
 
 
-@pytest.mark.parametrize("shared", [0.0, 1e4])
-@pytest.mark.parametrize("n", [4, 7, 50])
-def test_distance_is_the_distance_correlation_of_dcor(n: int, shared: float) -> None:
-    x = torch.randn(n, 5, dtype=torch.float64)
-    y = x[:, :1] * torch.randn(n, 3, dtype=torch.float64) + shared
-    for estimator, of_dcor in (
-        ("unbiased", dcor.u_distance_correlation_sqr),
-        ("biased", dcor.distance_correlation_sqr),
-    ):
+def test_distance_is_the_distance_correlation_of_dcor() -> None:
+    """One test, so that one worker imports dcor: numba, its compiler, has crashed where two ran it at a time."""
+    import dcor
+
+    estimators = (("unbiased", dcor.u_distance_correlation_sqr), ("biased", dcor.distance_correlation_sqr))
+    for n, shared, (estimator, of_dcor) in itertools.product((4, 7, 50), (0.0, 1e4), estimators):
+        x = torch.randn(n, 5, dtype=torch.float64)
+        y = x[:, :1] * torch.randn(n, 3, dtype=torch.float64) + shared
         wanted = float(of_dcor(x.numpy(), y.numpy()))
-        assert cka(x, y, kernel="distance", estimator=estimator) == pytest.approx(wanted, abs=1e-10)
+        assert cka(x, y, kernel="distance", estimator=estimator) == pytest.approx(wanted, abs=1e-10), (n, shared)
 
 
 @pytest.mark.filterwarnings("ignore::cka_hooks.CKAWarning")
