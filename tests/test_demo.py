@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::cka_hooks.CKAWarning")
 def test_a_short_demo_writes_pictures_and_result(tmp_path, capsys, monkeypatch):
     for package in ("sklearn", "torchvision", "matplotlib"):
         pytest.importorskip(package)
-    few = [demo.TensorDataset(*(tensor[:192] for tensor in data.tensors)) for data in demo.digits()]
+    few = [demo.TensorDataset(*(tensor[:128] for tensor in data.tensors)) for data in demo.digits()]
     monkeypatch.setattr(demo, "digits", lambda: few)
     result = demo.demo(tmp_path / "new" / "folder", epochs=1, progress=False)
     out = capsys.readouterr().out
