@@ -261,13 +261,15 @@ def test_exported_programs() -> None:
     for exported in (program, program.module()):
         with pytest.raises(cka_hooks.ModelError, match=r"torch\.export\.unflatten\(program\)"):
             cka_hooks.LayerRecorder(exported)
+    traced = torch.fx.symbolic_trace(net())
+    assert cka_hooks.compare(traced, [X], progress=False).layers == tuple(LAYERS)
+    if torch.__version__.startswith("2.6."):
+        pytest.skip("torch.export.unflatten of PyTorch 2.6 does not take a model that is a Sequential")
     seen = Seen()
     unflattened = torch.export.unflatten(program)
     with cka_hooks.LayerRecorder(unflattened, LAYERS, seen):
         unflattened(X)
     assert list(seen) == LAYERS
-    traced = torch.fx.symbolic_trace(net())
-    assert cka_hooks.compare(traced, [X], progress=False).layers == tuple(LAYERS)
 
 
 def test_no_module() -> None:
