@@ -21,9 +21,10 @@ import torch
 from cka_hooks.errors import LayerError, OptionError, warn
 from cka_hooks.files import PathLike
 from cka_hooks.names import matching
+from cka_hooks.null import pearson3_tail
 from cka_hooks.results.checks import checked
 from cka_hooks.results.choice import chosen, known, known_model, model_of, pair_of, patterns_of
-from cka_hooks.results.uncertainty import Difference, paired_difference, t_quantile, upper_tail, why_unknown
+from cka_hooks.results.uncertainty import Difference, paired_difference, t_quantile, why_unknown
 
 if TYPE_CHECKING:
     import pandas
@@ -223,7 +224,8 @@ class CKAResult:
         if self.null_variance is None or self.null_skewness is None:
             warn(f"there are no p-values: {self.null_unknown}")
             return torch.full_like(self.matrix, math.nan)
-        return upper_tail(self.matrix, self.null_variance, self.null_skewness)
+        z = (self.matrix / self.null_stderr).masked_fill(self.null_variance == 0, math.nan)
+        return pearson3_tail(z, self.null_skewness)
 
     def difference(self, first: tuple[str, str], second: tuple[str, str]) -> Difference:
         """CKA of the pair ``first`` minus CKA of the pair ``second``, with a paired standard error.

@@ -1,4 +1,4 @@
-"""What the errors of a result say: confidence intervals, differences of two entries, p-values.
+"""What the errors of a result say: confidence intervals, differences of two entries, why there are no p-values.
 
 Tensors only: what labels a result has, and which of its entries are meant, ``result`` knows.
 """
@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.special import gammainc, gammaincc, ndtr, stdtrit
+from scipy.special import stdtrit
 
 from cka_hooks.errors import OptionError
 
@@ -85,33 +84,6 @@ def _linearised(hsic: torch.Tensor, i: int, j: int) -> tuple[float, torch.Tensor
     cross = hsic[:, i, j] / math.sqrt(total_i) / math.sqrt(total_j)
     theta = float(cross.sum())
     return theta, cross - theta / 2 * (own_i / total_i + own_j / total_j)
-
-
-def upper_tail(value: torch.Tensor, variance: torch.Tensor, skewness: torch.Tensor) -> torch.Tensor:
-    """Probability that a Pearson type III variable of mean 0 is at least ``value``; NaN without a variance.
-
-    Pearson III is a shifted gamma distribution of shape 4 / skewness^2 (Johnson, Kotz & Balakrishnan 1994, ch. 17),
-    mirrored where the skewness is negative. Without skewness it is the normal one.
-
-    Args:
-        value: any shape, float64, as the other two.
-        variance: of the variable.
-        skewness: third central moment over the 3/2th power of the variance.
-
-    Example:
-        >>> two = torch.tensor([2.0, 2.0], dtype=torch.float64)
-        >>> [f"{p:.4f}" for p in upper_tail(two, torch.ones_like(two), torch.tensor([0.0, 1.0])).tolist()]
-        ['0.0228', '0.0424']
-    """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        z = value.numpy() / np.sqrt(variance.numpy())
-        z[~(variance.numpy() > 0)] = np.nan
-        skew = skewness.numpy().astype(np.float64)
-        shape = 4 / skew**2
-        at = np.maximum(shape + np.sign(skew) * z * np.sqrt(shape), 0)
-        tail = np.where(skew > 0, gammaincc(shape, at), gammainc(shape, at))
-        # Below it the difference to the normal distribution is that of rounding.
-        return torch.from_numpy(np.where(np.abs(skew) < 1e-6, ndtr(-z), tail))
 
 
 def why_unknown(settings: Mapping[str, Any], passes: int) -> str:
