@@ -75,7 +75,10 @@ def test_a_variance_of_zero_has_no_pvalue():
     [
         ({"null_variance": torch.zeros(3, 3, dtype=torch.float64)}, "belong together"),
         ({"null_skewness": torch.zeros(3, 3, dtype=torch.float64)}, "belong together"),
-        ({"null_variance": torch.zeros(2, 3, dtype=torch.float64), "null_skewness": torch.zeros(3, 3)}, "labels ask"),
+        (
+            {"null_variance": torch.zeros(2, 3, dtype=torch.float64), "null_skewness": torch.zeros(3, 3)},
+            "labels need",
+        ),
         (
             {"null_variance": -torch.ones(3, 3, dtype=torch.float64), "null_skewness": torch.zeros(3, 3).double()},
             "0 or",

@@ -201,11 +201,11 @@ def test_an_edited_number_is_refused(tmp_path):
         ("rows", ["a", 1, "b"], "list of text"),
         ("rows", "abc", "list of text"),
         ("rows", [], "at least one row"),
-        ("matrix", [[1.0]], "labels ask for"),
+        ("matrix", [[1.0]], "labels need"),
         ("matrix", [[1.0], [1.0, 2.0], [1.0]], "different lengths"),
-        ("matrix", None, "labels ask for"),
-        ("matrix", [1.0, 2.0, 3.0], "labels ask for"),
-        ("matrix", [[[1.0]] * 3] * 3, "labels ask for"),
+        ("matrix", None, "labels need"),
+        ("matrix", [1.0, 2.0, 3.0], "labels need"),
+        ("matrix", [[[1.0]] * 3] * 3, "labels need"),
         ("matrix", [[[[1.0]]] * 3] * 3, "neither a number"),
         ("matrix", [[1.0, 2.0, 3.0], 1.0, 1.0], "different lengths"),
         ("matrix", [[1] * 3] * 3, "neither a number"),
@@ -224,9 +224,9 @@ def test_an_edited_number_is_refused(tmp_path):
         ("influence", {"a": {"share": "1", "sample": 1}}, "influence"),
         ("influence", {"a": {"share": 0.5, "sample": True}}, "influence"),
         ("influence", {"a": {"share": 0.5, "sample": -1}}, "influence"),
-        ("minibatch_hsic", [[[1.0]]], "labels ask for"),
+        ("minibatch_hsic", [[[1.0]]], "labels need"),
         ("minibatch_hsic", None, "no minibatch_hsic"),
-        ("minibatch_hsic", [], "labels ask for"),
+        ("minibatch_hsic", [], "labels need"),
         ("models", [["a"]], "list of text"),
         ("more", 1, "not one of its keys"),
     ],
@@ -380,7 +380,7 @@ def test_repeated_labels_do_not_cost_hours(tmp_path):
     for names in ([*labels, labels[-1]], labels):
         forged = {**document, "rows": names, "columns": names, "models": names, "minibatch_layers": names}
         path.write_text(json.dumps(signed(forged)))
-        with pytest.raises(ResultFileError, match=r"more than once|labels ask for"):
+        with pytest.raises(ResultFileError, match=r"more than once|labels need"):
             CKAResult.load(path)
 
 

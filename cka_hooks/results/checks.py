@@ -37,12 +37,12 @@ def checked(result: CKAResult) -> dict[str, Any]:
     _check_tensor("matrix", result.matrix, shape)
     _check_tensor("stderr", result.stderr, shape)
     if bool((result.stderr < 0).any()):
-        raise OptionError("stderr holds negative numbers; standard errors are 0 or more, or NaN")
+        raise OptionError("stderr contains negative numbers; a standard error must be 0 or more, or NaN")
     if result.null_variance is not None and result.null_skewness is not None:
         _check_tensor("null_variance", result.null_variance, shape)
         _check_tensor("null_skewness", result.null_skewness, shape)
         if bool((result.null_variance < 0).any()):
-            raise OptionError("null_variance holds negative numbers; variances are 0 or more, or NaN")
+            raise OptionError("null_variance contains negative numbers; a variance must be 0 or more, or NaN")
     elif result.null_variance is not result.null_skewness:
         raise OptionError("null_variance and null_skewness belong together; give both or neither")
     if result.minibatch_hsic is not None:
@@ -64,9 +64,9 @@ def _labels(name: str, labels: Any) -> tuple[str, ...]:
     seen = set()
     for label in (labels,) if isinstance(labels, str) else labels:
         if not isinstance(label, str):
-            raise OptionError(f"{name} holds {label!r}; expected text, such as str({label!r})")
+            raise OptionError(f"{name} contains {label!r}; labels must be strings, such as {str(label)!r}")
         if not label and name == "models":
-            raise OptionError("models holds an empty name; expected text that tells its layers from those of others")
+            raise OptionError("models contains an empty name; give every model a name")
         if label in seen:
             raise OptionError(f"{name} has {label!r} more than once; labels must differ")
         seen.add(label)
@@ -99,9 +99,9 @@ def _check_tensor(name: str, tensor: object, shape: tuple[int, ...]) -> None:
         found = f"{tensor.dtype} on {tensor.device}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise OptionError(f"{name} is {found}; expected a float64 tensor on the CPU")
     if tuple(tensor.shape) != shape:
-        raise OptionError(f"{name} has shape {tuple(tensor.shape)}; its labels ask for {shape}")
+        raise OptionError(f"{name} has shape {tuple(tensor.shape)}; its labels need {shape}")
     if bool(tensor.isinf().any()):
-        raise OptionError(f"{name} holds infinity; expected finite numbers, or NaN where undefined")
+        raise OptionError(f"{name} contains infinity; expected finite numbers, or NaN where undefined")
 
 
 def _plain_json(settings: object) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def _plain_json(settings: object) -> dict[str, Any]:
         plain = json.loads(json.dumps(settings, default=_plain_number), parse_constant=str)
     except (TypeError, ValueError, RecursionError) as error:
         raise OptionError(
-            f"settings cannot be written as JSON ({error}); use plain numbers, text, lists, dicts"
+            f"settings cannot be written as JSON ({error}); use plain numbers, strings, lists and dicts"
         ) from error
     if not isinstance(plain, dict):
         raise OptionError(f"settings is {type(settings).__name__}; expected a dict")

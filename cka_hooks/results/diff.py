@@ -10,6 +10,7 @@ from scipy.special import ndtri
 
 from cka_hooks.names import printable
 from cka_hooks.results.result import CKAResult
+from cka_hooks.results.words import error_in_words
 
 #: What says how a run went and not what was measured.
 _INCIDENTAL = frozenset({"seconds", "shapes", "sample_axes", "out", "stopped"})
@@ -76,9 +77,10 @@ class ResultDiff:
                 f"{self.largest.first:.4f} -> {self.largest.second:.4f}"
             )
         for entry in self.differing[:_LISTED]:
+            error = error_in_words(entry.stderr)
             lines.append(
                 f"  {entry.row} and {entry.column}: {entry.first:.4f} -> {entry.second:.4f} "
-                f"({entry.second - entry.first:+.4f}, standard error {entry.stderr:.4f}, z {entry.z:+.1f})"
+                f"({entry.second - entry.first:+.4f}, standard error {error}, z {entry.z:+.1f})"
             )
         if len(self.differing) > _LISTED:
             lines.append(f"  and {len(self.differing) - _LISTED:,} more")

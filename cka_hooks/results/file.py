@@ -64,7 +64,7 @@ def write_result(result: CKAResult, path: PathLike) -> None:
         raise OptionError(
             f"{path}: the result holds {numbers:,} numbers in {lists:,} rows, and a result file at most "
             f"{_MAX_NUMBERS:,} in {_MAX_MARKS[b'['] - 1000:,}. "
-            "save(path, minibatches=False) leaves the values of the single minibatches out."
+            "save(path, minibatches=False) leaves out the values of the single minibatches."
         )
     document: dict[str, Any] = {"format": FORMAT, "format_version": VERSION}
     for entry, value in zip(_FIELDS, values, strict=True):
@@ -111,7 +111,7 @@ def read_result(path: PathLike) -> CKAResult:
         refuse(f"the key {odd[0]!r:.60} is {'missing' if odd[0] in _REQUIRED else 'not one of its keys'}")
     try:
         if document["sha256"] != _digest(document):
-            refuse("its checksum does not fit its content, so it was edited or damaged")
+            refuse("its checksum does not match its content, so it was edited or damaged")
         return CKAResult(
             **{name: _READERS[kind](name, document[name]) for name, kind in types.items() if name in document}
         )
@@ -133,7 +133,7 @@ def _read(path: PathLike, refuse: Callable[[str], NoReturn]) -> bytes:
         refuse(f"it is larger than {MAX_BYTES:,} bytes")
     for mark, most in _MAX_MARKS.items():
         if content.count(mark) > most:
-            refuse(f"it has more than {most:,} times the sign {mark.decode()}, which no result has")
+            refuse(f"it contains {mark.decode()!r} more than {most:,} times, and no result does")
     return content
 
 

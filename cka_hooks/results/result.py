@@ -168,7 +168,7 @@ class CKAResult:
         side = "rows" if first in self._row_index else "columns"
         raise LayerError(
             f"{first!r} and {second!r} are both {side} of this result, which pairs rows with columns only. "
-            "Ask the whole result, before it was cut."
+            "Look the pair up in the whole result instead."
         )
 
     def interval(self, level: float = 0.95) -> tuple[torch.Tensor, torch.Tensor]:

@@ -63,7 +63,9 @@ def drawn(
     _require_matplotlib()
     if ax is not None:
         if figsize is not None:
-            raise OptionError("figsize= is for a new figure, and ax= has one already: leave one of them out")
+            raise OptionError(
+                "figsize= sets the size of a new figure, and ax= belongs to one already: leave one of them out"
+            )
         draw(ax)
         return ax.figure.figure, ax  # of a subfigure, the whole figure
     if figsize is None:
@@ -84,7 +86,7 @@ def drawn(
             if min(size) < _LEAST:
                 needed = f"{width - size[0] + _LEAST:.1f} by {height - size[1] + _LEAST:.1f}"
                 raise OptionError(
-                    f"figsize={figsize!r} has no room beside the labels; they need {needed} inches or more"
+                    f"figsize={figsize!r} leaves no room beside the labels; make it at least {needed} inches"
                 )
     total = (edges.left + size[0] + edges.right, edges.below + size[1] + edges.above)
     figure.set_size_inches(*total)
@@ -105,8 +107,8 @@ def written(figure: Figure, path: PathLike | None) -> None:
     formats = figure.canvas.get_supported_filetypes()
     if suffix not in formats:
         raise OptionError(
-            f"{os.fspath(path)} ends in {'.' + suffix if suffix else 'no suffix'}, which is no "
-            f"picture format; expected one of {', '.join('.' + name for name in sorted(formats))}"
+            f"{os.fspath(path)} ends in {'.' + suffix if suffix else 'no suffix'}, which is not a "
+            f"picture format; use one of {', '.join('.' + name for name in sorted(formats))}"
         )
     replace_file(path, lambda file: figure.savefig(file, format=suffix))
 
@@ -134,7 +136,7 @@ def _require_matplotlib() -> None:
             'plotting needs matplotlib, which is not installed: pip install "cka-hooks[plot]"'
         ) from error
     except Exception as error:  # a matplotlibrc or an MPLBACKEND that it does not take
-        raise MissingExtraError(f"plotting needs matplotlib, which does not start here: {error}") from error
+        raise MissingExtraError(f"plotting needs matplotlib, which fails to start: {error}") from error
 
 
 def _canvas(shown: bool, size: Size) -> tuple[Figure, Axes]:
