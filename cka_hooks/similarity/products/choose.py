@@ -21,11 +21,10 @@ from cka_hooks.similarity.products.grams import Grams
 
 # A more careful product is made where rounding may be more than this much per sample of the U-centred norm
 # (see `_is_precise`). Measured: errors in CKA of untrained torchvision models stay below this.
-NOISE_TOLERANCE = 2e-6
+NOISE_TOLERANCE = 1e-6
 # A plain product is not taken where it is more than this many times the U-centred norm, times the root of n(n-3):
-# sums of features that repeat round alike, which averages out over pairs of samples only. How far off they are
-# depends on BLAS, up to 4e-6 in those measured.
-PLAIN_SHARED = 0.75
+# sums of features that repeat round alike, which averages out over pairs of samples only.
+PLAIN_SHARED = 0.3
 # Where the samples' spread is at least this share of their size in a few probed runs of features, the
 # plain product is tried first: it needs no subtraction and no scratch buffer.
 PLAIN_SPREAD = 0.05
@@ -37,7 +36,7 @@ TINY = 1e-30
 
 
 def linear_grams(features: Tensor, minibatches: int = 1, dtype: torch.dtype | None = None) -> Grams:
-    """Linear Gram matrices of `minibatches` equal groups of consecutive samples, right to 1e-5 in CKA.
+    """Linear Gram matrices of `minibatches` equal groups of consecutive samples, right to 1e-6 in CKA.
 
     Args:
         features: (m * n, P, C) floating point, of any strides: the P * C features of each sample. A view of
@@ -55,7 +54,7 @@ def linear_grams(features: Tensor, minibatches: int = 1, dtype: torch.dtype | No
     if dtype is not None:
         return reference.shifted(grouped.to(accumulation_device(features.device)), dtype)
     if not _can_branch(features):
-        return exactly(features.device, reference.shifted, grouped)
+        return exactly(features.device, reference.shifted, grouped, scaled=True)
     return _on_cpu(grouped)
 
 
@@ -142,7 +141,7 @@ def _measured(grams: Grams) -> list[Measured]:
 
 
 def _is_precise(measured: Measured, n: int, width: int, chunk: int, shared: float = math.inf) -> bool:
-    """Whether float32 rounding in a Gram matrix of `width` features is below what 1e-5 in CKA allows.
+    """Whether float32 rounding in a Gram matrix of `width` features is below what 1e-6 in CKA allows.
 
     `chunk` features were added up in float32 at a time. Rounding while a sum grows is relative to what it has grown
     to: to K_ij where products have one sign, and to a part of |x_i| |x_j| that falls with the number of chunks where

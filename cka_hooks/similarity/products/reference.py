@@ -5,6 +5,7 @@ One block of features at a time goes into a scratch buffer, less a common vector
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -15,8 +16,8 @@ from cka_hooks.precision import accumulation_device
 from cka_hooks.similarity.products.grams import Grams
 
 # Features in one float32 product before the partial sums go on in float64: fewer where rounding has few pairs of
-# samples to average out over.
-CHUNK, CHUNK_OF_FEW, FEW_SAMPLES = 1024, 256, 32
+# samples to average out over. A BLAS that adds them to one number, one by one, is right to 1e-6 up to these.
+CHUNK, CHUNK_OF_FEW, FEW_SAMPLES = 512, 128, 32
 
 
 def chunk_of(n: int) -> int:
@@ -65,8 +66,12 @@ def plain(grouped: Tensor) -> Grams:
     return Grams(_mirrored(values, grouped.device), values.new_zeros(m))
 
 
-def shifted(grouped: Tensor, dtype: torch.dtype | None = None) -> Grams:
-    """K = (X - 1v') (X - 1v')' with v close to the samples' mean, widened to at least float32."""
+def shifted(grouped: Tensor, dtype: torch.dtype | None = None, *, scaled: bool = False) -> Grams:
+    """K = (X - 1v') (X - 1v')' with v close to the samples' mean, widened to at least float32.
+
+    `scaled` divides each block by a power of two near its largest difference, so that squares stay in float32's range:
+    for where nobody can look whether they did.
+    """
     m, n, _, _ = grouped.shape
     dtype = dtype or (torch.float64 if grouped.dtype is torch.float64 else torch.float32)
     # Scratch that stays in the cache of a CPU, or is large enough to keep a GPU busy.
@@ -85,7 +90,8 @@ def shifted(grouped: Tensor, dtype: torch.dtype | None = None) -> Grams:
         else:
             # A CPU would widen a copy first.
             scratch.copy_(widened).sub_(common)
-        values = _add_products(values, scratch)
+        power = _power(scratch) if scaled and dtype is torch.float32 else None
+        values = _add_products(values, scratch if power is None else scratch.div_(power), power)
         norms.append(_norm(common.flatten(1)))
     if values is None:
         values = _zeros(grouped, m, n)
@@ -104,10 +110,20 @@ def differentiable(grouped: Tensor) -> Grams:
     return Grams(centred @ centred.mT, _norm(common.flatten(1)))
 
 
-def _add_products(values: Tensor | None, chunks: Tensor) -> Tensor:
+def _power(differences: Tensor) -> Tensor:
+    """(m, 1, 1, 1) powers of two, at most a factor of 8 from the largest of (m, T, n, c) float32 differences.
+
+    By the bits of the exponent: all but the two lowest, with the lowest bit set, so that the power and its
+    inverse are numbers of full precision. NaN and infinity make it large and stay what they are.
+    """
+    top = torch.linalg.vector_norm(differences, math.inf, dim=(1, 2, 3), keepdim=True)
+    return top.view(torch.int32).bitwise_and_(0x7E000000).bitwise_or_(0x00800000).view(torch.float32)
+
+
+def _add_products(values: Tensor | None, chunks: Tensor, power: Tensor | None = None) -> Tensor:
     """Add the products of (m, T, n, c) chunks with their transposes to (m, n, n) `values`, lower bands only.
 
-    The first products, where there are no values yet, are the values.
+    The first products, where there are no values yet, are the values. `power` is what the chunks were divided by.
     """
     m, count, n, _ = chunks.shape
     batch = chunks.flatten(0, 1)
@@ -117,6 +133,10 @@ def _add_products(values: Tensor | None, chunks: Tensor) -> Tensor:
     for low, high in bands:
         products = torch.bmm(batch[:, low:high], batch[:, :high].mT)
         products = _summed(products.view(m, count, high - low, high))
+        if power is not None:
+            # Once for each factor: its square is beyond float32.
+            factor = power.view(m, 1, 1).to(products.device)
+            products.mul_(factor).mul_(factor)
         if values is None:
             values = products
         else:
@@ -164,7 +184,7 @@ def _norm(vectors: Tensor) -> Tensor:
     """(m,) norms of (m, k) vectors, float64."""
     device = accumulation_device(vectors.device)
     if device != vectors.device:
-        return torch.linalg.vector_norm(vectors, dim=1).to(device, torch.float64)  # type: ignore[no-any-return]
+        vectors = vectors.to(device)
     return torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64)  # type: ignore[no-any-return]
 
 
