@@ -90,13 +90,14 @@ def run_compiled(owner: object) -> None:
             _stance.clear()
 
 
-def remove_hooks(module: nn.Module, owner: object) -> None:
-    """Remove every forward hook that is a method of `owner`, also one whose registration was interrupted."""
+def remove_hooks(module: nn.Module, *owners: object) -> None:
+    """Remove every forward hook that is a method of one of them, also one whose registration was interrupted."""
     for hooks, marks in (
         (module._forward_hooks, module._forward_hooks_with_kwargs),
         (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
     ):
-        for number in [number for number, hook in hooks.items() if getattr(hook, "__self__", None) is owner]:
+        ours = [number for number, hook in hooks.items() if any(getattr(hook, "__self__", None) is o for o in owners)]
+        for number in ours:
             hooks.pop(number, None)
             marks.pop(number, None)
 

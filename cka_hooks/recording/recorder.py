@@ -9,28 +9,24 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch
 
 from cka_hooks.errors import LayerError, OptionError, warn
-from cka_hooks.features import Reduction, check_reduction, feature_rows, memory_order
-from cka_hooks.names import PerLayer
 from cka_hooks.precision import without_gradients
-from cka_hooks.recording import axes, batches, guest, outputs
+from cka_hooks.recording import axes, batches, guest
 from cka_hooks.recording.describe import Description, described
 from cka_hooks.recording.layers import Layers, Selection, check_model, named_layers, select_layers, unwrap
 from cka_hooks.recording.left_out import silent, twice_named
+from cka_hooks.recording.long_way import Features, LongWay
 from cka_hooks.recording.probe import Take
-from cka_hooks.recording.routes import LONG_WAY, Consumer, Pass, Route, Tap, slots_of
+from cka_hooks.recording.routes import Consumer, Pass, Tap
 from cka_hooks.recording.snapshot import Snapshot
-
-Features = Reduction | str | Mapping[str, Reduction | str]
 
 
 class LayerRecorder:
@@ -62,7 +58,6 @@ class LayerRecorder:
     Attributes:
         only_in_passes: record nothing outside of :meth:`forward_pass`, so that of several recorders on one module
             each sees the passes that were made for it.
-        shapes: label -> the shape of one sample, (...) of (n, ...), when the layer was first recorded.
 
     Raises:
         ModelError: a ``ScriptModule`` or something else that hooks cannot see into.
@@ -93,42 +88,26 @@ class LayerRecorder:
     ) -> None:
         self.model = check_model(model)
         self._forward = forward
-        self._detaches = detach
         self._names = named_layers(model)
-        self._features = PerLayer(features, self._names, "features")
-        for reduction in self._features.values:
-            check_reduction(reduction)
-        self._dimension = axes.SampleDimension(self._names, batch_dim)
-        pools = any(reduction != "flatten" for reduction in self._features.values)
-        self._modules = list({id(module): module for module in self._names.values()}.values())
-        self._channel_modules = [module for module in self._modules if pools and axes.matters(module)]
-        self._by_default = layers is None
+        self._modules = list(dict.fromkeys(self._names.values()))
         self._now = Pass()
+        self._long_way = LongWay(self._names, self._now, features, batch_dim, detach)
+        self._by_default = layers is None
         self._taps = self._tapped(select_layers(model, layers))
         self.consumer = consumer
         self._entered = 0
         self._managed = False
         self._form: batches.Form | None = None
         self.only_in_passes = False
-        self._left_out: dict[str, str] = {}
-        self._recorded: dict[str, nn.Module] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        # Whether a warning may come.
-        self._watches_padding = any(
-            self._features.of(selection.name, "flatten") == "flatten"
-            for tap in self._taps.values()
-            for selection in tap.selections
-        )
         self._varying = [module for module in self._modules if guest.varies_in_train_mode(module)]
         self._started = False
-        self._begin((), None, None)
 
     def _tapped(self, selections: Iterable[Selection]) -> dict[int, Tap]:
         chosen: dict[int, list[Selection]] = defaultdict(list)
         for selection in selections:
             chosen[id(selection.module)].append(selection)
         taps = {
-            key: Tap(some[0].module, some, self._now, self._go_long_way, self._hand_over)
+            key: Tap(some[0].module, some, self._now, self._long_way.go, self._long_way.hand_over)
             for key, some in chosen.items()
         }
         if self._by_default:
@@ -140,12 +119,11 @@ class LayerRecorder:
     @property
     def consumer(self) -> Consumer | None:
         """What activations are handed to."""
-        return self._consumer
+        return self._long_way.consumer
 
     @consumer.setter
     def consumer(self, consumer: Consumer | None) -> None:
-        self._consumer = consumer
-        self._slot = slots_of(consumer) if self._detaches else None
+        self._long_way.consumer = consumer
         for tap in self._taps.values():
             tap.forget()
 
@@ -190,8 +168,8 @@ class LayerRecorder:
     def _attach(self) -> None:
         guest.run_eagerly(self)
         unwrap(self.model).register_forward_pre_hook(self._on_start, prepend=True, with_kwargs=True)
-        for module in self._channel_modules:
-            module.register_forward_hook(self._on_channels)
+        for module in self._long_way.followed:
+            module.register_forward_hook(self._long_way.follow)
         for tap in self._taps.values():
             tap.attach()
 
@@ -199,7 +177,7 @@ class LayerRecorder:
         """Be entered `depth` times. Twice is as good as once, since Ctrl-C may have broken off the first time."""
         if depth <= 0:
             for module in self._modules:
-                guest.remove_hooks(module, self)
+                guest.remove_hooks(module, self, self._long_way)
             for tap in self._taps.values():
                 tap.detach()
             self._managed = False
@@ -274,7 +252,7 @@ class LayerRecorder:
         return batches.call(guest.runnable(self.model), batch, self._forward, self._form, number)
 
     def _confirm(self, batch: Any, shape: tuple[int, ...], call: Callable[[Any], Any], value: Any) -> None:
-        dimension = self._dimension
+        dimension = self._long_way.dimension
         if dimension.is_settled or self._now.show is not None:
             return
         if isinstance(value, Tensor) and axes.plain_rank(unwrap(self.model), value.ndim) is not None:
@@ -306,10 +284,6 @@ class LayerRecorder:
             self._confirm((args, kwargs), shape, lambda batch: module(*batch[0], **batch[1]), value)
             self._start(shape, kwargs, None)
 
-    def _on_channels(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._now.concerns():
-            self._channels.pass_through(module, output)
-
     def _start(self, shape: tuple[int, ...], batch: Any, limit: int | None) -> None:
         self._started = True
         if not self.only_in_passes:
@@ -317,91 +291,9 @@ class LayerRecorder:
         self._begin(shape, batch, limit)
 
     def _begin(self, shape: tuple[int, ...], batch: Any, limit: int | None) -> None:
-        self._dimension.start(shape[0] if shape else None)
-        self._limit = limit
-        self._masks = batches.attention_masks(batch)
-        self._channels = axes.ChannelDimension()
+        self._long_way.begin(shape, batch, limit)
         for tap in self._taps.values():
             tap.restart()
-        masks = (self._masks("encoder"), self._masks("decoder"))
-        self._padded = self._watches_padding and any(map(_has_zeros, masks))
-        self._routed = limit is None and not self._padded
-        self._allow_routes()
-
-    def _allow_routes(self) -> None:
-        self._now.samples = (self._dimension.samples or LONG_WAY) if self._routed else LONG_WAY
-
-    def _go_long_way(self, route: Route, given: Any) -> None:
-        """What a module returned, or its arguments, to the consumer. From then on the route is open."""
-        selection, label = route.selection, route.label
-        try:
-            activation = route.activation(given)
-            _refuse_vmap(activation)
-            if self._now.show is not None:
-                self._now.show(
-                    label, activation, self._dimension.is_second(selection.module, route.place(given, activation))
-                )
-                return
-            route.axis = self._dimension.of(selection.name, label, tuple(activation.shape))
-        except outputs.NotRecordable as reason:
-            route.close()
-            if self._now.show is not None:
-                return
-            if selection.named:
-                kind = type(selection.module).__name__
-                raise LayerError(f"layer {label!r} ({kind}) cannot be recorded: {reason}") from None
-            self._left_out.setdefault(label, str(reason))
-            return
-        self._left_out.pop(label, None)
-        self._recorded[label] = selection.module
-        route.reduction = self._features.of(selection.name, "flatten")
-        route.layout = self._channels.of(activation)
-        route.product = self._slot(label) if self._slot is not None else None
-        route.open(given, activation)
-        # A dimension that is given for the batch, too, tells how many samples there are.
-        self._allow_routes()
-        self._hand_over(route, activation)
-
-    def _hand_over(self, route: Route, activation: Tensor) -> None:
-        """An activation, whose axis with the samples the route knows, to the consumer."""
-        if self._detaches:
-            activation = activation.detach()
-        activation = activation.movedim(route.axis, 0)
-        self.shapes.setdefault(route.label, tuple(activation.shape[1:]))
-        mask = self._masks(route.selection.name)
-        if self._limit is not None:
-            activation = activation[: self._limit]
-            mask = None if mask is None else mask[: self._limit]
-        if route.reduction == "flatten":
-            self._warn_of_padding(activation, mask)
-            if route.product is None:
-                self._give(route.label, activation)
-            else:
-                route.product(memory_order(activation))
-            return
-        with without_gradients() if self._detaches else nullcontext():
-            if mask is not None:
-                mask = mask.to(activation.device, non_blocking=True)
-            rows = feature_rows(activation, route.reduction, mask=mask, channels=route.layout)
-        if route.product is None:
-            self._give(route.label, rows.flatten(1))
-        else:
-            route.product(rows)
-
-    def _give(self, label: str, activation: Tensor) -> None:
-        if self._consumer is not None:
-            self._consumer(label, activation)
-
-    def _warn_of_padding(self, activation: Tensor, mask: Tensor | None) -> None:
-        """Say so once where padding is taken for data."""
-        if not self._padded or mask is None or not _has_zeros(mask):
-            return
-        if activation.ndim > 2 and mask.shape[1] in activation.shape[1:]:
-            self._watches_padding = self._padded = False
-            warn(
-                "the batch's attention mask has zeros, and features='flatten' keeps what stands there as data: "
-                "use features='mean', 'token' or 'last' to leave padding out"
-            )
 
     def _warn_of_train_mode(self) -> None:
         varying = [module for module in self._varying if module.training]
@@ -416,17 +308,22 @@ class LayerRecorder:
         )
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of one sample, (...) of (n, ...), when the layer was first recorded: label -> shape."""
+        return self._long_way.shapes
+
+    @property
     def sample_axes(self) -> dict[str, str]:
         """How the dimension with the samples is known, of each layer that was recorded: label -> word.
 
         "named" by `batch_dim`, "known" from the kinds of all modules, or "confirmed by a probe" of the first batch.
         """
-        return dict(self._dimension.evidence)
+        return dict(self._long_way.dimension.evidence)
 
     @property
     def skipped(self) -> dict[str, str]:
         """Layers that were chosen and not recorded, with the reason: label -> sentence."""
-        skipped = {**self._left_out, **twice_named(self._taps.values())}
+        skipped = {**self._long_way.left_out, **twice_named(self._taps.values())}
         if self._started:
             skipped.update(silent(self._taps, self._names, by_default=self._by_default))
         return skipped
@@ -498,7 +395,7 @@ class LayerRecorder:
             shapes[layer] = tuple(activation.shape)
 
         self._run(batch, take, guest.RandomStream())
-        modules = {layer: self._recorded[layer] for layer in shapes}
+        modules = {layer: self._long_way.recorded[layer] for layer in shapes}
         return described(
             shapes,
             {layer: type(module).__name__ for layer, module in modules.items()},
@@ -530,21 +427,6 @@ class LayerRecorder:
             self.consumer = before
         if not ran:
             raise LayerError(nothing_ran(self.skipped))
-
-
-def _has_zeros(mask: Tensor | None) -> bool:
-    """A mask on an accelerator is not looked at: that would wait."""
-    return mask is not None and mask.device.type == "cpu" and not bool((mask != 0).all())
-
-
-def _refuse_vmap(activation: Tensor) -> None:
-    while _functorch.is_functorch_wrapped_tensor(activation):
-        if _functorch.is_batchedtensor(activation):
-            raise outputs.NotRecordable(
-                "ran under torch.vmap, where a call is of one sample, or of one model, at a time: choose a layer "
-                "outside of it"
-            )
-        activation = _functorch.get_unwrapped(activation)
 
 
 class _Copies(dict[str, Tensor]):
