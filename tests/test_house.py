@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tokenize
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -36,21 +35,7 @@ def code_lines(source: str) -> tuple[set[int], ast.Module]:
     return lines - docstrings, tree
 
 
-def every_file() -> list[Any]:
-    """All files; those that are known to be too large fail until they are, and as soon as they are no longer."""
-    large = {"recording/recorder.py": "LayerRecorder has grown with the probe and is still to be divided"}
-    return [
-        pytest.param(
-            path,
-            id=name,
-            marks=[pytest.mark.xfail(strict=True, reason=large[name])] if name in large else [],
-        )
-        for path in sorted(PACKAGE.rglob("*.py"))
-        if (name := path.relative_to(PACKAGE).as_posix())
-    ]
-
-
-@pytest.mark.parametrize("path", every_file())
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_file_and_its_classes_can_be_read_in_a_sitting(path: Path) -> None:
     lines, tree = code_lines(path.read_text(encoding="utf-8"))
     assert len(lines) <= FILE
