@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cka_hooks.errors import ModelError
+from cka_hooks.errors import ModelError, warn
 from cka_hooks.recording.layers import wrapped_attribute
 
 # Who measures: the thread, and the ids of the modules.
@@ -112,6 +113,18 @@ def varies_in_train_mode(module: nn.Module) -> bool:
     elif isinstance(module, nn.RNNBase | nn.MultiheadAttention):
         rate = "dropout"
     return rate is not None and (getattr(module, rate, None) or 0) > 0
+
+
+def warned_of_train_mode(varying: Mapping[str, nn.Module]) -> bool:
+    """Warn where one of these modules is in train mode, and say so."""
+    names = [name for name, module in varying.items() if module.training]
+    if names:
+        warn(
+            f"{len(names)} module(s) in train mode, {names[0]!r} ({type(varying[names[0]]).__name__}) first, make "
+            "activations depend on chance or on the other samples of the batch: call model.eval() before the forward "
+            "pass, and model.train() after it"
+        )
+    return bool(names)
 
 
 def untouched(model: nn.Module) -> AbstractContextManager[None]:

@@ -7,7 +7,6 @@ operation further on (the ``ReLU(inplace=True)`` after a ``bn1``) cannot have ch
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -17,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cka_hooks.errors import LayerError, OptionError, warn
+from cka_hooks.errors import LayerError, OptionError
 from cka_hooks.precision import without_gradients
 from cka_hooks.recording import axes, batches, guest
 from cka_hooks.recording.describe import Description, described
-from cka_hooks.recording.layers import Layers, Selection, check_model, named_layers, select_layers, unwrap
+from cka_hooks.recording.layers import Layers, check_model, named_layers, select_layers, unwrap
 from cka_hooks.recording.left_out import silent, twice_named
 from cka_hooks.recording.long_way import Features, LongWay
 from cka_hooks.recording.probe import Take
-from cka_hooks.recording.routes import Consumer, Pass, Tap
+from cka_hooks.recording.routes import Consumer, Pass, taps_of
 from cka_hooks.recording.snapshot import Snapshot
 
 
@@ -93,28 +92,17 @@ class LayerRecorder:
         self._now = Pass()
         self._long_way = LongWay(self._names, self._now, features, batch_dim, detach)
         self._by_default = layers is None
-        self._taps = self._tapped(select_layers(model, layers))
+        selections = select_layers(model, layers)
+        self._taps = taps_of(
+            selections, self._now, self._long_way.go, self._long_way.hand_over, only_leaves=layers is None
+        )
         self.consumer = consumer
         self._entered = 0
         self._managed = False
         self._form: batches.Form | None = None
         self.only_in_passes = False
-        self._varying = [module for module in self._modules if guest.varies_in_train_mode(module)]
+        self._varying = {name: m for name, m in self._names.items() if guest.varies_in_train_mode(m)}
         self._started = False
-
-    def _tapped(self, selections: Iterable[Selection]) -> dict[int, Tap]:
-        chosen: dict[int, list[Selection]] = defaultdict(list)
-        for selection in selections:
-            chosen[id(selection.module)].append(selection)
-        taps = {
-            key: Tap(some[0].module, some, self._now, self._long_way.go, self._long_way.hand_over)
-            for key, some in chosen.items()
-        }
-        if self._by_default:
-            for tap in taps.values():
-                parts = map(id, tap.module.modules())
-                tap.below = [taps[part] for part in parts if part in taps and taps[part] is not tap]
-        return taps
 
     @property
     def consumer(self) -> Consumer | None:
@@ -286,26 +274,14 @@ class LayerRecorder:
 
     def _start(self, shape: tuple[int, ...], batch: Any, limit: int | None) -> None:
         self._started = True
-        if not self.only_in_passes:
-            self._warn_of_train_mode()
+        if self._varying and not self.only_in_passes and guest.warned_of_train_mode(self._varying):
+            self._varying = {}
         self._begin(shape, batch, limit)
 
     def _begin(self, shape: tuple[int, ...], batch: Any, limit: int | None) -> None:
         self._long_way.begin(shape, batch, limit)
         for tap in self._taps.values():
             tap.restart()
-
-    def _warn_of_train_mode(self) -> None:
-        varying = [module for module in self._varying if module.training]
-        if not varying:
-            return
-        self._varying = []
-        name = next(name for name, module in self._names.items() if module is varying[0])
-        warn(
-            f"{len(varying)} module(s) in train mode, {name!r} ({type(varying[0]).__name__}) first, make activations "
-            "depend on chance or on the other samples of the batch: call model.eval() before the forward pass, and "
-            "model.train() after it"
-        )
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

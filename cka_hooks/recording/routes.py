@@ -8,6 +8,7 @@ activations that are alike in everything but their sizes go straight on.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import get_ident
@@ -346,3 +347,26 @@ class Tap:
             routes = [Route(label, selection, self._detour) for label, selection in chosen.items()]
             self._routes[call] = [r for r in routes if not r.is_input], [r for r in routes if r.is_input]
         return self._routes[call]
+
+
+def taps_of(
+    selections: Iterable[Selection],
+    now: Pass,
+    long_way: Callable[[Route, Any], None],
+    detour: Callable[[Route, Tensor], None],
+    *,
+    only_leaves: bool,
+) -> dict[int, Tap]:
+    """A tap for each module that was chosen: id of the module -> tap; see there.
+
+    Args:
+        only_leaves: whether a module is no layer in a pass in which a part of it ran.
+    """
+    chosen: dict[int, list[Selection]] = defaultdict(list)
+    for selection in selections:
+        chosen[id(selection.module)].append(selection)
+    taps = {key: Tap(some[0].module, some, now, long_way, detour) for key, some in chosen.items()}
+    for tap in taps.values() if only_leaves else ():
+        parts = map(id, tap.module.modules())
+        tap.below = [taps[part] for part in parts if part in taps and taps[part] is not tap]
+    return taps
