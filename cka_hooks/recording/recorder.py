@@ -149,7 +149,7 @@ class LayerRecorder:
         finally:
             self._leave(depth)
         # An accumulator keeps it for its result.
-        skips = getattr(getattr(self._consumer, "__self__", None), "skips", None)
+        skips = getattr(getattr(self.consumer, "__self__", None), "skips", None)
         if skips is not None and self._started:
             skips(self.skipped)
 
