@@ -80,3 +80,14 @@ def test_host_prints_microseconds_of_a_layer() -> None:
     assert len(found) == 4 * 4
     assert all(re.fullmatch(r"-?\d+\.\d", row[3]) for row in found)
     assert all(re.fullmatch(r"-?\d+\.\d", row[2]) for row in found if row[1] != "hooks that do nothing")
+
+
+def test_null_prints_shares_of_false_alarms_and_p_values_of_permutations() -> None:
+    settings = ["--runs", "40", "--samples", "8", "--minibatches", "10", "--draws", "300"]
+    found = [row for row in rows(run("null.py", *settings)) if row[0] != "layers"]
+    simulated, permuted = found[:6], found[6:]
+    assert [row[1:3] for row in simulated] == 6 * [["8", "10"]]
+    assert all(0 <= float(share) <= 100 for row in simulated for share in row[3:])
+    assert len(permuted) == 10
+    # The p-value of the largest of 300 sums says little; that of the fifteenth is about 5 %.
+    assert all(1 < float(row[2]) < 15 for row in permuted)

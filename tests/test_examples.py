@@ -14,6 +14,8 @@ NEEDS = {
     "own_loop": ("matplotlib",),
     "tensors": (),
 }
+# What an example is there to show.
+SHOWS = {"distil_with_cka_loss": lambda found: sum(found["with the loss"]) > sum(found["without the loss"]) + 0.2}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -27,6 +29,8 @@ def test_example_runs_on_small_settings(path, capsys, monkeypatch, tmp_path):
     spec.loader.exec_module(module)
     found = module.main(quick=True)
     assert found is not None
+    if path.stem in SHOWS:
+        assert SHOWS[path.stem](found)
     assert len(capsys.readouterr().out.splitlines()) >= 3
 
 

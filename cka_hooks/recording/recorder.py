@@ -101,7 +101,8 @@ class LayerRecorder:
         self._managed = False
         self._form: batches.Form | None = None
         self.only_in_passes = False
-        self._varying = {name: m for name, m in self._names.items() if guest.varies_in_train_mode(m)}
+        # Activations that keep their graph are there to train with.
+        self._varying = {name: m for name, m in self._names.items() if detach and guest.varies_in_train_mode(m)}
         self._started = False
 
     @property

@@ -69,7 +69,7 @@ def plain(grouped: Tensor) -> Grams:
 def shifted(grouped: Tensor, dtype: torch.dtype | None = None, *, scaled: bool = False) -> Grams:
     """K = (X - 1v') (X - 1v')' with v close to the samples' mean, widened to at least float32.
 
-    `scaled` divides each block by a power of two near its largest difference, so that squares stay in float32's range:
+    `scaled` divides each block by a power of two near its largest difference, so that squares stay in range:
     for where nobody can look whether they did.
     """
     m, n, _, _ = grouped.shape
