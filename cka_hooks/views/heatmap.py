@@ -283,7 +283,7 @@ def _write_values(axes: Axes, result: CKAResult, *, stderr: bool) -> None:
         )
         return
     image = axes.images[-1]
-    values, errors = result.matrix.tolist(), result.stderr.tolist()
+    values, errors, hatched = result.matrix.tolist(), result.stderr.tolist(), unrelated(result)
     for i in range(rows):
         for j in range(columns):
             if math.isnan(values[i][j]):
@@ -292,9 +292,13 @@ def _write_values(axes: Axes, result: CKAResult, *, stderr: bool) -> None:
             if stderr and not math.isnan(errors[i][j]):
                 text += f"\n±{_short_error(errors[i][j])}"
             # Black or white, whichever stands out more from the colour of the cell.
-            red, green, blue, _ = image.cmap(image.norm(values[i][j]))
-            bright = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 > 0.25
-            axes.text(j, i, text, ha="center", va="center", fontsize=6, color="black" if bright else "white")
+            cell = image.cmap(image.norm(values[i][j]))
+            bright = (
+                sum(share * part**2.2 for share, part in zip((0.2126, 0.7152, 0.0722), cell, strict=False)) > 0.25
+            )
+            number = axes.text(j, i, text, ha="center", va="center", fontsize=6, color="black" if bright else "white")
+            if hatched[i, j]:
+                number.set_bbox({"facecolor": cell, "edgecolor": "none", "pad": 1.0})
 
 
 def _short_error(error: float) -> str:
