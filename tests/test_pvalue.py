@@ -119,6 +119,7 @@ def test_the_picture_hatches_only_those(tmp_path):
     assert not [it for it in axes.collections if it.get_hatch()]
 
 
+@pytest.mark.filterwarnings("ignore:The 'float_precision'")  # which old versions of pandas need
 def test_tables_have_them_where_they_are_known(tmp_path):
     frame = KNOWN.to_dataframe(tidy=True)
     assert list(frame.columns) == ["row", "column", "cka", "stderr", "pvalue"]

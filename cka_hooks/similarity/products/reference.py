@@ -116,7 +116,7 @@ def _power(differences: Tensor) -> Tensor:
     By the bits of the exponent: all but the two lowest, with the lowest bit set, so that the power and its
     inverse are numbers of full precision. NaN and infinity make it large and stay what they are.
     """
-    top = torch.linalg.vector_norm(differences, math.inf, dim=(1, 2, 3), keepdim=True)
+    top: Tensor = torch.linalg.vector_norm(differences, math.inf, dim=(1, 2, 3), keepdim=True)
     return top.view(torch.int32).bitwise_and_(0x7E000000).bitwise_or_(0x00800000).view(torch.float32)
 
 
