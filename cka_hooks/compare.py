@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -142,6 +142,11 @@ def compare(
             max_samples=max_samples,
             epochs=epochs,
         )
+        if options.epochs > 1 and isinstance(loader, Iterator):
+            raise OptionError(
+                f"epochs={epochs} needs a loader that can be gone over {epochs} times, and this one is an iterator: "
+                "pass a DataLoader or a list of batches"
+            )
         if all(isinstance(it, nn.Module) for it in models.values()):
             ran = _together(models, loader, options, ranks, checkpoint, checkpoint_every, progress)
         else:

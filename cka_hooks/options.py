@@ -42,10 +42,10 @@ class Options:
         if not isinstance(self.estimator, str) or self.estimator not in ("unbiased", "biased"):
             raise OptionError(f"estimator={self.estimator!r} is not known: use 'unbiased' or 'biased'")
         plain = {
-            "minibatch": whole("minibatch", self.minibatch, MIN_SAMPLES, "an HSIC estimate needs at least 4 samples"),
-            "seed": whole("seed", self.seed, 0, "it is a whole number, 0 or more"),
-            "max_samples": whole("max_samples", self.max_samples, MIN_SAMPLES, f"it must be at least {MIN_SAMPLES}"),
-            "epochs": whole("epochs", self.epochs, 1, "it must be a whole number of passes, at least 1"),
+            "minibatch": whole("minibatch", self.minibatch, MIN_SAMPLES),
+            "seed": whole("seed", self.seed, 0),
+            "max_samples": whole("max_samples", self.max_samples, MIN_SAMPLES),
+            "epochs": whole("epochs", self.epochs, 1),
             "bandwidth": above_zero("bandwidth", self.bandwidth, "a multiple of the median distance"),
             "sigma": above_zero("sigma", self.sigma, "in the units of the features"),
             "tolerance": above_zero("tolerance", self.tolerance, "a standard error"),
@@ -64,11 +64,11 @@ class Options:
         return {name: spelled(getattr(self, name)) for name in names or vars(self)}
 
 
-def whole(name: str, value: Any, least: int, why: str) -> Any:
+def whole(name: str, value: Any, least: int, most: float = math.inf) -> Any:
     """A whole number of any type that is one, or None.
 
     Raises:
-        OptionError: it is anything else, or below `least`.
+        OptionError: it is anything else, below `least` or above `most`.
     """
     if value is None:
         return None
@@ -76,8 +76,10 @@ def whole(name: str, value: Any, least: int, why: str) -> Any:
         number = operator.index(value)
     except TypeError:
         number = None
-    if number is None or isinstance(value, bool) or number < least:
-        raise OptionError(f"{name}={value!r}: {why}")
+    if number is None or isinstance(value, bool) or not least <= number <= most:
+        bounds = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+        why = ", which an HSIC estimate needs" if least == MIN_SAMPLES and most == math.inf else ""
+        raise OptionError(f"{name}={value!r}: expected a whole number {bounds}{why}")
     return number
 
 

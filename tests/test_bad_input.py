@@ -73,6 +73,7 @@ def test_layers_that_match_nothing_fail_before_any_forward_pass(
         ({"tolerance": 0.0}, "above 0"),
         ({"max_samples": 3}, "at least 4"),
         ({"epochs": 0}, "at least 1"),
+        ({"minibatch": "16"}, "minibatch='16': expected a whole number of at least 4"),
     ],
     ids=str,
 )
@@ -87,6 +88,19 @@ def test_options(options: dict[str, Any], message: str) -> None:
 def test_no_module(model: Any) -> None:
     with pytest.raises(cka_hooks.ModelError, match=r"an nn\.Module"):
         compare(model, image_batches(), progress=False)
+
+
+@pytest.mark.parametrize("several", [list, tuple])
+def test_several_models_without_names(several: Callable[[Any], Any]) -> None:
+    with pytest.raises(cka_hooks.ModelError, match=r"a mapping with a name for each, \{'a': a, 'b': b\}"):
+        compare(several([SmallNet(), SmallNet()]), image_batches(), progress=False)
+
+
+def test_an_iterator_has_one_pass() -> None:
+    model = Counting()
+    with pytest.raises(cka_hooks.OptionError, match=r"epochs=2 needs a loader .* this one is an iterator"):
+        compare(model, iter(image_batches()), epochs=2, progress=False)
+    assert model.passes == 0
 
 
 def test_an_empty_mapping_of_models() -> None:

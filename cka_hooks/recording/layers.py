@@ -88,6 +88,8 @@ def _not_a_model(found: object) -> str:
         return f"{what}: torch.export.unflatten(program) is one"
     if isinstance(found, torch.Tensor):
         return f"{what}: a state_dict is weights without a model, which model.load_state_dict(weights) puts into one"
+    if isinstance(found, list | tuple):
+        return f"{what}: several models are a mapping with a name for each, {{'a': a, 'b': b}}"
     return what
 
 

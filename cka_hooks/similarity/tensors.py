@@ -113,9 +113,7 @@ def cka_matrix(
     rows = _several(xs, "xs")
     columns = [] if ys is None else _several(ys, "ys")
     tensors = _checked([*rows, *columns])
-    subset = whole("subset", subset, MIN_SAMPLES, f"it must be from {MIN_SAMPLES} to {len(tensors[0])} samples")
-    if subset is not None and subset > len(tensors[0]):
-        raise OptionError(f"subset={subset} is more than the {len(tensors[0])} samples there are")
+    subset = whole("subset", subset, MIN_SAMPLES, len(tensors[0]))
     with without_gradients():
         if subset is not None:
             where = "cpu" if generator is None else generator.device
