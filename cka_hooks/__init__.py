@@ -3,6 +3,7 @@
 compare            a model (or several), a loader -> CKAResult
 CKAResult          the matrix with its standard errors; save, load, plot
 Comparison         the same for a loop of your own: update(batch), compute()
+Precomputed        features that somebody else computed, to be compared with a model's
 LayerRecorder      hooks on named modules, for people who write their own loop
 CKAAccumulator     minibatch CKA, one forward pass at a time
 cka, cka_matrix    CKA of tensors in hand
@@ -32,6 +33,7 @@ from cka_hooks.recording.recorder import LayerRecorder
 from cka_hooks.results.result import CKAResult, Influence
 from cka_hooks.results.uncertainty import Difference
 from cka_hooks.run.comparison import Comparison
+from cka_hooks.run.precomputed import Precomputed
 from cka_hooks.similarity.accumulator import CKAAccumulator
 from cka_hooks.similarity.loss import cka_loss
 from cka_hooks.similarity.tensors import cka, cka_matrix
@@ -58,6 +60,7 @@ __all__ = [
     "NonFiniteError",
     "OptionError",
     "OutOfMemoryError",
+    "Precomputed",
     "RankError",
     "ResultFileError",
     "SampleCountError",

@@ -16,12 +16,13 @@ from cka_hooks.errors import OptionError
 Features: TypeAlias = Tensor | npt.NDArray[Any]
 
 
-def as_features(value: Any, name: str) -> Tensor:
+def as_features(value: Any, name: str, *, counts: bool = False) -> Tensor:
     """The tensor (n, ...) of floating-point numbers that a tensor or an array is, of the same memory where possible.
 
     Args:
         value: a tensor, or what has ``__dlpack__``, ``__array__`` or ``__cuda_array_interface__``.
         name: what an error calls it.
+        counts: take whole numbers, too, as float32 where that is exact for all of their dtype, else as float64.
 
     Raises:
         OptionError: it is neither, has other numbers or no dimension, or masked entries.
@@ -31,9 +32,11 @@ def as_features(value: Any, name: str) -> Tensor:
         >>> as_features(numpy.ones((4, 2), ">f4"), "x").dtype
         torch.float32
     """
-    tensor = value if isinstance(value, Tensor) else _of_array(value, name)
+    tensor = value if isinstance(value, Tensor) else _of_array(value, name, counts)
     if tensor.layout is not torch.strided or tensor.is_nested:
         raise OptionError(f"{name} is {tensor.layout}: expected a dense tensor (n, ...); .to_dense() may make one")
+    if counts and not (tensor.is_floating_point() or tensor.is_complex()):
+        tensor = tensor.to(torch.float32 if tensor.element_size() <= 2 else torch.float64)
     if not tensor.is_floating_point() or tensor.ndim < 1:
         raise OptionError(
             f"{name} is {tuple(tensor.shape)} of {tensor.dtype}: expected floating-point numbers (n, ...); "
@@ -43,7 +46,7 @@ def as_features(value: Any, name: str) -> Tensor:
     return tensor
 
 
-def _of_array(value: Any, name: str) -> Tensor:
+def _of_array(value: Any, name: str, counts: bool) -> Tensor:
     interfaces = ("__cuda_array_interface__", "__dlpack__", "__array__", "__array_interface__")
     if isinstance(value, type) or not any(hasattr(value, interface) for interface in interfaces):
         raise OptionError(
@@ -58,6 +61,8 @@ def _of_array(value: Any, name: str) -> Tensor:
         if not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__"):
             return dlpack.from_dlpack(value)
         array = np.asarray(value)
+        if counts and array.dtype.kind in "iu":
+            array = array.astype(f"f{4 if array.dtype.itemsize <= 2 else 8}")
         if array.dtype.kind == "f":
             # PyTorch takes neither another order of bytes, nor strides below 0, nor more than 8 bytes. It warns where
             # it may not write.

@@ -22,16 +22,17 @@ from cka_hooks.recording.layers import Layers
 from cka_hooks.results.result import CKAResult
 from cka_hooks.run.checkpoint import Keeper, path_of_rank
 from cka_hooks.run.comparison import Comparison, finished, named_models, per_model
-from cka_hooks.run.identity import of_loader, of_model, of_option
+from cka_hooks.run.identity import of_loader, of_option
 from cka_hooks.run.in_turn import added_up_in_turn
 from cka_hooks.run.loop import DONE, Loop
+from cka_hooks.run.precomputed import Precomputed, SampleIds
 from cka_hooks.run.ranks import Ranks, told
 from cka_hooks.similarity.estimate import largest_stderr
 from cka_hooks.similarity.state import State, Step
 
 
 def compare(
-    model: nn.Module | Mapping[str, nn.Module | Callable[[], nn.Module]],
+    model: nn.Module | Mapping[str, nn.Module | Callable[[], nn.Module] | Any],
     loader: Iterable[Any],
     *,
     layers: Layers | Mapping[str, Layers] = None,
@@ -43,6 +44,7 @@ def compare(
     features: Reduction | str | Mapping[str, Reduction | str] = "flatten",
     batch_dim: int | Mapping[str, int] | None = None,
     forward: Forward | Mapping[str, Forward] | None = None,
+    sample_ids: SampleIds | None = None,
     tolerance: float | None = None,
     max_samples: int | None = None,
     epochs: int = 1,
@@ -61,7 +63,8 @@ def compare(
 
     Args:
         model: one model, or a mapping from names to models, whose layers are then ``name/layer``. An entry may be
-            a function that builds a model: see below.
+            a function that builds a model: see below. Or it is features that somebody else computed: an array of N
+            rows in the order of the loader, a mapping from layer to such arrays, or :class:`Precomputed`.
         loader: yields ``(input, target)`` pairs, tensors, or dicts of keyword arguments; see
             :func:`cka_hooks.recording.batches.arguments`. Shuffle it where classes are stored in order.
         layers: which layers, see :func:`cka_hooks.recording.layers.select_layers`; or a mapping from model name to
@@ -71,6 +74,9 @@ def compare(
         features: see :class:`LayerRecorder`, as `batch_dim`.
         forward: ``(model, batch) -> anything`` where the default call does not fit, or a mapping from model
             name to that: two names for one model with different `forward` compare two views of the data.
+        sample_ids: which identifiers the samples of a batch have: a key of the batch (the position, where it is a
+            tuple), or a function of it that returns them. They find the rows of :class:`Precomputed` features in a
+            loader that shuffles. The entry of a mapping is not passed to models, unless `forward` calls them.
         tolerance: end the run once every standard error off the diagonal is below it. Looked at first after
             30 minibatches, then at geometric intervals.
         max_samples: end the run after this many samples.
@@ -103,7 +109,8 @@ def compare(
         ModelError: a model that hooks cannot see into.
         OptionError: an option with a value it cannot have.
         BatchError: a model that cannot be called with a batch.
-        SampleCountError: two models, or two layers, with different numbers of samples.
+        SampleCountError: two models, or two layers, with different numbers of samples; features that you bring with
+            another number of rows than the loader has samples, or without a row for one of them.
         TooFewSamplesError: an empty loader, or only batches of fewer than 4 samples.
         NonFiniteError: NaN or infinity in a layer; `.partial` is the result of all others.
         OutOfMemoryError: in a layer, also in smaller pieces.
@@ -138,6 +145,7 @@ def compare(
             layers=layers,
             batch_dim=batch_dim,
             forward=forward,
+            sample_ids=sample_ids,
             tolerance=tolerance,
             max_samples=max_samples,
             epochs=epochs,
@@ -147,7 +155,7 @@ def compare(
                 f"epochs={epochs} needs a loader that can be gone over {epochs} times, and this one is an iterator: "
                 "pass a DataLoader or a list of batches"
             )
-        if all(isinstance(it, nn.Module) for it in models.values()):
+        if all(isinstance(it, nn.Module | Precomputed) for it in models.values()):
             ran = _together(models, loader, options, ranks, checkpoint, checkpoint_every, progress)
         else:
             ran = _in_turn(models, loader, options, ranks, checkpoint, progress)
@@ -164,12 +172,13 @@ def compare(
 _Ran = tuple[State, dict[str, str], dict[str, Any]]
 
 
-def _comparison(models: Mapping[str, nn.Module], options: Options) -> Comparison:
-    return Comparison(models.get("", models), **options.of_comparison())
+def _comparison(models: Mapping[str, nn.Module | Precomputed], options: Options) -> Comparison:
+    model: Any = models.get("", models)
+    return Comparison(model, **options.of_comparison())
 
 
 def _together(
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, nn.Module | Precomputed],
     loader: Iterable[Any],
     options: Options,
     ranks: Ranks | None,
@@ -179,7 +188,8 @@ def _together(
 ) -> _Ran:
     """Each batch through every model before the next batch."""
     comparison = _comparison(models, options)
-    if checkpoint is not None and any(is_sharded(model) for model in models.values()):
+    comparison.check(loader)
+    if checkpoint is not None and any(is_sharded(model) for model in comparison.models.values()):
         raise OptionError(
             "checkpoint= does not work with a model whose ranks run each forward pass together (FSDP, tensor "
             "parallel): they would have to be stopped between the same two batches. Leave it out"
@@ -187,7 +197,7 @@ def _together(
     identity: dict[str, Any] = {}
     if checkpoint is not None:
         identity = {
-            "models": {name: of_model(model) for name, model in models.items()},
+            "models": comparison.identities,
             "loader": of_loader(loader),
             **{field: of_option(option) for field, option in vars(options).items()},
             "minibatch": comparison.settings["minibatch"],
@@ -219,9 +229,12 @@ def _in_turn(
         ranks.agree({"models": list(models), **options.spelled()})
     layers, forwards = (per_model(getattr(options, name), models, name) for name in ("layers", "forward"))
 
-    def run(name: str, model: nn.Module, loader: Iterable[Any], on_step: Callable[[Step | None], None]) -> Comparison:
+    def run(
+        name: str, model: nn.Module | Precomputed, loader: Iterable[Any], on_step: Callable[[Step | None], None]
+    ) -> Comparison:
         own = dataclasses.replace(options, layers=layers[name], forward=forwards[name])
         comparison = _comparison({name: model}, own)
+        comparison.check(loader)
         loop = Loop(comparison, own, Keeper(None, 1.0, loader, {}), alone=ranks is None, on_step=on_step)
         loop.over(loader, progress=progress, name=name)
         return comparison

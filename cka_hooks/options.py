@@ -34,6 +34,7 @@ class Options:
     layers: Any = None
     batch_dim: Any = None
     forward: Any = None
+    sample_ids: Any = None
     tolerance: float | None = None
     max_samples: int | None = None
     epochs: int = 1

@@ -88,6 +88,31 @@ def check_ranks_with_other_plans() -> None:
         cka_hooks.compare(model(), batches_of(RANK), **QUIET, minibatch=1 if RANK else None)
 
 
+def check_features_that_somebody_brings() -> None:
+    """Aligned by identifiers, whatever part of the samples a rank has; refused without."""
+    x = data(8 * SIZE + 1)
+    array = torch.randn(len(x), 5, generator=torch.Generator().manual_seed(1))
+    samples = [{"input": one, "id": i} for i, one in enumerate(x)]
+    sampler = DistributedSampler(samples, SIZE, RANK, shuffle=True, seed=3)
+    loader = DataLoader(samples, batch_size=16, sampler=sampler)
+    given = cka_hooks.Precomputed(array, sample_ids=range(len(x)))
+    ours = cka_hooks.compare({"m": model(), "V4": given}, loader, sample_ids="id", **QUIET)
+    mine = [i for batch in loader for i in batch["id"].tolist()][: 9 if RANK == 0 else 8]
+    everyone: list = [None] * SIZE
+    dist.all_gather_object(everyone, mine)
+    both = [{"input": x[part], "id": part} for part in everyone]
+    same(ours, cka_hooks.compare({"m": model(), "V4": given}, both, sample_ids="id", distributed=False, **QUIET))
+    assert ours.samples == len(x)
+    with pytest.raises(cka_hooks.CKAError, match="shuffles"):
+        cka_hooks.compare({"m": model(), "V4": array}, loader, **QUIET)
+    # Without a sampler each rank has its own loader, and its own rows.
+    own = torch.stack([batch[:, :5] ** 2 for batch in batches_of(RANK)]).flatten(0, 1)
+    ours = cka_hooks.compare({"m": model(), "V4": own}, batches_of(RANK), **QUIET)
+    every = every_batch([5] * SIZE)
+    rows = torch.cat([batch[:, :5] ** 2 for batch in every])
+    same(ours, cka_hooks.compare({"m": model(), "V4": rows}, every, distributed=False, **QUIET))
+
+
 def check_no_rank_has_a_batch() -> None:
     with pytest.raises(cka_hooks.TooFewSamplesError):
         cka_hooks.compare(model(), [], **QUIET)

@@ -10,6 +10,8 @@ import time
 import warnings
 from types import ModuleType
 
+import numpy as np
+import oracle
 import processes
 import pytest
 import torch
@@ -50,6 +52,16 @@ def dataset():
 
 def stream():
     return (torch.randn(16, 6, generator=torch.Generator().manual_seed(i)) for i in range(4))
+
+def named():
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    samples = [{"input": one, "id": f"s{i}"} for i, one in enumerate(x)]
+    return torch.utils.data.DataLoader(samples, batch_size=16, shuffle=True, generator=torch.Generator())
+
+def listed():
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    samples = [(one, i) for i, one in enumerate(x)]
+    return torch.utils.data.DataLoader(samples, batch_size=16, shuffle=True, generator=torch.Generator())
 
 def empty():
     return []
@@ -320,7 +332,7 @@ def test_layers(nets, capsys):
     assert "--input C,H,W, or --data" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["demo", "run", "layers", "show", "diff"])
+@pytest.mark.parametrize("command", ["demo", "run", "layers", "record", "show", "diff"])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as error:
         main([command, "--help"])
@@ -359,3 +371,87 @@ def test_a_command_is_one_file_and_one_word_in_the_table(monkeypatch, capsys):
     monkeypatch.setattr(cli, "COMMANDS", (*cli.COMMANDS, "greet"))
     assert main(["greet", "you"]) == 0
     assert capsys.readouterr().out == "hello you\n"
+
+
+def photos(folder):
+    for number in range(24):
+        kind = folder / ("cat" if number % 2 else "dog")
+        kind.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(256, (16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+        pytest.importorskip("PIL.Image").fromarray(pixels.numpy()).save(kind / f"{number:02}.png")
+    return sorted(folder.rglob("*.png"))
+
+
+def test_what_was_recorded_is_compared_with(nets, tmp_path, capsys):
+    """The same numbers as from both models at once, though the samples come in another order, and fewer of them."""
+    photos(tmp_path / "photos")
+    data, model = str(tmp_path / "photos"), f"{nets}:of_images"
+    file = tmp_path / "recorded.safetensors"
+    words = ["record", "--model", model, "--data", data, "--features", "flatten", "--seed", "3", "--out", str(file)]
+    assert main([*words, "--batch-size", "7"]) == 0
+    assert "3 layers, 24 samples, identified as" in capsys.readouterr().out
+    one = ["run", "--model", model, "--data", data, "--samples", "20", "--seed", "1", "--batch-size", "10"]
+    assert main([*one, "--against", str(file), "--out", str(tmp_path / "out")]) == 0
+    assert "recorded" in capsys.readouterr().out
+    result = CKAResult.load(tmp_path / "out" / "cka.json")
+    assert (result.models, result.samples) == (("of_images", "recorded"), 20)
+    # The weights are random and those of --seed, so of another seed they are other ones.
+    torch.manual_seed(3)
+    assert result.rows[3:] == ("recorded/0", "recorded/1", "recorded/2")
+    assert result["of_images/0", "recorded/0"] == pytest.approx(1, abs=1e-6)
+    assert result["of_images/2", "recorded/2"] < 0.999
+    assert main(words) == 2
+    assert "pass --overwrite" in capsys.readouterr().err
+    assert main([*words, "--overwrite", "--quiet", "--samples", "8"]) == 0
+    assert main([*one, "--against", str(file), "--out", str(tmp_path / "out2")]) == 2
+    assert "has no row for" in capsys.readouterr().err
+
+
+def test_rows_of_a_file_are_those_of_the_data_set(nets, tmp_path, capsys):
+    """In its own order, though samples are drawn from it at random."""
+    x = torch.randn(100, 6, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "x.npy", x.numpy())
+    words = ("--against", str(tmp_path / "x.npy"), "--layers", "0", "--samples", "64")
+    assert run(nets, tmp_path / "a", *words, data="dataset") == 0
+    result = CKAResult.load(tmp_path / "a" / "cka.json")
+    assert result.rows == ("net/0", "x")
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(0))[:64]
+    torch.manual_seed(0)
+    weights = torch.nn.Linear(6, 5).weight
+    with torch.no_grad():
+        grams = [
+            [oracle.linear_gram(oracle.flatten(y)) for y in (part @ weights.mT, part)] for part in x[order].split(32)
+        ]
+    assert result["net/0", "x"] == pytest.approx(oracle.cka_minibatch(grams)[0, 1], abs=1e-6)
+    np.save(tmp_path / "x.npy", x.numpy()[:64])
+    assert run(nets, tmp_path / "b", *words, data="dataset") == 2
+    assert "has 64 rows and the data set 100 samples" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data", ["named", "listed"])
+def test_a_loader_of_ones_own_names_its_samples(nets, tmp_path, capsys, data):
+    key, file = ("id", "1")[data == "listed"], tmp_path / "a.safetensors"
+    words = ["record", "--model", f"{nets}:net", "--data", f"{nets}:{data}", "--out", str(file), "--samples", "40"]
+    assert main([*words, "--sample-ids", key]) == 0
+    assert "3 layers, 40 samples" in capsys.readouterr().out
+    words = ("--against", str(file), "--samples", "40")
+    assert run(nets, tmp_path / "out", *words, "--sample-ids", key, data=data) == 0
+    result = CKAResult.load(tmp_path / "out" / "cka.json")
+    assert result["net/1", "a/1"] == pytest.approx(1, abs=1e-6)
+    assert run(nets, tmp_path / "out2", *words, data=data) == 2
+    assert "with --sample-ids" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--out", "a.pt"], "ends with .safetensors"),
+        (["--out", "gone/a.safetensors"], "there is no folder gone"),
+        (["--out", "a.safetensors", "--data", "empty"], "yielded no batch"),
+    ],
+)
+def test_what_cannot_be_recorded(nets, tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    words = [f"{nets}:{word}" if word == "empty" else word for word in words]
+    assert main(["record", "--model", f"{nets}:net", "--data", f"{nets}:data", *words]) == 2
+    assert message in capsys.readouterr().err

@@ -23,7 +23,7 @@ BAD_INPUT, INTERRUPTED = 2, 130
 
 # Each is a file of this folder with LINE and DESCRIPTION for the help, `words`, which adds its arguments to a parser,
 # and `run`, which takes what was parsed and returns the exit code.
-COMMANDS = ("demo", "run", "layers", "show", "diff")
+COMMANDS = ("demo", "run", "layers", "record", "show", "diff")
 
 DESCRIPTION = """\
 Measure which layers of PyTorch models represent the data alike, with centered kernel alignment (CKA).
@@ -32,6 +32,7 @@ start here
   cka-hooks demo --out demo                             train two small networks, compare them, draw
   cka-hooks run --model torchvision:resnet18 --data photos/
   cka-hooks layers --model torchvision:resnet18 --weights none
+  cka-hooks record --model torchvision:resnet18 --data photos/ --out resnet18.safetensors
 
 cka-hooks COMMAND --help explains each command.
 

@@ -36,12 +36,14 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
 
     Attributes:
         paths: of the images, sorted.
+        names: their paths within the folder.
         classes: names of the subfolders, sorted; empty where the images lie in the folder itself.
     """
 
     def __init__(self, root: Path, transform: Transform) -> None:
         self.paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGES and path.is_file())
         self.classes = sorted({path.relative_to(root).parts[0] for path in self.paths if path.parent != root})
+        self.names = [path.relative_to(root).as_posix() for path in self.paths]
         self._root = root
         self._transform = transform
 
@@ -114,6 +116,19 @@ def sample_names(loader: Iterable[Any]) -> Sequence[str] | None:
     if isinstance(dataset, Subset) and isinstance(dataset.dataset, ImageFiles):
         return [str(dataset.dataset.paths[index]) for index in dataset.indices]
     return None
+
+
+def identifiers(loader: Iterable[Any]) -> list[int | str] | None:
+    """What identifies each sample in the order of the loader, None where its file says what it brings.
+
+    Of an image folder these are paths within it, of another data set the positions of samples.
+    """
+    dataset = getattr(loader, "dataset", None)
+    if not isinstance(dataset, Subset):
+        return None
+    if isinstance(dataset.dataset, ImageFiles):
+        return [dataset.dataset.names[index] for index in dataset.indices]
+    return list(dataset.indices)
 
 
 def _torchvision(spec: str, transform: Transform, download: bool) -> Any:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from cka_hooks.errors import CKAError, MissingExtraError
+from cka_hooks.errors import CKAError, MissingExtraError, OptionError
 from cka_hooks.names import closest
 
 Transform = Callable[[Any], Tensor]
@@ -197,6 +197,22 @@ _BUILDERS: dict[str, Callable[[str, str | None], LoadedModel]] = {
     "timm": _timm,
     "hf": _hf,
 }
+
+
+def device_of(name: str) -> torch.device:
+    """The device that a word names, "auto" for the best there is.
+
+    Raises:
+        OptionError: there is none of that name.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise OptionError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

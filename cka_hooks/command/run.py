@@ -16,7 +16,8 @@ import torch
 
 from cka_hooks.command import numbers
 from cka_hooks.command.data import DATA, described, first_batch, load_data, sample_names
-from cka_hooks.command.models import MODELS, LoadedModel, SpecError, load_model
+from cka_hooks.command.features import FEATURES, features_of, sample_ids_word
+from cka_hooks.command.models import MODELS, LoadedModel, SpecError, device_of, load_model
 from cka_hooks.command.outputs import check_file, check_folder, folder_words, write_all
 from cka_hooks.command.terminal import say
 from cka_hooks.compare import compare
@@ -25,6 +26,7 @@ from cka_hooks.hsic import Estimator
 from cka_hooks.recording.batches import sample_count
 from cka_hooks.results.result import CKAResult
 from cka_hooks.results.words import SHARE
+from cka_hooks.run.feature_files import is_feature_file
 from cka_hooks.similarity.kernels import KERNELS
 
 LINE = "compare the layers of a model, or of two"
@@ -38,10 +40,13 @@ examples
   cka-hooks run --model nets.py:net --weights epoch1.pt --against nets.py:net --against-weights epoch90.pt \\
       --data nets.py:test_loader --tolerance 0.005
   cka-hooks run --model timm:vit_tiny_patch16_224 --data photos/ --layers 'blocks.*' --json | jq .summary
+  cka-hooks run --model torchvision:resnet50 --against brain.h5::V4 --data photos/ --samples all
 
 {MODELS}
 
-{DATA}"""
+{DATA}
+
+{FEATURES}"""
 
 SAMPLES = 2048
 # A trial shorter than this is repeated: what the first call of a kernel costs would drown it.
@@ -53,13 +58,14 @@ def words(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to compare")
     what.add_argument("--model", required=True, metavar="MODEL", help="see above")
     what.add_argument("--weights", metavar="W", help="of the model; default: pretrained, or as the file has it")
-    what.add_argument("--against", metavar="MODEL", help="a second model, over the same data")
+    what.add_argument("--against", metavar="MODEL", help="a second model, over the same data, or a file of features")
     what.add_argument("--against-weights", metavar="W", help="of the second model")
     what.add_argument("--data", required=True, metavar="DATA", help="see above")
     what.add_argument("--layers", nargs="+", metavar="L",
         help="names or globs (* stops at dots, ** crosses them); default: every leaf module that runs")  # fmt: skip
     what.add_argument("--features", default="flatten", metavar="F",
         help="flatten, mean over positions, token, token:K or last; default: %(default)s")  # fmt: skip
+    sample_ids_word(what)
     how = parser.add_argument_group("how closely")
     how.add_argument("--samples", type=numbers.samples, metavar="N",
         help=f'how many, drawn at random, or "all"; default: {SAMPLES}, or all with --tolerance')  # fmt: skip
@@ -97,9 +103,9 @@ def run(arguments: argparse.Namespace) -> int:
     out = sys.stderr if arguments.json else sys.stdout
     check_file(arguments.checkpoint, "--checkpoint")
     check_folder(arguments)
-    device = _device(arguments.device)
+    device = device_of(arguments.device)
     loaded = _models(arguments)
-    models = {one.name: one.model.to(device) for one in loaded} if len(loaded) > 1 else loaded[0].model.to(device)
+    models = {one.name: one.model.to(device) for one in loaded}
     loader = load_data(
         arguments.data,
         transform=loaded[0].transform,
@@ -110,23 +116,27 @@ def run(arguments: argparse.Namespace) -> int:
         download=arguments.download,
     )
     names = sample_names(loader)
+    brought = features_of(arguments.against, loader, arguments.sample_ids, loaded[0].name)
     batch, loader = first_batch(loader)
     arguments.out.mkdir(parents=True, exist_ok=True)
     options = {
-        name: getattr(arguments, name) for name in ("layers", "features", "minibatch", "kernel", "estimator", "seed")
+        name: getattr(arguments, name)
+        for name in ("layers", "features", "sample_ids", "minibatch", "kernel", "estimator", "seed")
     }
 
-    def measured(loader: Iterable[Any], progress: bool, **bounds: Any) -> CKAResult:
+    def measured(loader: Iterable[Any], progress: bool, features: Any, **bounds: Any) -> CKAResult:
         torch.manual_seed(arguments.seed)
-        return compare(models, loader, progress=progress, **options, **bounds)
+        entries: Any = {**models, **features} if len(models) + len(brought) > 1 else models[loaded[0].name]
+        return compare(entries, loader, progress=progress, **options, **bounds)
 
     if not arguments.quiet:
-        say(_plan(arguments, loaded, loader, batch, device, measured), file=out)
+        say(_plan(arguments, loaded, loader, batch, device, lambda one: measured([one], False, {})), file=out)
     code = 0
     try:
         result = measured(
             loader,
             not arguments.quiet,
+            brought,
             max_samples=_samples(arguments),
             tolerance=arguments.tolerance,
             checkpoint=arguments.checkpoint,
@@ -158,21 +168,10 @@ def run(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise OptionError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device
-
-
 def _models(arguments: argparse.Namespace) -> list[LoadedModel]:
     """One model, or two with names that differ."""
     first = load_model(arguments.model, arguments.weights, seed=arguments.seed)
-    if arguments.against is None:
+    if arguments.against is None or is_feature_file(arguments.against):
         if arguments.against_weights is not None:
             raise OptionError("--against-weights is for a second model: name that model with --against")
         return [first]
@@ -206,7 +205,7 @@ def _plan(
     loader: Iterable[Any],
     batch: Any,
     device: torch.device,
-    measured: Callable[..., CKAResult],
+    measured: Callable[[Any], CKAResult],
 ) -> str:
     """What will be done and how long it will take, found out on one batch."""
     with warnings.catch_warnings():
@@ -214,7 +213,7 @@ def _plan(
         for _ in range(2):
             started = time.perf_counter()
             try:
-                trial = measured([batch], False)
+                trial = measured(batch)
             except NonFiniteError as error:
                 if error.partial is None:
                     raise

@@ -80,12 +80,14 @@ def chosen(patterns: tuple[str, ...], labels: tuple[str, ...]) -> list[str]:
 
 
 def model_of(label: str, models: frozenset[str]) -> str:
-    """The model whose name a label begins with, or ``""``.
+    """The model whose name a label begins with, or is, or ``""``.
 
     Example:
         >>> model_of("a/b/conv1", frozenset({"a", "a/b"}))
         'a/b'
     """
+    if label in models:
+        return label
     # The longest first, because one model may be called "a" and another "a/b".
     end = label.rfind("/")
     while end > 0 and label[:end] not in models:

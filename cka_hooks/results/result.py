@@ -272,14 +272,14 @@ class CKAResult:
         return model_of(label, self._model_set)
 
     def layer_of(self, label: str) -> str:
-        """The label without the name of its model.
+        """The label without the name of its model, the whole of it where it has no more than that.
 
         Example:
             >>> CKAResult.example(models=("a", "b")).layer_of("b/conv1")
             'conv1'
         """
         model = self.model_of(label)
-        return label[len(model) + 1 :] if model else label
+        return label[len(model) + 1 :] if model and label != model else label
 
     def between(self, first: str, second: str) -> CKAResult:
         """The block that compares one model with another: its rows are ``first``, its columns ``second``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,17 +13,20 @@ from torch import Tensor, nn
 from cka_hooks.errors import LayerError, OptionError, SampleCountError, warn
 from cka_hooks.features import Reduction
 from cka_hooks.hsic import Estimator
-from cka_hooks.options import Options
+from cka_hooks.options import Options, whole
 from cka_hooks.recording import batches
 from cka_hooks.recording.guest import RandomStream, untouched
 from cka_hooks.recording.layers import Layers, select_layers, unwrap
 from cka_hooks.recording.recorder import LayerRecorder, nothing_ran
 from cka_hooks.results.result import CKAResult
 from cka_hooks.run import class_order, replay
+from cka_hooks.run.identity import of_model, of_rows
+from cka_hooks.run.precomputed import Brought, Precomputed, SampleIds, is_features, without_ids
 from cka_hooks.similarity.accumulator import CKAAccumulator
 from cka_hooks.similarity.estimate import result_of
 from cka_hooks.similarity.state import State, Step
 
+_OWN_OPTIONS = ("layers", "features", "batch_dim", "forward", "sample_ids")
 # Batches of a pass that are known again.
 _REMEMBERED = 256
 
@@ -35,7 +38,8 @@ class Comparison:
     callback: hooks are on, and the models in eval mode, inside the block. After it the models are as they were.
 
     Args:
-        model: one model, or a mapping from names to models, whose layers are then ``name/layer``.
+        model: one model, or a mapping from names to models, whose layers are then ``name/layer``, and features that
+            somebody else computed.
         layers: see :func:`cka_hooks.compare`, as all options here.
 
     Attributes:
@@ -61,7 +65,7 @@ class Comparison:
 
     def __init__(
         self,
-        model: nn.Module | Mapping[str, nn.Module],
+        model: nn.Module | Mapping[str, nn.Module | Any],
         *,
         layers: Layers | Mapping[str, Layers] = None,
         kernel: str | Callable[[Tensor], Tensor] = "linear",
@@ -72,6 +76,7 @@ class Comparison:
         features: Reduction | str | Mapping[str, Reduction | str] = "flatten",
         batch_dim: int | Mapping[str, int] | None = None,
         forward: batches.Forward | Mapping[str, batches.Forward] | None = None,
+        sample_ids: SampleIds | None = None,
         seed: int = 0,
         keep_minibatches: bool = False,
     ) -> None:
@@ -84,11 +89,17 @@ class Comparison:
             features=features,
             batch_dim=batch_dim,
             forward=forward,
+            sample_ids=sample_ids,
             layers=layers,
             seed=seed,
             keep_minibatches=keep_minibatches,
         )
-        self.models = named_models(model)
+        entries = named_models(model)
+        self._names = list(entries)
+        self.models: dict[str, nn.Module] = {name: it for name, it in entries.items() if not is_features(it)}
+        self._brought = Brought(
+            {name: it for name, it in entries.items() if isinstance(it, Precomputed)}, self._options.sample_ids
+        )
         self._accumulator = CKAAccumulator(
             kernel=kernel,
             bandwidth=bandwidth,
@@ -106,6 +117,7 @@ class Comparison:
             name: [selection.name for selection in select_layers(model, chosen[name])]
             for name, model in self.models.items()
         }
+        self._with_ids = {name for name in self.models if forwards[name] is not None}
         self._recorders: dict[str, LayerRecorder] = {}
         for name, one in self.models.items():
             self._recorders[name] = LayerRecorder(
@@ -181,30 +193,36 @@ class Comparison:
 
         Args:
             batch: as in :meth:`update`.
-            limit: count only so many samples of it, the first ones.
+            limit: count only so many samples of it, the first ones. Of none the models see the batch whole, and it
+                is to be discarded.
         """
         if not self._within:
             raise OptionError("update() belongs into the block: with Comparison(...) as comparison: ...")
         self._look_at(batch)
+        self._brought.look_at(batch, limit)
         number, self._number = self._number, self._number + 1
         observed: frozenset[str] = frozenset()
         silent: str | None = None
+        own = without_ids(batch, self._options.sample_ids)
         try:
             with self._random, torch.no_grad():
                 for name, recorder in self._recorders.items():
-                    recorder.run(batch, limit=limit, number=number)
+                    recorder.run(batch if name in self._with_ids else own, limit=limit or None, number=number)
                     before, observed = observed, self._accumulator.observing
                     if observed == before:
                         silent = name if silent is None else silent
+            if self.models and not observed:
+                raise LayerError(nothing_ran(self._labelled("skipped")))
+            if silent is not None:
+                # Else the result would compare the other models only, as if this one had not been asked for.
+                raise SampleCountError(f"of the model {silent!r} {nothing_ran(self._recorders[silent].skipped)}")
+            if limit == 0:
+                return
+            for label, features in self._brought.features(self._accumulator.observing_samples):
+                self._accumulator.observe(label, features)
         except BaseException:
             self.discard()
             raise
-        if not observed:
-            raise LayerError(nothing_ran(self._labelled("skipped")))
-        if silent is not None:
-            self.discard()
-            # Else the result would compare the other models only, as if this one had not been asked for.
-            raise SampleCountError(f"of the model {silent!r} {nothing_ran(self._recorders[silent].skipped)}")
 
     def step(self) -> Step:
         """The second half of :meth:`update`: add what was observed.
@@ -213,6 +231,7 @@ class Comparison:
             What was added.
         """
         step = self._accumulator.step()
+        self._brought.step()
         state = self._accumulator.state
         if len(state.classes) <= class_order.MOST_CLASSES:
             state.merge(class_order.counted(self._targets))
@@ -241,14 +260,33 @@ class Comparison:
         if len(self._fingerprints) < _REMEMBERED:
             self._fingerprints.add(fingerprint)
 
+    def check(self, loader: Iterable[Any]) -> None:
+        """Refuse a loader whose order precomputed features without identifiers do not have.
+
+        Raises:
+            OptionError: it shuffles.
+            SampleCountError: it has another number of samples than they have rows.
+        """
+        self._brought.check(loader)
+
+    def end_pass(self) -> None:
+        """The loader has no more batches.
+
+        Raises:
+            SampleCountError: precomputed features without identifiers have more rows.
+        """
+        self._brought.end_pass()
+
     def start_pass(self) -> None:
         """From here on come the samples seen before, in other minibatches: they are not new samples."""
         self._accumulator.start_pass()
+        self._brought.start_pass()
         self._fingerprints.clear()
 
     def reset(self) -> None:
         """Forget everything that was added."""
         self._accumulator.reset()
+        self._brought.start_pass()
         self._fingerprints.clear()
         self._ran = False
 
@@ -261,7 +299,8 @@ class Comparison:
         # A batch that broke off has not called every layer yet.
         if self._ran:
             self._accumulator.skips(self._labelled("skipped"))
-            state.shapes = {**{key: list(shape) for key, shape in self._labelled("shapes").items()}, **state.shapes}
+            shapes = {**self._labelled("shapes"), **self._brought.shapes}
+            state.shapes = {**{key: list(shape) for key, shape in shapes.items()}, **state.shapes}
             state.sample_axes = {**self._labelled("sample_axes"), **state.sample_axes}
         return state
 
@@ -280,12 +319,19 @@ class Comparison:
     @property
     def settings(self) -> dict[str, Any]:
         """Provenance as it stands in a result: plain JSON values."""
-        return {**self._accumulator.settings, **self._options.spelled("layers", "features", "batch_dim", "forward")}
+        return {**self._accumulator.settings, **self._options.spelled(*_OWN_OPTIONS)}
 
     @property
     def types(self) -> dict[str, str]:
         """The class of each model, by its name."""
-        return {name: type(unwrap(model)).__qualname__ for name, model in self.models.items()}
+        kinds = {name: type(unwrap(model)).__qualname__ for name, model in self.models.items()}
+        return {name: kinds.get(name, Precomputed.__qualname__) for name in self._names}
+
+    @property
+    def identities(self) -> dict[str, Any]:
+        """What tells its models and precomputed features from others."""
+        rows = {name: of_rows(one.arrays, one.sample_ids) for name, one in self._brought.entries.items()}
+        return {**{name: of_model(model) for name, model in self.models.items()}, **rows}
 
     def compute(self) -> CKAResult:
         """The result so far; nothing changes.
@@ -299,7 +345,7 @@ class Comparison:
     def state_dict(self) -> dict[str, Any]:
         """All that was added, as numbers, text and float64 tensors: copies, safe to save and to send."""
         self._accumulator.state = self.state
-        return self._accumulator.state_dict()
+        return {**self._accumulator.state_dict(), "row": self._brought.row}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Become what :meth:`state_dict` gave, whatever was added here before.
@@ -307,7 +353,12 @@ class Comparison:
         Raises:
             OptionError: it is from a comparison with other options, or from something else.
         """
+        row = whole(
+            "the row of a comparison's state", state.get("row", 0) if isinstance(state, Mapping) else 0, 0, ""
+        )
         self._accumulator.load_state_dict(state)
+        self._brought.start_pass()
+        self._brought.row = row
 
     def sync(self, group: dist.ProcessGroup | None = None) -> None:
         """Become the sum of the comparisons of all ranks of a process group; see :meth:`CKAAccumulator.sync`."""
@@ -347,19 +398,27 @@ def finished(state: State, types: Mapping[str, str], settings: Mapping[str, Any]
 
 
 def named_models(model: Any) -> dict[str, Any]:
-    """The models by name, "" for one without.
+    """The models by name, "" for one without; features that somebody brings are each a `Precomputed`.
 
     Raises:
-        OptionError: an empty mapping, or a name that is no text.
+        OptionError: an empty mapping, a name that is no text, or features without a name.
     """
     if not isinstance(model, Mapping):
+        if is_features(model):
+            raise OptionError("features that you bring need a name: pass a mapping, such as {'V4': array}")
         return {"": model}
     if not model:
         raise OptionError("the mapping of models is empty: name at least one model")
     for name in model:
         if not isinstance(name, str) or not name:
             raise OptionError(f"the name of a model is {name!r}: names are text, such as {{'epoch {name}': model}}")
-    return dict(model)
+    found: dict[str, Any] = {}
+    for name, it in model.items():
+        try:
+            found[name] = Precomputed(it) if is_features(it) and not isinstance(it, Precomputed) else it
+        except OptionError as error:
+            raise OptionError(f"{name!r}: {error}") from error
+    return found
 
 
 def per_model(option: Any, models: Mapping[str, Any], name: str) -> dict[str, Any]:

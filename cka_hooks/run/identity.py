@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cka_hooks.arrays import as_features
 from cka_hooks.options import spelled
 
 
@@ -36,6 +37,21 @@ def of_model(model: nn.Module) -> dict[str, Any]:
         "names and shapes": _digest(*names),
         "modules": _digest(*kinds),
         "values": _digest(*values),
+    }
+
+
+def of_rows(arrays: Mapping[str, Any], sample_ids: Any) -> dict[str, Any]:
+    """Shapes of precomputed features, some of their rows, and a digest of the identifiers."""
+    some = [
+        part
+        for name, array in arrays.items()
+        for row in (0, array.shape[0] // 2, array.shape[0] - 1)
+        for part in (name, str(tuple(array.shape)), as_features(array[row : row + 1], name, counts=True))
+    ]
+    return {
+        "type": "Precomputed",
+        "values": _digest(*(piece for part in some for piece in _piece(part, 0))),
+        "sample_ids": None if sample_ids is None else _digest(*map(repr, sample_ids)),
     }
 
 

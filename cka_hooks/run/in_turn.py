@@ -13,22 +13,23 @@ from cka_hooks.errors import BatchError, ModelError, OptionError
 from cka_hooks.recording.layers import check_model
 from cka_hooks.run import replay
 from cka_hooks.run.comparison import Comparison
+from cka_hooks.run.precomputed import Precomputed
 from cka_hooks.similarity.state import State, Step
 
-Builder = nn.Module | Callable[[], nn.Module]
+Builder = nn.Module | Precomputed | Callable[[], nn.Module]
 
 
 def added_up_in_turn(
     models: Mapping[str, Builder],
     loader: Iterable[Any],
-    run: Callable[[str, nn.Module, Iterable[Any], Callable[[Step | None], None]], Comparison],
+    run: Callable[[str, nn.Module | Precomputed, Iterable[Any], Callable[[Step | None], None]], Comparison],
     *,
     keep: bool,
 ) -> tuple[State, dict[str, str], dict[str, Any]]:
     """All batches through one model before the next one is built.
 
     Args:
-        models: models, or functions that build them, by name.
+        models: models, functions that build them, or precomputed features, by name.
         loader: gone over once for each model.
         run: measures one model over the loader: its name, the model, the loader, and what takes each batch's step.
         keep: keep the values of single minibatches.
@@ -64,14 +65,14 @@ def _kept_on_cpu(steps: list[Step | None]) -> Callable[[Step | None], None]:
     return lambda step: steps.append(step and step._replace(groups=[group.cpu() for group in step.groups]))
 
 
-def _built(models: Mapping[str, Builder]) -> Iterator[tuple[str, nn.Module]]:
+def _built(models: Mapping[str, Builder]) -> Iterator[tuple[str, nn.Module | Precomputed]]:
     """Each model, built when it is its turn. Whoever takes it must let go of it before the next."""
     for given in models.values():
-        if not callable(given) or isinstance(given, nn.Module | type):
+        if not isinstance(given, Precomputed) and (not callable(given) or isinstance(given, nn.Module | type)):
             check_model(given)
     for name, given in models.items():
-        model = given if isinstance(given, nn.Module) else given()
-        if not isinstance(model, nn.Module):
+        model = given if isinstance(given, nn.Module | Precomputed) else given()
+        if not isinstance(model, nn.Module | Precomputed):
             raise ModelError(f"the function for model {name!r} returned a {type(model).__name__}, not an nn.Module")
         yield name, model
         del model

@@ -120,6 +120,8 @@ class Loop:
                 self._start(epoch)
             if self._batches(stream, own, epoch):
                 return True
+            if self._share is None or self._seen < self._share:
+                self._comparison.end_pass()
             if self._alone and not epoch and not self._seen:
                 raise TooFewSamplesError("the loader yielded no batch: it is empty, or exhausted already")
             looks_elsewhere = self._ranks is not None and self._options.tolerance is not None
@@ -163,8 +165,7 @@ class Loop:
             with undisturbed(self._keeper.path is not None):
                 self._keeper.seen()
             return 0
-        # Of no sample a layer has no features. A batch that does not count goes through the models whole.
-        self._comparison.observe(batch, limit=limit or None)
+        self._comparison.observe(batch, limit=limit)
         if limit == 0:
             self._comparison.discard()
             return 0

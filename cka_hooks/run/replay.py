@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import random
 from collections.abc import Iterator
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 from torch.utils.data.distributed import DistributedSampler
 
+from cka_hooks.recording.batches import sample_count
 from cka_hooks.recording.outputs import tensors_in
 
+# Batches, or indices, that a sampler of an unknown kind is asked for.
+_DRAWN = 100_000
 # Numbers of a sample that go into a batch's fingerprint.
 _LOOKED_AT = 64
 
@@ -87,6 +98,56 @@ def shuffles_unseeded(loader: Any) -> bool:
     """Whether a loader's order comes from a random sampler that has no generator of its own."""
     shuffling = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
     return any(isinstance(part, shuffling) and part.generator is None for part in _parts(loader))
+
+
+def out_of_order(loader: Any) -> str | None:
+    """Why a loader does not bring the samples of its data set one after another, None where nothing says so.
+
+    A sampler of a kind that is not known is asked for its order, which must not change what it brings later.
+    """
+    for part in _parts(loader):
+        if isinstance(part, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
+            return "the loader shuffles"
+        if isinstance(part, DistributedSampler) and (part.shuffle or part.num_replicas > 1):
+            return "the loader shuffles" if part.shuffle else "each rank's loader has a part of the samples"
+    sampler = getattr(loader, "batch_sampler", None)
+    if sampler is None or type(sampler) is BatchSampler:
+        sampler = getattr(loader, "sampler", None)
+    if sampler is None or type(sampler) is SequentialSampler or isinstance(sampler, Iterator):
+        return None
+    randomness = Randomness(loader)
+    before = randomness.state()
+    try:
+        drawn = chain.from_iterable(
+            it if isinstance(it, list | tuple) else [it] for it in islice(copy.copy(sampler), _DRAWN)
+        )
+        for number, index in enumerate(drawn):
+            if not isinstance(index, int):
+                return None
+            if index != number:
+                return "its sampler brings them in another order"
+    finally:
+        randomness.restore(before)
+    return None
+
+
+def lengths(loader: Any) -> set[int] | None:
+    """How many samples a loader may be said to have: those of its data set, and those that it brings of them.
+
+    None where it does not say.
+    """
+    sampler, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+    if isinstance(loader, list | tuple):
+        counts = [sample_count(batch) for batch in loader]
+        return None if None in counts else {sum(count for count in counts if count)}
+    if type(batch_sampler) not in (BatchSampler, type(None)):
+        return None
+    try:
+        samples = len(sampler)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+    dropped = samples % loader.batch_size if getattr(loader, "drop_last", False) and loader.batch_size else 0
+    return {samples, samples - dropped}
 
 
 def distributed_sampler(loader: Any) -> DistributedSampler[Any] | None:

@@ -169,6 +169,11 @@ class CKAAccumulator:
         """The layers that were observed since the last `step`."""
         return frozenset(self._pending)
 
+    @property
+    def observing_samples(self) -> int:
+        """How many samples of each were observed since the last `step`."""
+        return next((observed.samples for observed in self._pending.values()), 0)
+
     def largest_stderr(self) -> float:
         """The largest standard error of a defined pair so far, infinite before the third minibatch.
 

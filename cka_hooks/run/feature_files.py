@@ -1,0 +1,120 @@
+"""Files of features: `.npy`, `.npz`, `.safetensors` and HDF5, read a batch at a time and without pickle."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cka_hooks.errors import MissingExtraError, OptionError
+from cka_hooks.files import replace_file
+from cka_hooks.names import closest
+
+SUFFIXES = (".npy", ".npz", ".safetensors", ".h5", ".hdf5")
+IDS = "sample_ids"
+
+
+def is_feature_file(spec: str) -> bool:
+    """Whether a word names such a file, or one array of it."""
+    return spec.partition("::")[0].lower().endswith(SUFFIXES)
+
+
+def opened(file: str | os.PathLike[str]) -> tuple[dict[str, Any], Any]:
+    """The arrays of a file by name, "" where there is one, and the identifiers of their rows, None without.
+
+    Args:
+        file: its path, with ``::name`` for one of its arrays.
+
+    Raises:
+        OptionError: it is no such file, is damaged, or has no array of that name.
+        MissingExtraError: h5py is not installed.
+        OSError: it cannot be read.
+    """
+    path, _, name = os.fspath(file).partition("::")
+    readers = {".npy": _npy, ".npz": _npz, ".safetensors": _safetensors, ".h5": _hdf5, ".hdf5": _hdf5}
+    reader = readers.get(Path(path).suffix.lower())
+    if reader is None:
+        raise OptionError(f"{path} is no file of features that can be read: expected {', '.join(SUFFIXES)}")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        arrays, sample_ids = reader(path, name)
+    except (ValueError, EOFError, SafetensorError, RuntimeError) as error:
+        raise OptionError(f"could not read {path} as features ({type(error).__name__}: {error})") from error
+    if name:
+        if name not in arrays:
+            near = ", ".join(map(repr, closest(name, list(arrays)))) or "none"
+            raise OptionError(f"{path} has no array {name!r}; the closest are {near}")
+        arrays = {"": arrays[name]}
+    elif len(arrays) == 1:
+        arrays = {"": next(iter(arrays.values()))}
+    if not arrays:
+        raise OptionError(f"{path} has no array of features; name one inside a group with {path}::group/name")
+    return arrays, sample_ids
+
+
+def write(path: Path, arrays: Mapping[str, Tensor], sample_ids: Sequence[int | str] | None) -> None:
+    """Write arrays (N, ...) with the identifiers of their rows to a safetensors file, by replacing it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    metadata = {"format": "cka_hooks.features"}
+    if sample_ids is not None:
+        metadata[IDS] = json.dumps(list(sample_ids))
+    data = safetensors.torch.save({name: array.contiguous() for name, array in arrays.items()}, metadata)
+    replace_file(path, lambda file: file.write(data))
+
+
+class _Slices:
+    """A tensor of a safetensors file, read where it is sliced."""
+
+    def __init__(self, file: Any, name: str) -> None:
+        self._slice = file.get_slice(name)
+        self.shape = tuple(self._slice.get_shape())
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        found: Tensor = self._slice[rows]
+        return found
+
+
+def _npy(path: str, name: str) -> tuple[dict[str, Any], Any]:
+    if name:
+        raise ValueError("a .npy file has one array without a name")
+    return {"": np.load(path, mmap_mode="r", allow_pickle=False)}, None
+
+
+def _npz(path: str, name: str) -> tuple[dict[str, Any], Any]:
+    with np.load(path, allow_pickle=False) as file:
+        if not isinstance(file, Mapping):
+            raise ValueError("it is no .npz file")
+        wanted = [key for key in file if key == name or not name] if name in file or not name else list(file)
+        return {key: file[key] for key in wanted if key != IDS}, file.get(IDS)
+
+
+def _safetensors(path: str, name: str) -> tuple[dict[str, Any], Any]:
+    file: Any = safe_open(path, framework="pt")
+    names = list(file.keys())
+    text = (file.metadata() or {}).get(IDS)
+    sample_ids = json.loads(text) if text is not None else file.get_tensor(IDS) if IDS in names else None
+    return {one: _Slices(file, one) for one in names if one != IDS}, sample_ids
+
+
+def _hdf5(path: str, name: str) -> tuple[dict[str, Any], Any]:
+    try:
+        h5py: Any = importlib.import_module("h5py")
+    except ImportError as error:
+        raise MissingExtraError(f"{path} needs h5py: pip install h5py") from error
+    file = h5py.File(path, "r")
+    group = file[name.rpartition("/")[0] or "/"] if name in file else file
+    found = {key: item for key, item in group.items() if isinstance(item, h5py.Dataset)}
+    sample_ids = found.pop(IDS)[:] if IDS in found else None
+    return {name: file[name]} if name in file else found, sample_ids

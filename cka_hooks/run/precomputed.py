@@ -1,0 +1,405 @@
+"""Features that somebody else computed: rows of arrays, in the order of a loader or found by identifiers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cka_hooks.arrays import as_features
+from cka_hooks.errors import BatchError, OptionError, SampleCountError
+from cka_hooks.recording.batches import fields_of, sample_count
+from cka_hooks.run import replay
+from cka_hooks.run.feature_files import opened
+
+Identifier: TypeAlias = int | str
+# A key of the batch, or what returns the identifiers of its samples.
+SampleIds: TypeAlias = str | int | Callable[[Any], Any]
+
+
+class Precomputed:
+    """Features that somebody else computed, as an entry of the mapping that :func:`cka_hooks.compare` takes.
+
+    An array without identifiers can stand in the mapping as it is. Before the run one row is read, and then one batch
+    at a time.
+
+    Args:
+        array: (N, ...) numbers, a row for each sample: a tensor, a NumPy array or memmap, a data set of h5py or zarr,
+            or anything else with ``shape`` and slicing. Or a mapping from layer to such arrays: ``name/layer``.
+        sample_ids: N whole numbers or texts, the identifiers of the samples. With them, `sample_ids` of
+            :func:`cka_hooks.compare` finds the row of each sample of a batch, in whatever order a loader brings them.
+            None: the rows are the samples of the loader, in its order, which must not shuffle.
+
+    Attributes:
+        samples: N.
+
+    Raises:
+        OptionError: something is no array of numbers, arrays differ in their number of rows, or an identifier is
+            there twice.
+
+    Example:
+        >>> import torch, cka_hooks
+        >>> _ = torch.manual_seed(0)
+        >>> model, images = torch.nn.Linear(16, 8), torch.randn(64, 16)
+        >>> samples = [{"input": image, "id": f"image{i}"} for i, image in enumerate(images)]
+        >>> loader = torch.utils.data.DataLoader(samples, batch_size=16, shuffle=True)
+        >>> v4 = cka_hooks.Precomputed(images.numpy()[::-1], sample_ids=[f"image{i}" for i in reversed(range(64))])
+        >>> result = cka_hooks.compare({"net": model, "V4": v4}, loader, sample_ids="id", progress=False)
+        >>> result.layers, result["net/(model)", "V4"] > 0.5
+        (('net/(model)', 'V4'), True)
+    """
+
+    def __init__(self, array: Any, *, sample_ids: Any = None) -> None:
+        arrays = dict(array) if isinstance(array, Mapping) else {"": array}
+        if not arrays:
+            raise OptionError("the mapping of precomputed features is empty: give it at least one array")
+        rows = {layer: _checked(one, layer) for layer, one in arrays.items()}
+        if len(set(rows.values())) > 1:
+            raise OptionError(
+                f"precomputed features have different numbers of rows, {rows}: give one for each sample"
+            )
+        self.arrays: dict[str, Any] = arrays
+        self.samples = next(iter(rows.values()))
+        self.sample_ids: list[Identifier] | None = None
+        self._row: dict[Identifier, int] = {}
+        if sample_ids is not None:
+            self.sample_ids = identifiers(sample_ids, "sample_ids of Precomputed")
+            self._row = {identifier: row for row, identifier in enumerate(self.sample_ids)}
+            if len(self.sample_ids) != self.samples:
+                raise OptionError(f"Precomputed has {self.samples} rows and {len(self.sample_ids)} sample_ids")
+            if len(self._row) < self.samples:
+                raise OptionError(
+                    f"Precomputed has identifiers twice in sample_ids: {_first(repeated(self.sample_ids))}; each row "
+                    "needs its own"
+                )
+
+    @classmethod
+    def load(cls, file: str | os.PathLike[str]) -> Precomputed:
+        """What a file has, ``file::name`` for one array of several.
+
+        Args:
+            file: ``.npy``, ``.npz``, ``.safetensors``, or ``.h5``/``.hdf5`` (needs h5py). All but ``.npz`` are read a
+                batch at a time. Identifiers are an array ``sample_ids`` beside the others, or what
+                ``cka-hooks record`` wrote. Pickled arrays are not read.
+
+        Raises:
+            OptionError: it is no such file, is damaged, or has no array of that name.
+            MissingExtraError: h5py is not installed.
+            OSError: it cannot be read.
+
+        Example:
+            >>> import numpy, os, tempfile, cka_hooks
+            >>> path = os.path.join(tempfile.mkdtemp(), "v4.npy")
+            >>> numpy.save(path, numpy.zeros((50, 3)))
+            >>> cka_hooks.Precomputed.load(path).samples
+            50
+        """
+        arrays, sample_ids = opened(file)
+        return cls(arrays, sample_ids=sample_ids)
+
+    def ordered(self, order: Sequence[int]) -> Precomputed:
+        """The same rows in another order, without identifiers and without reading them."""
+        return Precomputed({layer: _Ordered(array, order) for layer, array in self.arrays.items()})
+
+    def rows_of(self, samples: Sequence[Identifier]) -> list[int]:
+        """The row of each sample.
+
+        Raises:
+            SampleCountError: one has none.
+        """
+        missing = [identifier for identifier in samples if identifier not in self._row]
+        if missing:
+            known = next(iter(self._row), None)
+            raise SampleCountError(
+                f"has no row for {len(missing)} of the {len(samples)} samples of a batch: {_first(missing)}; its "
+                f"sample_ids are such as {known!r}"
+            )
+        return [self._row[identifier] for identifier in samples]
+
+    def features(self, rows: Sequence[int] | slice) -> Iterator[tuple[str, Tensor]]:
+        """Some rows of each array, (n, ...): layer, "" for one without a name, and features."""
+        for layer, array in self.arrays.items():
+            yield layer, as_features(gathered(array, rows), layer or "precomputed features", counts=True)
+
+
+class Brought:
+    """All precomputed features of a run: which rows belong to a batch.
+
+    Args:
+        entries: by name.
+        sample_ids: see :func:`cka_hooks.compare`.
+
+    Attributes:
+        row: rows of this pass that are used, of entries without identifiers.
+
+    Raises:
+        OptionError: identifiers without `sample_ids`, or with a kind of it that there is not.
+    """
+
+    def __init__(self, entries: Mapping[str, Precomputed], sample_ids: SampleIds | None) -> None:
+        if sample_ids is not None and (isinstance(sample_ids, bool) or not _is_key(sample_ids)):
+            raise OptionError(
+                f"sample_ids={sample_ids!r}: it is a key of the batch, or a function of the batch that returns the "
+                "identifiers of its samples"
+            )
+        for name, one in entries.items():
+            if one.sample_ids is not None and sample_ids is None:
+                raise OptionError(
+                    f"{name!r} has identifiers of samples: say which those of a batch are, with sample_ids=, a key "
+                    "of the batch or a function of it"
+                )
+        self.entries = dict(entries)
+        self._key = sample_ids
+        self._aligned = any(one.sample_ids is not None for one in entries.values())
+        self.row = 0
+        self._seen: set[Identifier] = set()
+        self._pending: tuple[int, list[Identifier]] = (0, [])
+        self._lengths: set[int] | None = None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of one sample of each layer, by label."""
+        return {
+            _label(name, layer): tuple(array.shape[1:])
+            for name, one in self.entries.items()
+            for layer, array in one.arrays.items()
+        }
+
+    def check(self, loader: Iterable[Any]) -> None:
+        """Refuse a loader whose order the rows do not have.
+
+        Raises:
+            OptionError: it shuffles, and there are no identifiers.
+            SampleCountError: it has another number of samples than an array has rows.
+        """
+        in_order = {name: one for name, one in self.entries.items() if one.sample_ids is None}
+        why = replay.out_of_order(loader) if in_order else None
+        if why is not None:
+            name = next(iter(in_order))
+            raise OptionError(
+                f"the rows of {name!r} are those of the loader in its order, and {why}. Give them identifiers, "
+                f"{{..., {name!r}: cka_hooks.Precomputed(array, sample_ids=ids)}}, and name those of a batch, "
+                "compare(..., sample_ids='id'); or do not shuffle, DataLoader(dataset, batch_size=64, shuffle=False)"
+            )
+        self._lengths = replay.lengths(loader) if in_order else None
+        for name, one in in_order.items():
+            if self._lengths is not None and one.samples not in self._lengths:
+                raise SampleCountError(
+                    f"{name!r} has {one.samples} rows and the loader has {max(self._lengths)} samples: give a row "
+                    "for each, or identifiers, cka_hooks.Precomputed(array, sample_ids=ids)"
+                )
+
+    def end_pass(self) -> None:
+        """A whole pass over the loader ended.
+
+        Raises:
+            SampleCountError: rows are left of entries that are in the order of the loader.
+        """
+        for name, one in self.entries.items():
+            ends = self._lengths or {one.samples}
+            if one.sample_ids is None and self.row not in ends:
+                raise SampleCountError(
+                    f"the loader brought {self.row} samples and {name!r} has {one.samples} rows, which are then "
+                    "those of other samples: give them identifiers, cka_hooks.Precomputed(array, sample_ids=ids)"
+                )
+
+    def look_at(self, batch: Any, limit: int | None) -> None:
+        """What is known of a batch before models have it, which may change it in place.
+
+        Args:
+            batch: what the loader yielded.
+            limit: how many of its samples count, at most.
+
+        Raises:
+            BatchError: no identifiers in the batch.
+        """
+        if self.entries:
+            samples = sample_count(batch) or 0
+            self._pending = samples if limit is None else min(samples, limit), []
+            if self._aligned and self._key is not None and limit != 0:
+                self._pending = 0, ids_of(batch, self._key)[:limit]
+
+    def features(self, samples: int) -> Iterator[tuple[str, Tensor]]:
+        """What belongs to the batch that was looked at: the label of each layer, and its features.
+
+        Args:
+            samples: how many samples of it models were measured on, 0 where there are none.
+
+        Raises:
+            BatchError: too few identifiers, or one of them twice.
+            SampleCountError: no row for a sample.
+        """
+        if not self.entries:
+            return
+        likely, ids = self._pending
+        samples = samples or len(ids) or likely
+        if self._aligned and len(ids) != samples:
+            raise BatchError(
+                f"sample_ids={self._key!r} gives {len(ids)} identifiers for a batch of {samples} samples"
+            )
+        if not samples:
+            raise BatchError(
+                "nothing says how many samples a batch has: give identifiers, with "
+                "Precomputed(array, sample_ids=ids) and sample_ids="
+            )
+        if twice := [*repeated(ids), *(identifier for identifier in ids if identifier in self._seen)]:
+            raise BatchError(
+                f"the loader brought samples twice in one pass: {_first(twice)}. They would count twice: sample "
+                "without replacement, or give each sample an identifier of its own"
+            )
+        for name, one in self.entries.items():
+            try:
+                for layer, features in one.features(self._rows(one, ids, samples)):
+                    yield _label(name, layer), features
+            except (SampleCountError, OptionError) as error:
+                raise type(error)(f"{name!r}: {error}") from error
+        self._pending = samples, ids
+
+    def _rows(self, one: Precomputed, ids: list[Identifier], samples: int) -> Sequence[int] | slice:
+        if one.sample_ids is not None:
+            return one.rows_of(ids)
+        if self.row + samples > one.samples:
+            raise SampleCountError(
+                f"it has {one.samples} rows and the loader brings more samples: give a row for each, or identifiers, "
+                "cka_hooks.Precomputed(array, sample_ids=ids)"
+            )
+        return slice(self.row, self.row + samples)
+
+    def step(self) -> None:
+        """The batch was counted."""
+        samples, ids = self._pending
+        self.row += samples
+        self._seen.update(ids)
+        self._pending = 0, []
+
+    def start_pass(self) -> None:
+        """From here on come the samples seen before."""
+        self.row = 0
+        self._seen.clear()
+
+
+class _Ordered:
+    """Rows of an array in another order."""
+
+    def __init__(self, array: Any, order: Sequence[int]) -> None:
+        self._array, self._order = array, order
+        self.shape = (len(order), *array.shape[1:])
+
+    def __getitem__(self, rows: slice) -> Any:
+        return gathered(self._array, self._order[rows])
+
+
+def is_features(value: Any) -> bool:
+    """Whether an entry of the mapping of models is one of features: an array, a mapping of arrays, `Precomputed`."""
+    if isinstance(value, Precomputed | Mapping):
+        return True
+    is_code = isinstance(value, nn.Module | type) or (callable(value) and not hasattr(value, "shape"))
+    return not is_code and hasattr(value, "shape") and hasattr(value, "__getitem__")
+
+
+def gathered(array: Any, rows: Sequence[int] | slice) -> Any:
+    """Some rows of anything with slicing, in that order."""
+    if isinstance(rows, slice):
+        return array[rows]
+    if isinstance(array, Tensor):
+        return array[torch.tensor(rows, device=array.device)]
+    if isinstance(array, np.ndarray):
+        return array[np.array(rows)]
+    if hasattr(array, "oindex"):  # zarr: each chunk is read once
+        return array.oindex[np.array(rows)]
+    order = sorted(range(len(rows)), key=rows.__getitem__)
+    parts, start = [], 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or rows[order[end]] != rows[order[end - 1]] + 1:
+            parts.append(as_features(array[rows[order[start]] : rows[order[end - 1]] + 1], "a row", counts=True))
+            start = end
+    back = torch.empty(len(order), dtype=torch.int64)
+    back[torch.tensor(order)] = torch.arange(len(order))
+    joined = torch.cat(parts)
+    return joined[back.to(joined.device)]
+
+
+def ids_of(batch: Any, key: SampleIds) -> list[Identifier]:
+    """The identifiers of a batch's samples.
+
+    Raises:
+        BatchError: it has no such entry.
+        OptionError: what is there is no identifier.
+    """
+    if callable(key):
+        return identifiers(key(batch), "what sample_ids= returned")
+    is_listed = isinstance(batch, tuple | list) and isinstance(key, int)
+    fields: Mapping[Any, Any] | None = dict(enumerate(batch)) if is_listed else fields_of(batch)
+    fields = batch if isinstance(batch, Mapping) else fields
+    if fields is None or key not in fields:
+        there = "" if fields is None else f"; it has {', '.join(map(repr, islice(fields, 10)))}"
+        raise BatchError(f"sample_ids={key!r}: a batch of type {type(batch).__name__} has no such entry{there}")
+    return identifiers(fields[key], f"sample_ids={key!r} of a batch")
+
+
+def without_ids(batch: Any, key: SampleIds | None) -> Any:
+    """A mapping without the identifiers of its samples, which are nothing to a model."""
+    if isinstance(batch, Mapping) and isinstance(key, str) and key in batch:
+        return {name: item for name, item in batch.items() if name != key}
+    return batch
+
+
+def identifiers(given: Any, what: str) -> list[Identifier]:
+    """Identifiers of samples from a list, an array, a tensor or a data set of these, or from one alone.
+
+    Raises:
+        OptionError: one is neither a whole number nor text.
+    """
+    if not isinstance(given, list | tuple | str | bytes | int | range):
+        given = given.tolist() if hasattr(given, "tolist") else np.asarray(given).tolist()
+    found: list[Identifier] = []
+    for item in given if isinstance(given, list | tuple | range) else [given]:
+        plain = item.item() if isinstance(item, np.generic) or (isinstance(item, Tensor) and item.ndim == 0) else item
+        plain = plain.decode(errors="replace") if isinstance(plain, bytes) else plain
+        if isinstance(plain, bool) or not isinstance(plain, int | str):
+            raise OptionError(
+                f"{what}: {plain!r:.60} is no identifier of a sample: expected one whole number or one text for each"
+            )
+        found.append(plain)
+    return found
+
+
+def repeated(ids: Sequence[Identifier]) -> list[Identifier]:
+    """Those that are there again, once each."""
+    seen: set[Identifier] = set()
+    return list(dict.fromkeys(one for one in ids if one in seen or seen.add(one)))  # type: ignore[func-returns-value]
+
+
+def _first(found: Sequence[Identifier]) -> str:
+    return ", ".join(map(repr, found[:5])) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+
+
+def _label(name: str, layer: str) -> str:
+    return f"{name}/{layer}" if layer else name
+
+
+def _is_key(value: Any) -> bool:
+    return isinstance(value, str | int) or callable(value)
+
+
+def _checked(array: Any, layer: Any) -> int:
+    """The number of rows, after a look at the first one.
+
+    Raises:
+        OptionError: it is no array of numbers, or has none.
+    """
+    what = f"precomputed features {layer!r}" if layer else "precomputed features"
+    if not isinstance(layer, str):
+        raise OptionError(f"{what}: layers are text, such as {str(layer)!r}")
+    shape = getattr(array, "shape", None)
+    if not isinstance(shape, tuple | list) or not hasattr(array, "__getitem__"):
+        raise OptionError(f"{what} are {type(array).__name__}: expected an array (N, ...) with shape and slicing")
+    if not shape or 0 in shape:
+        raise OptionError(f"{what} have shape {tuple(shape)}: expected (N, ...), a row of numbers for each sample")
+    as_features(gathered(array, slice(0, 1)), what, counts=True)
+    return int(shape[0])
