@@ -19,6 +19,7 @@ from cka_hooks.options import Options
 from cka_hooks.recording.batches import Forward, check_loader
 from cka_hooks.recording.guest import RandomStream, is_sharded
 from cka_hooks.recording.layers import Layers
+from cka_hooks.recording.padding import MaskOption
 from cka_hooks.results.result import CKAResult
 from cka_hooks.run.checkpoint import Keeper, path_of_rank
 from cka_hooks.run.comparison import Comparison, finished, named_models, per_model
@@ -43,6 +44,8 @@ def compare(
     minibatch: int | None = None,
     features: Reduction | str | Mapping[str, Reduction | str] = "flatten",
     batch_dim: int | Mapping[str, int] | None = None,
+    channel_dim: int | Mapping[str, int] | None = None,
+    mask: MaskOption = None,
     forward: Forward | Mapping[str, Forward] | None = None,
     sample_ids: SampleIds | None = None,
     tolerance: float | None = None,
@@ -71,7 +74,7 @@ def compare(
             that.
         kernel: see :class:`CKAAccumulator`, as `bandwidth`, `sigma`, `estimator`, `minibatch`, `seed` and
             `keep_minibatches`.
-        features: see :class:`LayerRecorder`, as `batch_dim`.
+        features: see :class:`LayerRecorder`, as `batch_dim`, `channel_dim` and `mask`.
         forward: ``(model, batch) -> anything`` where the default call does not fit, or a mapping from model
             name to that: two names for one model with different `forward` compare two views of the data.
         sample_ids: which identifiers the samples of a batch have: a key of the batch (the position, where it is a
@@ -144,6 +147,8 @@ def compare(
             keep_minibatches=keep_minibatches,
             layers=layers,
             batch_dim=batch_dim,
+            channel_dim=channel_dim,
+            mask=mask,
             forward=forward,
             sample_ids=sample_ids,
             tolerance=tolerance,

@@ -6,7 +6,7 @@ numbers lie in memory copies nothing, and a Gram matrix does not depend on the o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -46,7 +46,8 @@ def feature_rows(
     *,
     batch_dim: int = 0,
     mask: Tensor | None = None,
-    channels: Layout | None = None,
+    masks: Sequence[tuple[Tensor, Sequence[int]]] = (),
+    channels: Layout | int | None = None,
 ) -> Tensor:
     """The features of an activation as (n, P, C), P * C features a sample, a view where that is possible.
 
@@ -57,11 +58,14 @@ def feature_rows(
             not padding; a callable maps (n, ...) to (n, d).
         batch_dim: where the samples are.
         mask: (n, T), nonzero where position t of a sample is data and not padding.
-        channels: where the channels of more than two dimensions are: "first" (n, C, ...) or "last"
-            (n, ..., C). None: last for three dimensions (tokens), else first (images).
+            It speaks of every dimension of that size.
+        masks: further masks, each with the numbers of the dimensions that it speaks of.
+        channels: where the channels of more than two dimensions are: "first" (n, C, ...), "last" (n, ..., C), or the
+            number of a dimension. None: last for three dimensions (tokens), else first (images).
 
     Raises:
-        OptionError: `features` needs positions the activation does not have, or is no reduction.
+        OptionError: `features` needs positions the activation does not have, or is no reduction; `channels` is the
+            dimension with the samples, or none.
         BatchError: a callable that does not keep the samples.
     """
     moved = activation if batch_dim == 0 else activation.movedim(batch_dim, 0)
@@ -78,8 +82,12 @@ def feature_rows(
         return memory_order(rows)
     if moved.ndim <= 2:
         return memory_order(moved)
-    tokens = _tokens(moved, channels)
-    kept = None if mask is None else _kept(tokens, mask)
+    rank = activation.ndim
+    ends = batch_dim % rank, _channel_dim(channels, activation, batch_dim)
+    order = [ends[0], *(dim for dim in range(rank) if dim not in ends), ends[1]]
+    tokens = activation.permute(order)
+    spoken = [(one, [order.index(dim % rank) for dim in dims]) for one, dims in masks]
+    kept = _kept(tokens, [(mask, range(rank)), *spoken] if mask is not None else spoken)
     if features == "mean":
         return _mean(tokens, kept)
     if features == "last":
@@ -97,25 +105,34 @@ def feature_rows(
     return positions[:, position].unsqueeze(1)
 
 
-def _tokens(moved: Tensor, channels: Layout | None) -> Tensor:
-    """(n, ...) as (n, *positions, channels)."""
-    layout = channels or ("last" if moved.ndim == 3 else "first")
-    return moved if layout == "last" else moved.movedim(1, -1)
+def _channel_dim(channels: Layout | int | None, activation: Tensor, batch_dim: int) -> int:
+    """The number of the dimension with the channels."""
+    rank, samples = activation.ndim, batch_dim % activation.ndim
+    if isinstance(channels, int):
+        if not -rank <= channels < rank or channels % rank == samples:
+            raise OptionError(
+                f"dimension {channels} has no channels: an activation of shape {tuple(activation.shape)} has its "
+                f"samples in dimension {samples}, and its channels in another one"
+            )
+        return channels % rank
+    others = [dim for dim in range(rank) if dim != samples]
+    return others[-1 if (channels or ("last" if rank == 3 else "first")) == "last" else 0]
 
 
-def _kept(tokens: Tensor, mask: Tensor) -> Tensor | None:
-    """Which of the positions (n, *positions) are data: the (n, T) mask along every dimension of T positions.
+def _kept(tokens: Tensor, masks: Sequence[tuple[Tensor, Sequence[int]]]) -> Tensor | None:
+    """Which of the positions (n, *positions) are data: (n, T) masks, each along some dimensions of T positions.
 
-    Attention scores (n, heads, T, T) have two of them. None where the activation has other positions than the mask.
+    Attention scores (n, heads, T, T) have two of them. None where the activation has other positions than the masks.
     """
-    n, length = mask.shape
     kept = None
-    for dim in range(1, tokens.ndim - 1):
-        if tokens.shape[dim] == length and tokens.shape[0] == n:
-            view = [1] * (tokens.ndim - 1)
-            view[0], view[dim] = n, length
-            along = (mask != 0).view(view)
-            kept = along if kept is None else kept & along
+    for mask, dims in masks:
+        n, length = mask.shape
+        for dim in dims:
+            if 0 < dim < tokens.ndim - 1 and tokens.shape[dim] == length and tokens.shape[0] == n:
+                view = [1] * (tokens.ndim - 1)
+                view[0], view[dim] = n, length
+                along = (mask != 0).view(view)
+                kept = along if kept is None else kept & along
     return None if kept is None else kept.expand(tokens.shape[:-1])
 
 

@@ -33,6 +33,8 @@ class Options:
 
     layers: Any = None
     batch_dim: Any = None
+    channel_dim: Any = None
+    mask: Any = None
     forward: Any = None
     sample_ids: Any = None
     tolerance: float | None = None

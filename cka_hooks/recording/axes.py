@@ -1,39 +1,32 @@
-"""Which dimension of an activation has the samples, and which one its channels. Looks at shapes, never at values."""
+"""Which dimension of an activation has the samples: named, known, or confirmed by a probe."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
-from functools import lru_cache
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from cka_hooks.errors import BatchError
-from cka_hooks.features import Layout
 from cka_hooks.names import PerLayer
+from cka_hooks.recording.batches import Given
 from cka_hooks.recording.outputs import INPUT, NotRecordable, tensors_in
-from cka_hooks.recording.probe import Run, Take, sample_dimensions
+from cka_hooks.recording.probe import Probe, Take
 from cka_hooks.recording.routes import Place
-from cka_hooks.recording.snapshot import Snapshot
 
-_CHANNELS_FIRST: tuple[type[nn.Module], ...] = (
+_SPATIAL: tuple[type[nn.Module], ...] = (
     nn.modules.conv._ConvNd,
     nn.modules.batchnorm._NormBase,
-    nn.GroupNorm,
     nn.modules.pooling._MaxPoolNd,
     nn.modules.pooling._AvgPoolNd,
     nn.modules.pooling._AdaptiveAvgPoolNd,
     nn.modules.pooling._AdaptiveMaxPoolNd,
 )
-_SPATIAL = tuple(kind for kind in _CHANNELS_FIRST if kind is not nn.GroupNorm)
 _ELEMENTWISE = (
     *(nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.Identity, nn.modules.dropout._DropoutNd),
     *(getattr(nn, name) for name in nn.modules.activation.__all__ if name not in ("GLU", "MultiheadAttention")),
 )
-_CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.MultiheadAttention)
-# Classes of torchvision and timm that permute to channels last and back, or have no base class of torch's.
-_CHANNELS_FIRST_NAMES = frozenset({"LayerNorm2d", "RmsNorm2d", "SimpleNorm2d", "FrozenBatchNorm2d"})
 _SELF_ATTENTIVE = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
@@ -51,7 +44,6 @@ class SampleDimension:
         samples: in the batch that is under way, None where nothing says it.
         found: label -> the dimension that a probe confirmed, None where there is none, or why it is not known.
         is_settled: whether that was found out, or needs not be.
-        is_plain: whether dimension 0 has the samples everywhere by the kinds of all modules.
         evidence: label -> how the dimension was found, of layers that have one.
     """
 
@@ -60,15 +52,24 @@ class SampleDimension:
         self._everywhere = isinstance(batch_dim, int)
         self._sequence_first = {name: module for name, module in names.items() if _wants_second(module)}
         self._second = {id(part) for module in self._sequence_first.values() for part in _parts(module)}
+        self._inputs: dict[str, tuple[int, ...]] = {}
         self.samples: int | None = None
         self.found: dict[str, int | str | None] = {}
         self.is_settled = self._everywhere
-        self.is_plain = False
+        self._is_plain = False
         self.evidence: dict[str, str] = {}
+
+    def samples_of(self, given: Given) -> int | None:
+        """How many samples a batch has; None where the first layer says it, by the dimension named for all."""
+        return given.shape[0] if given.shape and not self._everywhere else None
 
     def start(self, samples: int | None) -> None:
         """A forward pass of that many samples."""
-        self.samples = None if self._everywhere else samples
+        self.samples = samples
+
+    def settle_plain(self, model: nn.Module, rank: int) -> None:
+        """Nothing has to be found out where the kinds of all modules say it, of an (n, ...) batch of that rank."""
+        self._is_plain = self.is_settled = plain_rank(model, rank) is not None
 
     def of(self, name: str, label: str, shape: tuple[int, ...]) -> int:
         """The dimension of `shape` that has the samples.
@@ -79,7 +80,7 @@ class SampleDimension:
         given = self._given.of(name, None)
         if given is not None:
             dim, how = self._checked(given, shape), NAMED
-        elif self.is_plain:
+        elif self._is_plain:
             dim, how = self._confirmed(0, shape), KNOWN
         elif not self.found and not self.is_settled:
             raise NotRecordable(
@@ -128,8 +129,26 @@ class SampleDimension:
             return isinstance(module, nn.RNNBase)
         return id(module) in self._second
 
-    def confirm(self, run: Run, snapshot: Snapshot, batch: Any, shape: tuple[int, ...], *, always: bool) -> None:
-        """Find out by a probe what nothing names; see :func:`cka_hooks.recording.probe.sample_dimensions`.
+    @contextmanager
+    def watched(self, take: Take) -> Iterator[None]:
+        """Inside, what modules with ``batch_first=False`` are given is shown to a probe, too."""
+
+        def look(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tensor = next(tensors_in((args, kwargs)), None)
+            if tensor is not None and tensor.ndim > 2 and tensor.is_floating_point():
+                self._inputs.setdefault(name, tuple(tensor.shape))
+                take(_input_of(name), tensor, False)
+
+        with ExitStack() as stack:
+            for name, module in self._sequence_first.items():
+                hook = module.register_forward_pre_hook(
+                    lambda module, args, kwargs, name=name: look(name, args, kwargs), with_kwargs=True
+                )
+                stack.callback(hook.remove)
+            yield
+
+    def confirm(self, probe: Probe, shape: tuple[int, ...], *, always: bool) -> None:
+        """Find out by a probe what nothing names; see :meth:`cka_hooks.recording.probe.Probe.sample_dimensions`.
 
         Args:
             shape: of the batch, samples first.
@@ -138,28 +157,10 @@ class SampleDimension:
             BatchError: a module with ``batch_first=False`` gets its samples in dimension 0: either the loader or the
                 module is not what its user thinks.
         """
-        inputs: dict[str, tuple[int, ...]] = {}
-
-        def run_and_look(part: Any, take: Take) -> None:
-            def look(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                tensor = next(tensors_in((args, kwargs)), None)
-                if tensor is not None and tensor.ndim > 2 and tensor.is_floating_point():
-                    inputs.setdefault(name, tuple(tensor.shape))
-                    take(_input_of(name), tensor, False)
-
-            with ExitStack() as stack:
-                for name, module in self._sequence_first.items():
-                    hook = module.register_forward_pre_hook(
-                        lambda module, args, kwargs, name=name: look(name, args, kwargs),
-                        with_kwargs=True,
-                    )
-                    stack.callback(hook.remove)
-                run(part, take)
-
-        self.found, problem = sample_dimensions(run_and_look, snapshot, batch, shape[0], always=always)
+        self.found, problem = probe.sample_dimensions(always=always)
         # Where the model cannot run on the whole batch, the next one may do.
         self.is_settled = problem is None
-        for name, seen in inputs.items():
+        for name, seen in self._inputs.items():
             if self.found.get(_input_of(name)) == 0:
                 kind = type(self._sequence_first[name]).__name__
                 raise BatchError(
@@ -208,48 +209,3 @@ def plain_rank(module: nn.Module, rank: int) -> int | None:
         spatial = int(kind.__name__[-2])
         return rank if rank == spatial + 2 or (rank == 2 and isinstance(module, nn.BatchNorm1d)) else None
     return rank if isinstance(module, _ELEMENTWISE) else None
-
-
-class ChannelDimension:
-    """Where the channels of activations are: known behind some modules, and as before behind all others.
-
-    Known for each number of dimensions by itself: tokens made of images say nothing about images.
-    """
-
-    def __init__(self) -> None:
-        self._layouts: dict[int, Layout] = {}
-
-    def pass_through(self, module: nn.Module, output: object) -> None:
-        """A module has run."""
-        if isinstance(output, Tensor):
-            layout = layout_of(module)
-            if layout is not None:
-                self._layouts[output.ndim] = layout
-            elif type(module).__name__ == "Permute":
-                self._layouts.pop(output.ndim, None)
-
-    def of(self, activation: Tensor) -> Layout | None:
-        """The layout of an activation that was just returned, None where nothing is known of it."""
-        return self._layouts.get(activation.ndim)
-
-
-def layout_of(module: nn.Module) -> Layout | None:
-    """Where a module's output has its channels, None for modules that keep them where they are."""
-    kind: type = type(module)
-    return _layout_of_class(kind)
-
-
-# Hooks ask this in every forward pass.
-@lru_cache(maxsize=1024)
-def _layout_of_class(kind: type) -> Layout | None:
-    if {cls.__name__ for cls in kind.__mro__} & _CHANNELS_FIRST_NAMES or issubclass(kind, _CHANNELS_FIRST):
-        return "first"
-    # GPT-2's Conv1D is a linear layer.
-    if issubclass(kind, _CHANNELS_LAST) or kind.__name__ == "Conv1D":
-        return "last"
-    return None
-
-
-def matters(module: nn.Module) -> bool:
-    """Whether a module tells where channels are, or moves them."""
-    return layout_of(module) is not None or type(module).__name__ == "Permute"

@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ Forward = Callable[[nn.Module, Any], Any]
 LABELS = frozenset(
     {"label", "labels", "label_ids", "target", "targets", "next_sentence_label", "start_positions", "end_positions"}
 )
-MASK = "attention_mask"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +56,26 @@ class Form:
         if self.listed is not None and isinstance(value, Sequence):
             return (len(value),)
         return leading_shape(value) or leading_shape(batch)
+
+
+class Given(NamedTuple):
+    """A batch that a model is about to be called with.
+
+    Attributes:
+        parts: what `call` takes, and what can be cut to fewer samples.
+        batch: what masks are read off.
+        form: of the batch.
+        shape: of its first tensor.
+        value: what the model itself is called with, where nobody's own function comes between; else None.
+        call: calls the model, None where only its user does.
+    """
+
+    parts: Any
+    batch: Any
+    form: Form
+    shape: tuple[int, ...]
+    value: Any
+    call: Callable[[Any], Any] | None
 
 
 def is_sample_list(value: Any, *, is_input: bool = False) -> bool:
@@ -179,27 +198,28 @@ def _is_pair(value: Any) -> bool:
 # Changing batches
 
 
-def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """A batch in which every item is `change(item)`; what that returns None for is gone into, or stays.
+def mapped(value: Any, change: Callable[[Any, str], Any], key: str = "") -> Any:
+    """A batch in which every item is `change(item, key)`; what that returns None for is gone into, or stays.
 
-    Mappings, named tuples, dataclasses and objects of classes for batches keep their types.
+    The key is that of the innermost mapping or object, "" outside of any. Mappings, named tuples, dataclasses and
+    objects of classes for batches keep their types.
     """
-    changed = change(value)
+    changed = change(value, key)
     if changed is not None:
         return changed
     if isinstance(value, Mapping):
-        items = {key: mapped(item, change) for key, item in value.items()}
+        items = {name: mapped(item, change, str(name)) for name, item in value.items()}
         return items if type(value) is dict else _rebuilt(value, items)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(mapped(item, change) for item in value))
+        return type(value)(*(mapped(item, change, key) for item in value))
     if isinstance(value, tuple | list):
-        return type(value)(mapped(item, change) for item in value)
+        return type(value)(mapped(item, change, key) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = {f.name: mapped(getattr(value, f.name), change) for f in dataclasses.fields(value) if f.init}
+        items = {f.name: mapped(getattr(value, f.name), change, f.name) for f in dataclasses.fields(value) if f.init}
         return dataclasses.replace(value, **items)
     if (fields := fields_of(value)) is not None:
         new = copy.copy(value)
-        vars(new).update({name: mapped(item, change) for name, item in fields.items()})
+        vars(new).update({name: mapped(item, change, name) for name, item in fields.items()})
         return new
     return value
 
@@ -218,7 +238,7 @@ def to_device(value: Any, device: torch.device | None) -> Any:
     Graphs and other objects with a method ``to`` are moved by it.
     """
 
-    def moved(item: Any) -> Any:
+    def moved(item: Any, _: str) -> Any:
         if isinstance(item, Tensor):
             return item if item.device == device else item.to(device, non_blocking=True)
         has_own = not isinstance(item, Mapping | type | nn.Module) and callable(getattr(item, "to", None))
@@ -240,7 +260,7 @@ def cut(value: Any, samples: int, index: Sequence[int]) -> Any:
     batches of graphs. Everything else is copied.
     """
 
-    def chosen(item: Any) -> Any:
+    def chosen(item: Any, _: str) -> Any:
         if isinstance(item, Tensor):
             rows = item.ndim > 0 and item.shape[0] == samples
             return item[torch.tensor(index, device=item.device)] if rows else item.clone()
@@ -278,15 +298,17 @@ def arguments(
     keywords = fields_of(value) if isinstance(value, Mapping) or dataclasses.is_dataclass(value) else None
     if keywords is None:
         return (value,), {}
-    return (), {key: item for key, item in keywords.items() if key not in LABELS or _keeps(model, key, keywords)}
+    return (), {
+        key: item for key, item in keywords.items() if key not in LABELS or keeps_labels(model, key, keywords)
+    }
 
 
-def _as_tensor(item: Any) -> Tensor | None:
+def _as_tensor(item: Any, _: str = "") -> Tensor | None:
     is_numeric = isinstance(item, np.ndarray) and item.dtype.kind in "bifc"
     return torch.tensor(np.ascontiguousarray(item)) if is_numeric else None
 
 
-def _keeps(model: nn.Module | None, key: str, keywords: Mapping[str, Any]) -> bool:
+def keeps_labels(model: nn.Module | None, key: str, keywords: Mapping[str, Any]) -> bool:
     """Whether a model is given its labels."""
     if model is None:
         return False
@@ -301,22 +323,6 @@ def _keeps(model: nn.Module | None, key: str, keywords: Mapping[str, Any]) -> bo
         has_input = any(name.startswith("decoder_input") for name in keywords)
         return is_required or (bool(config.is_encoder_decoder) and not has_input)
     return named is not None or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-
-
-def attention_masks(batch: Any) -> Callable[[str], Tensor | None]:
-    """From the name of a layer to the (n, T) attention mask of its tokens, None where there is none.
-
-    In a batch for an encoder and a decoder, layers with "decoder" in their name have the decoder's mask.
-    """
-    keywords = fields_of(Form.of(batch).input_of(batch)) or {}
-    found = {key: keywords.get(key) for key in (MASK, f"decoder_{MASK}")}
-    masks = {key: mask for key, mask in found.items() if isinstance(mask, Tensor) and mask.ndim == 2}
-    two = any(key.startswith("decoder_") for key in keywords)
-
-    def mask_of(layer: str) -> Tensor | None:
-        return masks.get(f"decoder_{MASK}" if two and "decoder" in layer.split(".") else MASK)
-
-    return mask_of
 
 
 def targets(batch: Any, form: Form | None = None) -> Tensor | None:

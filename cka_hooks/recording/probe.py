@@ -34,7 +34,7 @@ Take = Callable[[str, Tensor, bool], None]
 Run = Callable[[Any, Take], None]
 
 
-class _Glance(NamedTuple):
+class Glance(NamedTuple):
     """What a pass showed of one layer.
 
     Attributes:
@@ -50,10 +50,11 @@ class _Glance(NamedTuple):
     eps: float
 
 
-class _Pass:
+class Look:
     """One pass over some samples of the batch.
 
     Attributes:
+        samples: how many.
         seen: what each layer showed, the first call of each label.
         drew: whether the model drew random numbers.
         problem: what ended it early, None where it ran through.
@@ -61,7 +62,7 @@ class _Pass:
 
     def __init__(self, run: Run, snapshot: Snapshot, batch: Any, samples: int, positions: Sequence[int]) -> None:
         self.samples = samples
-        self.seen: dict[str, _Glance] = {}
+        self.seen: dict[str, Glance] = {}
         self.problem: str | None = None
         self._positions = list(positions)
         try:
@@ -80,7 +81,7 @@ class _Pass:
             for dim, size in enumerate(activation.shape)
             if size == self.samples
         }
-        self.seen[label] = _Glance(tuple(activation.shape), slices, second, torch.finfo(activation.dtype).eps)
+        self.seen[label] = Glance(tuple(activation.shape), slices, second, torch.finfo(activation.dtype).eps)
 
 
 def _numbers(activation: Tensor, dim: int, positions: Sequence[int]) -> Tensor:
@@ -89,6 +90,56 @@ def _numbers(activation: Tensor, dim: int, positions: Sequence[int]) -> Tensor:
     rows = activation.detach().index_select(dim, index).movedim(dim, 0).reshape(len(positions), -1)
     step = max(1, rows.numel() // _NUMBERS)
     return rows[:, ::step].cpu().double()
+
+
+class Probe:
+    """Passes over parts of a batch, after each of which the model and all random states are as before.
+
+    Args:
+        run: runs the model on a batch.
+        snapshot: of the model.
+        batch: the first batch.
+        samples: in it.
+
+    Attributes:
+        few: a few samples of the batch.
+        first: the pass over these.
+    """
+
+    def __init__(self, run: Run, snapshot: Snapshot, batch: Any, samples: int) -> None:
+        self._run, self._snapshot, self._batch, self._samples = run, snapshot, batch, samples
+        count = min(samples, FEW)
+        self._chosen = [samples * i // count for i in range(count)]
+        self.few = cut(batch, samples, self._chosen)
+        self.first = self.look(self.few, count)
+
+    def look(self, batch: Any, samples: int, positions: Sequence[int] | None = None) -> Look:
+        """A pass over a batch of that many samples, of which those at `positions`, or all, are looked at."""
+        return Look(self._run, self._snapshot, batch, samples, range(samples) if positions is None else positions)
+
+    def sample_dimensions(self, *, always: bool = False) -> Findings:
+        """The dimension with the samples of every layer that runs.
+
+        Args:
+            always: make every pass, also one that is not needed: as ranks must that make each one together.
+        """
+        first, samples = self.first, self._samples
+        order = {1: [0, 0], 2: [1, 0, 0]}.get(first.samples, [2, 0])
+        second = self.look(cut(self._batch, samples, [self._chosen[i] for i in order]), len(order))
+        labels = {**first.seen, **second.seen}
+        found = {label: _by_size(label, first, second, order) for label in labels}
+        problem = first.problem or second.problem
+        if samples == 1 or not (always or problem or OPEN in found.values()):
+            return Findings({label: _unknown(problem) if dim == OPEN else dim for label, dim in found.items()})
+        several = min(samples, _SLICES)
+        looked_at = [(samples - 1) * i // (several - 1) for i in range(several)]
+        whole = self.look(cut(self._batch, samples, range(samples)), samples, looked_at)
+        mirrored = [samples - 1 - i for i in looked_at]
+        turned = self.look(cut(self._batch, samples, range(samples)[::-1]), samples, mirrored)
+        for label in {**labels, **whole.seen}:
+            if found.get(label, OPEN) == OPEN:
+                found[label] = _by_order(label, whole, turned, problem or whole.problem or turned.problem)
+        return Findings(found, whole.problem)
 
 
 class Findings(NamedTuple):
@@ -103,38 +154,16 @@ class Findings(NamedTuple):
     problem: str | None = None
 
 
-def sample_dimensions(run: Run, snapshot: Snapshot, batch: Any, samples: int, *, always: bool = False) -> Findings:
-    """The dimension with the samples of every layer that runs.
-
-    Args:
-        run: runs the model on a batch.
-        snapshot: of the model; put back after every pass.
-        batch: the first batch.
-        samples: in it.
-        always: make every pass, also one that is not needed: as ranks must that make each one together.
-    """
-    few = min(samples, FEW)
-    chosen = [samples * i // few for i in range(few)]
-    order = {1: [0, 0], 2: [1, 0, 0]}.get(few, [2, 0])
-    first = _Pass(run, snapshot, cut(batch, samples, chosen), few, range(few))
-    second = _Pass(run, snapshot, cut(batch, samples, [chosen[i] for i in order]), len(order), range(len(order)))
-    labels = {**first.seen, **second.seen}
-    found = {label: _by_size(label, first, second, order) for label in labels}
-    problem = first.problem or second.problem
-    if samples == 1 or not (always or problem or OPEN in found.values()):
-        return Findings({label: _unknown(problem) if dim == OPEN else dim for label, dim in found.items()})
-    several = min(samples, _SLICES)
-    looked_at = [(samples - 1) * i // (several - 1) for i in range(several)]
-    whole = _Pass(run, snapshot, cut(batch, samples, range(samples)), samples, looked_at)
-    mirrored = [samples - 1 - i for i in looked_at]
-    turned = _Pass(run, snapshot, cut(batch, samples, range(samples)[::-1]), samples, mirrored)
-    for label in {**labels, **whole.seen}:
-        if found.get(label, OPEN) == OPEN:
-            found[label] = _by_order(label, whole, turned, problem or whole.problem or turned.problem)
-    return Findings(found, whole.problem)
+def is_same(before: Glance, after: Glance) -> bool:
+    """Whether two passes showed the same numbers."""
+    for dim, numbers in before.slices.items() if before.shape == after.shape else ():
+        largest = float(numbers.nan_to_num().abs().max()) if numbers.numel() else 0.0
+        if not torch.allclose(numbers, after.slices[dim], rtol=0, atol=8 * before.eps * largest, equal_nan=True):
+            return False
+    return before.shape == after.shape
 
 
-def _by_size(label: str, first: _Pass, second: _Pass, order: list[int]) -> int | str | None:
+def _by_size(label: str, first: Look, second: Look, order: list[int]) -> int | str | None:
     """The dimension whose size and slices follow the samples, None where none does; OPEN where that does not tell."""
     before, after = first.seen.get(label), second.seen.get(label)
     if before is None or after is None:
@@ -151,7 +180,7 @@ def _by_size(label: str, first: _Pass, second: _Pass, order: list[int]) -> int |
     return OPEN if fitting or _may_be_fixed(before.shape, after.shape, first.samples, second.samples) else None
 
 
-def _alike(before: _Glance, after: _Glance, dim: int, order: Sequence[int]) -> bool | None:
+def _alike(before: Glance, after: Glance, dim: int, order: Sequence[int]) -> bool | None:
     """Whether slices of one pass are those of the same samples in the other; None where no number could tell."""
     a, b = before.slices[dim], after.slices[dim]
     if a.shape[1] != b.shape[1]:
@@ -173,7 +202,7 @@ def _may_be_fixed(before: tuple[int, ...], after: tuple[int, ...], samples: int,
     return before != after and not folded and math.prod(before) * fewer == math.prod(after) * samples
 
 
-def _by_order(label: str, whole: _Pass, turned: _Pass, problem: str | None) -> int | str | None:
+def _by_order(label: str, whole: Look, turned: Look, problem: str | None) -> int | str | None:
     """The dimension whose slices are turned round with the samples, None where none is, or why it is not known."""
     before, after = whole.seen.get(label), turned.seen.get(label)
     if before is None or after is None:

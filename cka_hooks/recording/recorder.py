@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from threading import get_ident
 from typing import Any
@@ -18,12 +18,15 @@ from torch import Tensor, nn
 
 from cka_hooks.errors import LayerError, OptionError
 from cka_hooks.precision import without_gradients
-from cka_hooks.recording import axes, batches, guest
+from cka_hooks.recording import batches, guest
+from cka_hooks.recording.batches import Given
 from cka_hooks.recording.describe import Description, described
 from cka_hooks.recording.layers import Layers, check_model, named_layers, select_layers, unwrap
 from cka_hooks.recording.left_out import silent, twice_named
-from cka_hooks.recording.long_way import Features, LongWay
-from cka_hooks.recording.probe import Take
+from cka_hooks.recording.long_way import LongWay
+from cka_hooks.recording.padding import MaskOption
+from cka_hooks.recording.probe import Probe, Take
+from cka_hooks.recording.reductions import Features, Reductions
 from cka_hooks.recording.routes import Consumer, Pass, taps_of
 from cka_hooks.recording.snapshot import Snapshot
 
@@ -50,6 +53,11 @@ class LayerRecorder:
             to one; see :func:`cka_hooks.features.feature_rows`. "flatten" hands over the activation as it is.
         batch_dim: the dimension with the samples where it cannot be told: for the batch and all layers, or a
             mapping from layer pattern to it.
+        channel_dim: the dimension with the channels, as the layer returns it, where a reduction needs it and it
+            cannot be told: for all layers, or a mapping from layer pattern to it.
+        mask: a function of the batch that returns the mask (n, T) of its padding, bool or int, nonzero where a
+            position counts, or a mapping from layer pattern to such functions. In a loop of your own the batch is
+            what the model was called with. None: ``attention_mask`` and ``decoder_attention_mask``.
         forward: ``(model, batch) -> anything``, how :meth:`stream` runs the model.
         detach: hand activations over without their graph. False keeps it, so that a loss of them can be
             differentiated; a consumer that copies has to keep it, too.
@@ -83,6 +91,8 @@ class LayerRecorder:
         features: Features = "flatten",
         batch_dim: int | Mapping[str, int] | None = None,
         forward: batches.Forward | None = None,
+        channel_dim: int | Mapping[str, int] | None = None,
+        mask: MaskOption = None,
         detach: bool = True,
     ) -> None:
         self.model = check_model(model)
@@ -90,9 +100,11 @@ class LayerRecorder:
         self._names = named_layers(model)
         self._modules = list(dict.fromkeys(self._names.values()))
         self._now = Pass()
-        self._long_way = LongWay(self._names, self._now, features, batch_dim, detach)
         self._by_default = layers is None
         selections = select_layers(model, layers)
+        chosen = {selection.name for selection in selections}
+        self._reductions = Reductions(self._names, chosen, features, channel_dim, mask)
+        self._long_way = LongWay(self._names, self._now, self._reductions, batch_dim, detach)
         self._taps = taps_of(
             selections, self._now, self._long_way.go, self._long_way.hand_over, only_leaves=layers is None
         )
@@ -157,7 +169,8 @@ class LayerRecorder:
     def _attach(self) -> None:
         guest.run_eagerly(self)
         unwrap(self.model).register_forward_pre_hook(self._on_start, prepend=True, with_kwargs=True)
-        for module in self._long_way.followed:
+        unwrap(self.model).register_forward_hook(self._on_end)
+        for module in self._reductions.followed:
             module.register_forward_hook(self._long_way.follow)
         for tap in self._taps.values():
             tap.attach()
@@ -181,8 +194,7 @@ class LayerRecorder:
 
     # One forward pass
 
-    @contextmanager
-    def forward_pass(self, batch: Any, *, limit: int | None = None) -> Iterator[None]:
+    def forward_pass(self, batch: Any, *, limit: int | None = None) -> AbstractContextManager[None]:
         """One minibatch, whose samples and padding are read off the batch and not off the model's arguments.
 
         Inside it, every call of a module counts towards ``name#2``, also if the model is called repeatedly.
@@ -191,14 +203,7 @@ class LayerRecorder:
             batch: what the loader yielded.
             limit: hand over only that many samples, the first ones.
         """
-        self._start(self._form_of(batch).shape(batch), batch, limit)
-        self._managed = True
-        self._listen()
-        try:
-            yield
-        finally:
-            self._managed = False
-            self._listen()
+        return self._pass(self._given(batch, None), limit)
 
     def run(self, batch: Any, *, limit: int | None = None, number: int | None = None) -> Any:
         """One minibatch through the model: :meth:`confirm`, where that is due, and a :meth:`forward_pass`.
@@ -215,72 +220,97 @@ class LayerRecorder:
             BatchError: the model cannot be called with the batch.
             LayerError: a layer that was asked for by name cannot be recorded.
         """
-        self.confirm(batch)
-        with self.forward_pass(batch, limit=limit):
+        with self._pass(self._given(batch, self._call), limit):
             return self._call(batch, number)
 
     def confirm(self, batch: Any) -> None:
-        """Find out from the first batch which dimension of each layer has the samples; later calls do nothing.
+        """Find out from the first batch what the kinds of modules do not say; :meth:`run` does it where it is due.
 
-        Where the kinds of modules do not say it, the model runs on a few samples of the batch and on one fewer, and
-        where these do not tell, on the whole batch as it is and in reversed order. Then the model, its attributes and
-        all random states are as before.
+        The model runs on a few samples of the batch and on one fewer, to see which dimensions follow; where these do
+        not tell, on the whole batch as it is and in reversed order. With a mask in the batch, it runs on fewer
+        positions, too. Then the model, its attributes and all random states are as before.
 
         Raises:
             BatchError: a module with ``batch_first=False`` gets its samples in dimension 0.
         """
-        value = self._form_of(batch).input_of(batch) if self._forward is None else None
-        self._confirm(batch, self._form_of(batch).shape(batch), self._call, value)
+        given = self._given(batch, self._call)
+        self._reductions.begin(given, self._long_way.dimension.samples_of(given), None)
+        self._confirm(given)
 
-    def _form_of(self, batch: Any) -> batches.Form:
+    def _given(self, batch: Any, call: Callable[[Any], Any] | None) -> Given:
         if self._form is None:
             self._form = batches.Form.of(batch)
-        return self._form
+        value = self._form.input_of(batch) if self._forward is None else None
+        return Given(batch, batch, self._form, self._form.shape(batch), value, call)
 
     def _call(self, batch: Any, number: int | None = None) -> Any:
         return batches.call(guest.runnable(self.model), batch, self._forward, self._form, number)
 
-    def _confirm(self, batch: Any, shape: tuple[int, ...], call: Callable[[Any], Any], value: Any) -> None:
+    def _confirm(self, given: Given) -> None:
         dimension = self._long_way.dimension
-        if dimension.is_settled or self._now.show is not None:
+        if given.call is None or not given.shape:
             return
-        if isinstance(value, Tensor) and axes.plain_rank(unwrap(self.model), value.ndim) is not None:
-            dimension.is_plain = dimension.is_settled = True
-        elif shape:
+        if not dimension.is_settled and isinstance(given.value, Tensor):
+            dimension.settle_plain(unwrap(self.model), given.value.ndim)
+        if dimension.is_settled and not self._reductions.needs_probe:
+            return
+        # What is cut out of a batch is no part of its graph.
+        with torch.no_grad():
             snapshot = Snapshot(guest.runnable(self.model))
-            run = partial(self._show, call)
-            # What is cut out of a batch is no part of its graph.
-            with torch.no_grad():
-                dimension.confirm(run, snapshot, batch, shape, always=guest.is_sharded(self.model))
+            probe = Probe(partial(self._show, given.call), snapshot, given.parts, given.shape[0])
+            if not dimension.is_settled:
+                dimension.confirm(probe, given.shape, always=guest.is_sharded(self.model))
+            self._reductions.confirm(probe, given)
 
     def _show(self, call: Callable[[Any], Any], batch: Any, take: Take) -> None:
         """A pass that hands nothing over: what layers return is shown to a probe."""
         managed, self._managed = self._managed, True
         try:
             self._listen()
-            with self._now.shown_to(take), warnings.catch_warnings(), torch.no_grad():
+            with self._now.shown_to(take), self._long_way.dimension.watched(take), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self._begin((), None, None)
+                self._restart(None)
                 call(batch)
         finally:
             self._managed = managed
             self._listen()
 
     def _on_start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._managed and self._now.concerns():
-            shape = batches.leading_shape(*args, kwargs)
-            value = args[0] if len(args) == 1 and not kwargs else None
-            self._confirm((args, kwargs), shape, lambda batch: module(*batch[0], **batch[1]), value)
-            self._start(shape, kwargs, None)
+        if self._managed or not self._now.concerns():
+            return
+        shape = batches.leading_shape(*args, kwargs)
+        value = args[0] if len(args) == 1 and not kwargs else None
+        seen = kwargs if not args else (*args, kwargs) if kwargs else args
+        call = lambda parts: module(*parts[0], **parts[1])  # noqa: E731
+        self._start(Given((args, kwargs), seen, batches.Form(), shape, value, call), None)
 
-    def _start(self, shape: tuple[int, ...], batch: Any, limit: int | None) -> None:
+    def _on_end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self._managed and self._now.concerns():
+            self._reductions.tell()
+
+    @contextmanager
+    def _pass(self, given: Given, limit: int | None) -> Iterator[None]:
+        self._start(given, limit)
+        self._managed = True
+        self._listen()
+        try:
+            yield
+        finally:
+            self._managed = False
+            self._listen()
+        self._reductions.tell()
+
+    def _start(self, given: Given, limit: int | None) -> None:
         self._started = True
         if self._varying and not self.only_in_passes and guest.warned_of_train_mode(self._varying):
             self._varying = {}
-        self._begin(shape, batch, limit)
+        samples = self._long_way.dimension.samples_of(given)
+        self._reductions.begin(given, samples, limit)
+        self._confirm(given)
+        self._restart(samples)
 
-    def _begin(self, shape: tuple[int, ...], batch: Any, limit: int | None) -> None:
-        self._long_way.begin(shape, batch, limit)
+    def _restart(self, samples: int | None) -> None:
+        self._long_way.restart(samples)
         for tap in self._taps.values():
             tap.restart()
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._C import _current_graph_task_id, _functorch
 from torch.nn.utils.rnn import PackedSequence
 
-from cka_hooks.features import Layout, Reduction, memory_order
+from cka_hooks.features import Reduction, memory_order
 from cka_hooks.recording import outputs
 from cka_hooks.recording.guest import remove_hooks
 from cka_hooks.recording.layers import Selection
@@ -111,7 +111,7 @@ class Route:
         is_input: whether the layer is what the module is given.
         axis: the dimension with the samples.
         reduction: of the activation.
-        layout: where a reduction finds the channels.
+        channels: the dimension in which a reduction finds the channels.
         product: see :func:`slots_of`.
 
     Args:
@@ -128,9 +128,9 @@ class Route:
         "_order",
         "_rank",
         "axis",
+        "channels",
         "is_input",
         "label",
-        "layout",
         "product",
         "reduction",
         "selection",
@@ -142,7 +142,7 @@ class Route:
         self.is_input = is_input(selection)
         self.axis = 0
         self.reduction: Reduction | str = "flatten"
-        self.layout: Layout | None = None
+        self.channels: int | None = None
         self.product: Product | None = None
         self._detour = detour
         part = selection.part

@@ -17,6 +17,7 @@ from cka_hooks.options import Options, whole
 from cka_hooks.recording import batches
 from cka_hooks.recording.guest import RandomStream, untouched
 from cka_hooks.recording.layers import Layers, select_layers, unwrap
+from cka_hooks.recording.padding import MaskOption
 from cka_hooks.recording.recorder import LayerRecorder, nothing_ran
 from cka_hooks.results.result import CKAResult
 from cka_hooks.run import class_order, replay
@@ -26,7 +27,7 @@ from cka_hooks.similarity.accumulator import CKAAccumulator
 from cka_hooks.similarity.estimate import result_of
 from cka_hooks.similarity.state import State, Step
 
-_OWN_OPTIONS = ("layers", "features", "batch_dim", "forward", "sample_ids")
+_OWN_OPTIONS = ("layers", "features", "batch_dim", "channel_dim", "mask", "forward", "sample_ids")
 # Batches of a pass that are known again.
 _REMEMBERED = 256
 
@@ -75,6 +76,8 @@ class Comparison:
         minibatch: int | None = None,
         features: Reduction | str | Mapping[str, Reduction | str] = "flatten",
         batch_dim: int | Mapping[str, int] | None = None,
+        channel_dim: int | Mapping[str, int] | None = None,
+        mask: MaskOption = None,
         forward: batches.Forward | Mapping[str, batches.Forward] | None = None,
         sample_ids: SampleIds | None = None,
         seed: int = 0,
@@ -88,6 +91,8 @@ class Comparison:
             minibatch=minibatch,
             features=features,
             batch_dim=batch_dim,
+            channel_dim=channel_dim,
+            mask=mask,
             forward=forward,
             sample_ids=sample_ids,
             layers=layers,
@@ -126,6 +131,8 @@ class Comparison:
                 consumer=_Labelled(name, self._accumulator),
                 features=features,
                 batch_dim=batch_dim,
+                channel_dim=channel_dim,
+                mask=mask,
                 forward=forwards[name],
             )
             # Two names may stand for one model, or for models that share a part.

@@ -1,0 +1,166 @@
+"""Which dimension of an activation has the channels: named, or known from the kinds of modules that just ran."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import WeakValueDictionary
+
+from torch import Tensor, nn
+
+from cka_hooks.errors import warn
+from cka_hooks.names import PerLayer
+from cka_hooks.recording.outputs import tensors_in
+
+# Kinds, the dimension in which they put their channels, and the attribute with the number of these.
+_DECLARED: tuple[tuple[type[nn.Module], int, str], ...] = (
+    (nn.modules.conv._ConvNd, 1, "out_channels"),
+    (nn.modules.batchnorm._NormBase, 1, "num_features"),
+    (nn.GroupNorm, 1, "num_channels"),
+    (nn.Linear, -1, "out_features"),
+    (nn.Embedding, -1, "embedding_dim"),
+    (nn.MultiheadAttention, -1, "embed_dim"),
+    (nn.LayerNorm, -1, "normalized_shape"),
+    (nn.RMSNorm, -1, "normalized_shape"),
+)
+# Classes of torchvision, timm and transformers without a base class of torch's, or that put channels elsewhere.
+_BY_NAME = {
+    "Conv1D": (-1, "nf"),
+    "FrozenBatchNorm2d": (1, "weight"),
+    "LayerNorm2d": (1, "normalized_shape"),
+    "RmsNorm2d": (1, "normalized_shape"),
+    "SimpleNorm2d": (1, "normalized_shape"),
+}
+# Modules of these files of torch.nn leave the channels where they are.
+_TRANSPARENT = frozenset({"activation", "dropout", "padding", "pixelshuffle", "pooling", "upsampling"})
+
+
+class Channels:
+    """Finds the dimension with the channels of activations that are averaged, or of which one position is taken.
+
+    Known is what a module of a known kind returned, if it has as many channels there as the module declares, and what
+    torch's activations, dropouts and pools made of that very tensor. What comes behind such a module counts as known
+    if it has as many channels in the same place and has not as many in the other. Everything else is taken as
+    (n, T, C) or (n, C, ...), which is said once where it matters.
+
+    Args:
+        names: the model's modules.
+        channel_dim: the dimension, as the layer returns it, for every layer, or a mapping from layer pattern to it.
+    """
+
+    def __init__(self, names: Mapping[str, nn.Module], channel_dim: int | Mapping[str, int] | None) -> None:
+        self._given = PerLayer(channel_dim, names, "channel_dim")
+        self._found: dict[tuple[str, int], int] = {}
+        self._guessed: dict[str, tuple[int, ...]] = {}
+        self._is_told = False
+        self.restart()
+
+    def restart(self) -> None:
+        """A forward pass begins. What was found in one holds for all others."""
+        self._follows = not self._found
+        # By number of dimensions, since tokens made of images say nothing about images: dimension and channels.
+        self._last: dict[int, tuple[int, int]] = {}
+        self._known: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+        self._dims: dict[int, int] = {}
+
+    def pass_through(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A module has run."""
+        tensor = next(tensors_in(output), None) if self._follows else None
+        if tensor is None or tensor.ndim < 3:
+            return
+        dim = declared_dim(module, tensor.shape)
+        if dim is None and args and isinstance(args[0], Tensor):
+            dim = self._kept_dim(module, args[0], tensor)
+        if dim is not None:
+            self._known[id(tensor)] = tensor
+            self._dims[id(tensor)] = dim
+            self._last[tensor.ndim] = dim, tensor.shape[dim]
+
+    def _kept_dim(self, module: nn.Module, given: Tensor, returned: Tensor) -> int | None:
+        """Where the channels are in what a module made of a tensor in which they are known."""
+        dim = self._known_dim(given)
+        if dim is None or given.ndim != returned.ndim:
+            return None
+        if _is_transparent(module):
+            return dim
+        dims = getattr(module, "dims", None) if type(module).__name__ == "Permute" else None
+        return list(dims).index(dim) if isinstance(dims, Sequence) and dim in dims else None
+
+    def _known_dim(self, tensor: Tensor) -> int | None:
+        return self._dims[id(tensor)] if self._known.get(id(tensor)) is tensor else None
+
+    def of(self, name: str, label: str, activation: Tensor, batch_dim: int) -> int | None:
+        """The dimension with the channels; None for (n, d), which has nothing else.
+
+        Args:
+            name: of the module.
+            label: of the layer.
+            activation: as the module returned it.
+            batch_dim: where its samples are.
+        """
+        rank = activation.ndim
+        if rank < 3:
+            return None
+        given = self._given.of(name, None)
+        if given is not None:
+            return int(given)
+        if (label, rank) not in self._found:
+            self._found[label, rank] = self._told(label, activation, batch_dim)
+        return self._found[label, rank]
+
+    def _told(self, label: str, activation: Tensor, batch_dim: int) -> int:
+        shape, rank = tuple(activation.shape), activation.ndim
+        known = self._known_dim(activation)
+        if known is not None and known != batch_dim:
+            return known
+        others = [dim for dim in range(rank) if dim != batch_dim]
+        usual, unusual = (others[-1], others[0]) if rank == 3 else (others[0], others[-1])
+        last, count = self._last.get(rank, (None, 0))
+        if last in (usual, unusual):
+            elsewhere = unusual if last == usual else usual
+            if shape[last] == count and shape[elsewhere] != count:
+                return last
+        if rank > 3 or last == unusual:
+            self._guessed[label] = shape
+        return usual
+
+    def warn(self) -> None:
+        """Say once which layers were taken for usual ones."""
+        if self._guessed and not self._is_told:
+            self._is_told = True
+            some = ", ".join(f"{label!r} {shape}" for label, shape in list(self._guessed.items())[:5])
+            more = f" and {len(self._guessed) - 5} more" if len(self._guessed) > 5 else ""
+            warn(
+                f"nothing says which dimension has the channels of {some}{more}: images are taken as (n, C, ...) and "
+                "tokens as (n, T, C). channel_dim= names it, for all layers (channel_dim=1) or some of them "
+                "(channel_dim={'stages.*': 1})"
+            )
+
+
+def matters(module: nn.Module) -> bool:
+    """Whether what a module returns tells where the channels are."""
+    is_known = isinstance(module, tuple(kind for kind, _, _ in _DECLARED)) or _is_transparent(module)
+    return is_known or any(kind.__name__ in (*_BY_NAME, "Permute") for kind in type(module).__mro__)
+
+
+def _is_transparent(module: nn.Module) -> bool:
+    folder, _, file = type(module).__module__.rpartition(".")
+    return isinstance(module, nn.Identity) or (folder == "torch.nn.modules" and file in _TRANSPARENT)
+
+
+def declared_dim(module: nn.Module, shape: Sequence[int]) -> int | None:
+    """The dimension in which the kind of a module puts its channels, if that has as many as the module declares."""
+    named = [_BY_NAME[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _BY_NAME]
+    kinds = [(dim, attribute) for kind, dim, attribute in _DECLARED if isinstance(module, kind)]
+    for dim, attribute in (*named, *kinds)[:1]:
+        if getattr(module, "data_format", None) == "channels_first":
+            dim = 1
+        count = getattr(module, attribute, None)
+        if isinstance(count, Tensor):
+            count = tuple(count.shape)
+        if isinstance(count, tuple):
+            count = count[0] if len(count) == 1 else None
+        fits = not isinstance(module, nn.modules.conv._ConvNd) or len(shape) == len(module.stride) + 2
+        if fits and len(shape) > 2 and shape[dim] == count:
+            return dim % len(shape)
+    return None

@@ -1,0 +1,325 @@
+"""Which positions of which layers are padding: a mask of the batch is put only where it is known to belong.
+
+That a layer has as many positions as a mask decides nothing: a picture may have as many as its caption. Some samples
+of the first batch run once more, with less positions of what the mask speaks of, and the dimensions that follow have
+its positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cka_hooks.errors import BatchError, OptionError, warn
+from cka_hooks.names import PerLayer
+from cka_hooks.recording import batches
+from cka_hooks.recording.layers import ROOT
+from cka_hooks.recording.probe import Glance, Probe, is_same
+
+MaskOf = Callable[[Any], Tensor | None]
+MaskOption = MaskOf | Mapping[str, MaskOf | None] | None
+# The key of a batch, or the user's function.
+Source = str | MaskOf
+
+MASK, DECODER_MASK, LABELS = "attention_mask", "decoder_attention_mask", "labels"
+# Labels that losses leave out.
+_IGNORED = -100
+_FRAMES = "_get_feature_vector_attention_mask"
+
+
+class _Fit(NamedTuple):
+    """The dimensions of a layer that have a mask's positions, and what makes the mask one of these positions."""
+
+    dims: tuple[int, ...]
+    frames: Callable[[int, Tensor], Tensor] | None = None
+
+
+# A layer with other positions, and one that nothing of what the mask speaks of has reached.
+_OTHER, _APART = _Fit(()), _Fit((-1,))
+
+
+class Padding:
+    """Finds the masks of each batch, and which one is of the positions of which layer.
+
+    Args:
+        names: the model's modules.
+        mask: a function of the batch that returns its mask (n, T), nonzero where a position counts, or a mapping from
+            layer pattern to such a function, or to None for no mask. None: what the batch has under the names that
+            transformers gives them.
+
+    Raises:
+        OptionError: `mask` is something else.
+    """
+
+    def __init__(self, names: Mapping[str, nn.Module], mask: MaskOption) -> None:
+        self._given = PerLayer(mask, names, "mask")
+        for value in self._given.values:
+            if value is not None and not callable(value):
+                raise OptionError(
+                    f"mask= has {type(value).__qualname__}: it is a function of a batch that returns the mask "
+                    "(n, T), such as lambda batch: batch[1], or a mapping from layer pattern to such functions"
+                )
+        self._is_named = isinstance(mask, Mapping)
+        self._model = names[ROOT]
+        self._frames = {name: module for name, module in names.items() if hasattr(module, _FRAMES)}
+        self._probed: set[Source] = set()
+        self._fits: dict[tuple[str, Source], _Fit] = {}
+        self._found: dict[Source, Tensor] = {}
+        self._framed: dict[tuple[Source, int], Tensor] = {}
+        self._zeros: bool | None = None
+        self._suspect: str | None = None
+        self._unused: dict[str, Source] = {}
+        self._kept: list[str] = []
+        self._told: set[str] = set()
+
+    # The masks of a batch
+
+    def start(self, batch: Any, form: batches.Form, samples: int | None) -> None:
+        """A forward pass of a batch begins.
+
+        Raises:
+            BatchError: what `mask` returned is no mask of the batch.
+        """
+        self._found, self._framed, self._zeros = {}, {}, None
+        for function in self._given.values:
+            if function is not None:
+                mask = function(batch)
+                if mask is not None:
+                    self._found[function] = _checked(mask, samples)
+        keywords = _keywords(batch, form)
+        if self._is_named or not any(self._given.values):
+            found: dict[str, Any] = {key: keywords.get(key) for key in (MASK, DECODER_MASK)}
+            labels = keywords.get(LABELS)
+            if found[DECODER_MASK] is None and isinstance(labels, Tensor) and not labels.is_floating_point():
+                makes_input = hasattr(getattr(self._model, "config", None), "is_encoder_decoder")
+                if makes_input and batches.keeps_labels(self._model, LABELS, keywords):
+                    found[LABELS] = labels != _IGNORED
+            self._found |= {key: it for key, it in found.items() if isinstance(it, Tensor) and it.ndim == 2}
+            if not self._told:
+                self._suspect = _suspect(batch, form, keywords)
+
+    @property
+    def needs_probe(self) -> bool:
+        """Whether the batch has a mask of which it is not known yet whose it is."""
+        return not self._probed.issuperset(self._found)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether padding that is kept as data is still to be told of."""
+        return "kept" not in self._told and self.has_zeros
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether a mask of the batch has zeros. One on an accelerator is not looked at: that would wait."""
+        if self._zeros is None:
+            self._zeros = any(
+                mask.device.type == "cpu" and not bool((mask != 0).all()) for mask in self._found.values()
+            )
+        return self._zeros
+
+    # Which layer has which
+
+    def confirm(self, probe: Probe, samples: int) -> None:
+        """Find out by a probe which dimensions of which layers have the positions of the batch's masks.
+
+        Args:
+            probe: of the batch.
+            samples: in the batch.
+        """
+        for source, mask in self._found.items():
+            length = mask.shape[1]
+            # A step of a recording is many of its numbers.
+            less = length - (max(1, length // 4) if self._frames else 1)
+            short, is_shorter = _shortened(probe.few, probe.first.samples, length, less, source)
+            if source in self._probed or len(mask) != samples or less < 1 or not is_shorter:
+                continue
+            second = probe.look(short, probe.first.samples)
+            for label, before in probe.first.seen.items():
+                if label in second.seen:
+                    self._fits[label, source] = self._fit(label, before, second.seen[label], length, less)
+        self._probed.update(self._found)
+
+    def _fit(self, label: str, before: Glance, after: Glance, length: int, less: int) -> _Fit:
+        if len(before.shape) != len(after.shape):
+            return _OTHER
+        sizes = list(zip(before.shape, after.shape, strict=True))
+        dims = tuple(dim for dim, size in enumerate(sizes) if size == (length, less))
+        if dims:
+            return _Fit(dims)
+        for name, module in self._frames.items():
+            if name != ROOT and not label.startswith(f"{name}."):
+                continue
+            for more in ({"add_adapter": False}, {"add_adapter": True}, {}):
+                wanted = _frames_of(module, length, more), _frames_of(module, less, more)
+                dims = tuple(dim for dim, size in enumerate(sizes) if None not in wanted and size == wanted)
+                if dims:
+                    return _Fit(dims, partial(getattr(module, _FRAMES), **more))
+        return _APART if is_same(before, after) else _OTHER
+
+    def of(self, name: str, label: str, shape: tuple[int, ...]) -> list[tuple[Tensor, tuple[int, ...]]]:
+        """The masks of a layer, each with the dimensions whose positions it speaks of.
+
+        Args:
+            name: of the module.
+            label: of the layer.
+            shape: of its activation, as the module returned it.
+        """
+        if len(shape) < 3 or not self._found:
+            return []
+        masks, unused = [], None
+        for source in self._sources(name):
+            fit = self._fits.get((label, source))
+            mask: Tensor | None = self._found[source]
+            assert mask is not None
+            if callable(source) and (fit is None or (self._is_named and fit in (_OTHER, _APART))):
+                # Nobody but the user can know.
+                fit = _Fit(tuple(dim for dim, size in enumerate(shape) if dim > 0 and size == mask.shape[1]))
+            if fit is _APART:
+                continue
+            dims = fit.dims if fit is not None else ()
+            if fit is not None and fit.frames is not None:
+                mask = self._frame(source, fit.frames, shape[dims[0]])
+            dims = tuple(dim for dim in dims if dim < len(shape) and shape[dim] == mask.shape[1])
+            if dims:
+                masks.append((mask, dims))
+            else:
+                unused = source
+        if unused is not None and not masks:
+            self._unused.setdefault(label, unused)
+        return masks
+
+    def _sources(self, name: str) -> list[Source]:
+        given = self._given.of(name, LABELS)
+        if callable(given):
+            return [given] if given in self._found else []
+        if given is None and self._is_named:
+            return []
+        return [source for source in self._found if isinstance(source, str)]
+
+    def _frame(self, source: Source, frames: Callable[[int, Tensor], Tensor], size: int) -> Tensor:
+        if (source, size) not in self._framed:
+            self._framed[source, size] = frames(size, (self._found[source] != 0).long())
+        return self._framed[source, size]
+
+    # What is said
+
+    def keeps(self, label: str, name: str, shape: tuple[int, ...]) -> None:
+        """A layer keeps all of its positions as data. What was not confirmed may be padded where sizes are alike."""
+        for source in self._sources(name) if self.is_due and len(shape) > 2 else ():
+            fit, length = self._fits.get((label, source)), self._found[source].shape[1]
+            lengths = {length, *(_frames_of(module, length, {}) for module in self._frames.values())}
+            if fit.dims != (-1,) and fit.dims if fit is not None else not lengths.isdisjoint(shape[1:]):
+                self._kept.append(label)
+
+    def tell(self, *, reduces: bool) -> None:
+        """Say once at the end of a pass where padding counts as data.
+
+        Args:
+            reduces: whether positions of a layer are averaged or chosen.
+        """
+        if self._kept:
+            self._say(
+                "kept",
+                "the batch's attention mask has zeros, and features='flatten' keeps what stands there as data in "
+                f"{_listed(self._kept)}: use features='mean', 'token' or 'last' to leave padding out",
+            )
+            self._kept = []
+        if self._unused and "unused" not in self._told and self.has_zeros:
+            source = next(iter(self._unused.values()))
+            what = f"batch's {source}" if isinstance(source, str) else "mask"
+            self._say(
+                "unused",
+                f"the {what} has zeros and was not used in {_listed(list(self._unused))}, of whose positions it is "
+                "not known to be: padding there counts as data. mask= names the mask of each layer: a function of "
+                "the batch that returns (n, T), nonzero where a position counts, or a mapping from layer pattern to "
+                "such functions",
+            )
+        if reduces and self._suspect is not None:
+            self._say("suspect", self._suspect)
+
+    def _say(self, what: str, message: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            warn(message)
+
+
+def _listed(labels: list[str]) -> str:
+    more = f" and {len(labels) - 5} more layers" if len(labels) > 5 else ""
+    return ", ".join(map(repr, labels[:5])) + more
+
+
+def _checked(mask: Any, samples: int | None) -> Tensor:
+    found = torch.as_tensor(mask) if isinstance(mask, np.ndarray) else mask
+    fits = isinstance(found, Tensor) and found.ndim == 2 and samples in (None, found.shape[0])
+    if not fits:
+        what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__qualname__
+        raise BatchError(
+            f"mask= returned {what} for a batch of {samples} samples: expected (n, T), bool or int, nonzero where a "
+            "position counts"
+        )
+    return found
+
+
+def _keywords(batch: Any, form: batches.Form) -> dict[str, Any]:
+    """What a batch says by name."""
+    fields = batches.fields_of(form.input_of(batch))
+    if fields is None and isinstance(batch, tuple) and batch and isinstance(batch[-1], Mapping):
+        fields = batches.fields_of(batch[-1])
+    return fields or {}
+
+
+def _shortened(batch: Any, samples: int, length: int, less: int, source: Source) -> tuple[Any, bool]:
+    """A batch with less positions of what a mask speaks of, and whether anything in it had as many."""
+    changed = []
+
+    def shorter(item: Any, key: str) -> Any:
+        is_other = (key in batches.LABELS) != (source == LABELS) or key.startswith("decoder_") != (
+            source == DECODER_MASK
+        )
+        if not isinstance(item, Tensor | np.ndarray) or tuple(item.shape[:2]) != (samples, length):
+            return None
+        if isinstance(source, str) and is_other:
+            return None
+        changed.append(key)
+        return item[:, :less]
+
+    short = batches.mapped(batch, shorter)
+    return short, bool(changed)
+
+
+def _frames_of(module: nn.Module, length: int, how: Mapping[str, bool]) -> int | None:
+    """How many frames a speech model makes of so many numbers of a recording, None where it cannot say."""
+    try:
+        frames: Any = module._get_feat_extract_output_lengths  # noqa: SLF001
+        return int(frames(torch.tensor(length), **how))
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return None
+
+
+def _suspect(batch: Any, form: batches.Form, keywords: Mapping[str, Any]) -> str | None:
+    """What to say of something in the batch that looks like a mask which nobody used, None where nothing does."""
+    first = form.input_of(batch)
+    shape = tuple(first.shape[:2]) if isinstance(first, Tensor) and first.ndim >= 2 else None
+    entries = enumerate(batch) if isinstance(batch, tuple | list) and form.listed is None else ()
+    numbered = {f"[{number}]": entry for number, entry in entries if number > 0}
+    named = {
+        f"[{key!r}]": item for key, item in keywords.items() if "mask" in key and key not in (MASK, DECODER_MASK)
+    }
+    for where, item in (numbered | named).items():
+        if not isinstance(item, Tensor) or item.ndim != 2 or item.is_floating_point() or item.device.type != "cpu":
+            continue
+        counts = item != 0
+        is_alike = where in named or tuple(item.shape) == shape
+        is_padding = bool((item == counts).all()) and bool((counts[:, 1:] != counts[:, :-1]).sum(1).amax() == 1)
+        if is_alike and is_padding and item.shape[1] > 1:
+            inverted = "~" if "padding_mask" in where else ""
+            return (
+                f"batch{where} looks like a mask of padding, {tuple(item.shape)}, and was not used: padding counts "
+                f"as data. mask=lambda batch: {inverted}batch{where} uses it (nonzero where a position counts)"
+            )
+    return None
