@@ -7,8 +7,9 @@ its positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,7 +101,7 @@ class Padding:
                 if makes_input and batches.keeps_labels(self._model, LABELS, keywords):
                     found[LABELS] = labels != _IGNORED
             self._found |= {key: it for key, it in found.items() if isinstance(it, Tensor) and it.ndim == 2}
-            if not self._told:
+            if not self._told and not self._is_named:
                 self._suspect = _suspect(batch, form, keywords)
 
     @property
@@ -135,14 +136,32 @@ class Padding:
             length = mask.shape[1]
             # A step of a recording is many of its numbers.
             less = length - (max(1, length // 4) if self._frames else 1)
-            short, is_shorter = _shortened(probe.few, probe.first.samples, length, less, source)
-            if source in self._probed or len(mask) != samples or less < 1 or not is_shorter:
-                continue
-            second = probe.look(short, probe.first.samples)
-            for label, before in probe.first.seen.items():
-                if label in second.seen:
-                    self._fits[label, source] = self._fit(label, before, second.seen[label], length, less)
+            if source not in self._probed and len(mask) == samples and less > 0:
+                self._fits |= self._fits_of(source, probe, length, less)
         self._probed.update(self._found)
+
+    def _fits_of(self, source: Source, probe: Probe, length: int, less: int) -> dict[tuple[str, Source], _Fit]:
+        """What a mask is to each layer; nothing where that cannot be told, as of layers behind an error."""
+        few = probe.first.samples
+        whole: list[dict[tuple[str, Source], _Fit]] = []
+        broken: list[dict[tuple[str, Source], _Fit]] = []
+        for tries in _tries(probe.few, few, length, source, self._found[source][probe.chosen]):
+            for chosen in tries:
+                look = probe.look(_shortened(probe.few, few, length, less, chosen), few)
+                fits = {
+                    (label, source): self._fit(label, before, look.seen[label], length, less)
+                    for label, before in probe.first.seen.items()
+                    if label in look.seen
+                }
+                followed = {key: fit for key, fit in fits.items() if fit not in (_OTHER, _APART)}
+                if followed and look.problem is None:
+                    whole.append(fits)
+                elif followed:
+                    broken.append(followed)
+            if whole:
+                break
+        # Of two parts of the batch that may each be what the mask speaks of, neither is known to be.
+        return found[0] if len(found := whole or broken) == 1 else {}
 
     def _fit(self, label: str, before: Glance, after: Glance, length: int, less: int) -> _Fit:
         if len(before.shape) != len(after.shape):
@@ -273,23 +292,63 @@ def _keywords(batch: Any, form: batches.Form) -> dict[str, Any]:
     return fields or {}
 
 
-def _shortened(batch: Any, samples: int, length: int, less: int, source: Source) -> tuple[Any, bool]:
-    """A batch with less positions of what a mask speaks of, and whether anything in it had as many."""
-    changed = []
+def _tries(batch: Any, samples: int, length: int, source: Source, mask: Tensor) -> Iterator[list[set[int]]]:
+    """What a mask may speak of, by numbers of items that have as many positions: first what is likely.
 
-    def shorter(item: Any, key: str) -> Any:
+    Tokens and recordings are (n, T). If the model cannot run with less of these, or they decide nothing, they belong
+    to something else of that length.
+    """
+    first, others, is_alone = set(), [], True
+    for number, (key, item) in enumerate(_items(batch, samples, length)):
         is_other = (key in batches.LABELS) != (source == LABELS) or key.startswith("decoder_") != (
             source == DECODER_MASK
         )
+        if isinstance(source, str) and is_other:
+            continue
+        if item.ndim == 2:
+            first.add(number)
+            is_alone = is_alone and _is_mask(key, item, mask)
+        else:
+            others.append(number)
+    if first and (not is_alone or not others):
+        yield [first]
+    if others:
+        yield [{*first, number} for number in others]
+    if len(others) > 1:
+        yield [{*first, *others}]
+
+
+def _is_mask(key: str, item: Tensor, mask: Tensor) -> bool:
+    """Whether an item is the mask itself, or its opposite."""
+    # Tokens are 0 where they are padding, too.
+    is_alike = len(item.unique()) <= 2 and any(
+        torch.equal(one, mask.to(item.device) != 0) for one in (item != 0, item == 0)
+    )
+    return "mask" in key or is_alike
+
+
+def _items(batch: Any, samples: int, length: int) -> list[tuple[str, Tensor]]:
+    """The keys and values of what has (n, T, ...) of a batch."""
+    found: list[tuple[str, Tensor]] = []
+
+    def look(item: Any, key: str) -> None:
+        if isinstance(item, Tensor | np.ndarray) and tuple(item.shape[:2]) == (samples, length):
+            found.append((key, torch.as_tensor(item)))
+
+    batches.mapped(batch, look)
+    return found
+
+
+def _shortened(batch: Any, samples: int, length: int, less: int, chosen: set[int]) -> Any:
+    """A batch with less positions of the chosen ones of its `_items`."""
+    number = count()
+
+    def shorter(item: Any, key: str) -> Any:
         if not isinstance(item, Tensor | np.ndarray) or tuple(item.shape[:2]) != (samples, length):
             return None
-        if isinstance(source, str) and is_other:
-            return None
-        changed.append(key)
-        return item[:, :less]
+        return item[:, :less] if next(number) in chosen else item
 
-    short = batches.mapped(batch, shorter)
-    return short, bool(changed)
+    return batches.mapped(batch, shorter)
 
 
 def _frames_of(module: nn.Module, length: int, how: Mapping[str, bool]) -> int | None:

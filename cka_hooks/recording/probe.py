@@ -103,14 +103,15 @@ class Probe:
 
     Attributes:
         few: a few samples of the batch.
+        chosen: the numbers of these.
         first: the pass over these.
     """
 
     def __init__(self, run: Run, snapshot: Snapshot, batch: Any, samples: int) -> None:
         self._run, self._snapshot, self._batch, self._samples = run, snapshot, batch, samples
         count = min(samples, FEW)
-        self._chosen = [samples * i // count for i in range(count)]
-        self.few = cut(batch, samples, self._chosen)
+        self.chosen = [samples * i // count for i in range(count)]
+        self.few = cut(batch, samples, self.chosen)
         self.first = self.look(self.few, count)
 
     def look(self, batch: Any, samples: int, positions: Sequence[int] | None = None) -> Look:
@@ -125,7 +126,7 @@ class Probe:
         """
         first, samples = self.first, self._samples
         order = {1: [0, 0], 2: [1, 0, 0]}.get(first.samples, [2, 0])
-        second = self.look(cut(self._batch, samples, [self._chosen[i] for i in order]), len(order))
+        second = self.look(cut(self._batch, samples, [self.chosen[i] for i in order]), len(order))
         labels = {**first.seen, **second.seen}
         found = {label: _by_size(label, first, second, order) for label in labels}
         problem = first.problem or second.problem
