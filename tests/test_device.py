@@ -211,7 +211,13 @@ def test_reductions_with_a_mask_do_not_wait(features: Any) -> None:
     model = Tokens()
     batch = {"input_ids": torch.zeros(8, 12, dtype=torch.long), "attention_mask": torch.ones(8, 12, dtype=torch.long)}
     accumulator = cka_hooks.CKAAccumulator()
-    recorder = cka_hooks.LayerRecorder(model, consumer=accumulator.observe, features=features, batch_dim=0)
+    recorder = cka_hooks.LayerRecorder(
+        model,
+        consumer=accumulator.observe,
+        features=features,
+        batch_dim=0,
+        mask=lambda batch: batch["attention_mask"],
+    )
     with NoHostSync(), recorder, torch.no_grad():
         for _ in range(2):
             with recorder.forward_pass(batch):

@@ -77,6 +77,20 @@ class Given(NamedTuple):
     value: Any
     call: Callable[[Any], Any] | None
 
+    @classmethod
+    def of_call(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+        """What somebody else calls a model with."""
+        seen = kwargs if not args else (*args, kwargs) if kwargs else args
+        value = args[0] if len(args) == 1 and not kwargs else None
+        return cls(
+            (args, kwargs),
+            seen,
+            Form(),
+            leading_shape(*args, kwargs),
+            value,
+            lambda parts: module(*parts[0], **parts[1]),
+        )
+
 
 def is_sample_list(value: Any, *, is_input: bool = False) -> bool:
     """Whether a list has one entry a sample: unbatched images (C, H, W), dicts with the same keys, texts, objects.

@@ -73,6 +73,7 @@ class Padding:
         self._found: dict[Source, Tensor] = {}
         self._framed: dict[tuple[Source, int], Tensor] = {}
         self._zeros: bool | None = None
+        self._is_first = True
         self._suspect: str | None = None
         self._unused: dict[str, Source] = {}
         self._kept: list[str] = []
@@ -116,11 +117,13 @@ class Padding:
 
     @property
     def has_zeros(self) -> bool:
-        """Whether a mask of the batch has zeros. One on an accelerator is not looked at: that would wait."""
+        """Whether a mask of the batch has zeros. One on an accelerator is looked at in the first pass only.
+
+        That waits for the device, as the probe before the first pass does.
+        """
         if self._zeros is None:
-            self._zeros = any(
-                mask.device.type == "cpu" and not bool((mask != 0).all()) for mask in self._found.values()
-            )
+            seen = (mask for mask in self._found.values() if self._is_first or mask.device.type == "cpu")
+            self._zeros = any(not bool((mask != 0).all()) for mask in seen)
         return self._zeros
 
     # Which layer has which
@@ -260,6 +263,7 @@ class Padding:
             )
         if reduces and self._suspect is not None:
             self._say("suspect", self._suspect)
+        self._is_first = False
 
     def _say(self, what: str, message: str) -> None:
         if what not in self._told:

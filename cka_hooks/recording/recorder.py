@@ -276,13 +276,8 @@ class LayerRecorder:
             self._listen()
 
     def _on_start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._managed or not self._now.concerns():
-            return
-        shape = batches.leading_shape(*args, kwargs)
-        value = args[0] if len(args) == 1 and not kwargs else None
-        seen = kwargs if not args else (*args, kwargs) if kwargs else args
-        call = lambda parts: module(*parts[0], **parts[1])  # noqa: E731
-        self._start(Given((args, kwargs), seen, batches.Form(), shape, value, call), None)
+        if not self._managed and self._now.concerns():
+            self._start(Given.of_call(module, args, kwargs), None)
 
     def _on_end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self._managed and self._now.concerns():
