@@ -62,6 +62,10 @@ class Options:
         bounds = ("tolerance", "max_samples", "epochs")
         return {name: value for name, value in vars(self).items() if name not in bounds}
 
+    def of_recorder(self) -> dict[str, Any]:
+        """What :class:`cka_hooks.LayerRecorder` takes of them for every model alike."""
+        return {name: getattr(self, name) for name in ("features", "batch_dim", "channel_dim", "mask")}
+
     def spelled(self, *names: str) -> dict[str, Any]:
         """These options, or all of them, as they stand in a result's settings: plain JSON values."""
         return {name: spelled(getattr(self, name)) for name in names or vars(self)}

@@ -129,11 +129,8 @@ class Comparison:
                 one,
                 chosen[name],
                 consumer=_Labelled(name, self._accumulator),
-                features=features,
-                batch_dim=batch_dim,
-                channel_dim=channel_dim,
-                mask=mask,
                 forward=forwards[name],
+                **self._options.of_recorder(),
             )
             # Two names may stand for one model, or for models that share a part.
             self._recorders[name].only_in_passes = True
