@@ -11,6 +11,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::cka_hooks.CKAWarning")
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 NEEDS = {
     "bert_with_masks": ("transformers",),
+    "lightning_callback": ("lightning", "sklearn"),
     "own_loop": ("matplotlib",),
     "tensors": (),
 }

@@ -69,6 +69,7 @@ def contract(folder: Path) -> subprocess.CompletedProcess[str]:
         ("views/page.py", "from cka_hooks.recording import batches"),
         ("hsic.py", "from cka_hooks.results import tables"),
         ("run/loop.py", "import cka_hooks.compare"),
+        ("compare.py", "from cka_hooks import integrations"),
     ],
 )
 def test_a_forbidden_import_breaks_the_contract(tmp_path: Path, where: str, forbidden: str) -> None:

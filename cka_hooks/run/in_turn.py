@@ -83,6 +83,9 @@ def _built(models: Mapping[str, Builder]) -> Iterator[tuple[str, nn.Module | Pre
 class Replayed:
     """A loader that is gone over once for each model, and has to bring the same batches each time.
 
+    Attributes:
+        known: a fingerprint of each batch of the first pass, which those of later passes have to have.
+
     Raises:
         OptionError: it is an iterator, which can be gone over only once.
     """
@@ -90,26 +93,33 @@ class Replayed:
     def __init__(self, loader: Iterable[Any]) -> None:
         if isinstance(loader, Iterator):
             raise OptionError(
-                "functions that build models need a loader that can be gone over once for each of them, and this one "
-                "is an iterator: pass a DataLoader or a list of batches"
+                "this loader is an iterator, which can be gone over only once, and each model needs all of its "
+                "batches: pass a DataLoader or a list of batches"
             )
         self._loader = loader
         self._randomness = replay.Randomness(loader)
         self._start = self._randomness.state()
-        self._known: list[str] | None = None
+        self.known: list[str] | None = None
         self._seen: list[str] = []
         self._model = ""
 
+    def batches(self) -> list[str]:
+        """What `known` is, or will be."""
+        return self._seen if self.known is None else self.known
+
     def rewind(self, model: str) -> Replayed:
         """Back to the start, for the next model."""
-        if self._known is None and self._model:
-            self._known = self._seen
+        if self.known is None and self._model:
+            self.known = self._seen
         self._seen = []
         self._model = model
         self._randomness.restore(self._start)
         return self
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            # A copy has no loader yet when it is asked how to be made.
+            raise AttributeError(name)
         return getattr(self._loader, name)
 
     def __iter__(self) -> Iterator[Any]:
@@ -121,7 +131,7 @@ class Replayed:
         for batch in self._loader:
             number = len(self._seen)
             self._seen.append(replay.fingerprint(batch))
-            if self._known is not None and self._known[number : number + 1] != self._seen[-1:]:
+            if self.known is not None and self.known[number : number + 1] != self._seen[-1:]:
                 raise BatchError(
                     f"batch {number} (counted from 0) for model {self._model!r} is another one than for the first "
                     "model. Each model needs the same batches: give the loader one order, for example with "

@@ -1,0 +1,130 @@
+"""What a network left behind when it was measured, to be compared later without the network."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+from cka_hooks.errors import OptionError, TooFewSamplesError
+from cka_hooks.results.result import CKAResult
+from cka_hooks.run.comparison import Comparison, finished
+from cka_hooks.similarity.state import DECLARED, Minibatches, State, Step
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """The centred Gram matrices of a network's layers over a loader, on the CPU.
+
+    Attributes:
+        state: what its run added up.
+        steps: what each batch added.
+        type: its class.
+        settings: of its run, plain JSON values.
+    """
+
+    state: State
+    steps: list[Step]
+    type: str
+    settings: dict[str, Any]
+
+    @classmethod
+    def left_by(cls, comparison: Comparison, loader: Iterable[Any]) -> Footprint:
+        """That of the network of a comparison, by one pass over a loader.
+
+        Raises:
+            TooFewSamplesError: no batch, or no minibatch of at least 4 samples.
+            CKAError: see :meth:`Comparison.update`.
+        """
+        steps: list[Step] = []
+        with comparison:
+            for batch in loader:
+                if not comparison.passes_over(batch):
+                    comparison.observe(batch)
+                    step = comparison.step()
+                    steps.append(step._replace(groups=[group.cpu() for group in step.groups]))
+        if not comparison.state.minibatches:
+            raise TooFewSamplesError(
+                "the loader yielded no batch of at least 4 samples: use a larger batch_size in it"
+            )
+        (kind,) = comparison.types.values()
+        return cls(comparison.state.to("cpu"), steps, kind, comparison.settings)
+
+    def named(self, name: str) -> tuple[State, list[Step]]:
+        """Its state and steps with labels ``name/layer``."""
+
+        def label(of_layers: Mapping[str, Any]) -> dict[str, Any]:
+            return {f"{name}/{layer}": value for layer, value in of_layers.items()}
+
+        fields: dict[str, Any] = {
+            field: label(getattr(self.state, field)) for field, it in DECLARED.items() if it.of_layers and not it.axes
+        }
+        layers = tuple(label(dict.fromkeys(self.state.layers)))
+        state = dataclasses.replace(self.state, layers=layers, **fields)
+        steps = [
+            step._replace(
+                dtypes=label(step.dtypes),
+                groups=[group._replace(layers=tuple(label(dict.fromkeys(group.layers)))) for group in step.groups],
+            )
+            for step in self.steps
+        ]
+        return state, steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers, text, lists and mappings of these, and tensors."""
+        steps = [
+            {**step._asdict(), "groups": [{**it._asdict(), "layers": list(it.layers)} for it in step.groups]}
+            for step in self.steps
+        ]
+        return {"state": self.state.state_dict(), "steps": steps, "type": self.type, "settings": self.settings}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Footprint:
+        """What :meth:`state_dict` gave.
+
+        Raises:
+            OptionError: it is anything else.
+        """
+        try:
+            steps = [
+                Step(
+                    **{
+                        **step,
+                        "groups": [Minibatches(**{**it, "layers": tuple(it["layers"])}) for it in step["groups"]],
+                    }
+                )
+                for step in state["steps"]
+            ]
+            return cls(State.from_state_dict(state["state"]), steps, state["type"], dict(state["settings"]))
+        except (KeyError, TypeError) as error:
+            raise OptionError(f"this is no CKA of a network in training: {type(error).__name__} {error}") from error
+
+
+def compared(parts: Mapping[str, Footprint], settings: Mapping[str, Any]) -> CKAResult:
+    """The result of several networks, as if they had run together.
+
+    Args:
+        parts: what each has left, by its name. The settings are those of the first.
+        settings: further ones.
+
+    Raises:
+        OptionError: they were measured with different options.
+        SampleCountError: with different numbers of samples.
+        NonFiniteError: NaN or infinity in a layer; `.partial` is the result of all others.
+    """
+    first, ours = next(iter(parts.items()))
+    for name, part in parts.items():
+        for option, value in ours.settings.items():
+            if option not in ("layers", "forward") and part.settings.get(option) != value:
+                raise OptionError(
+                    f"{name!r} was measured with {option}={part.settings.get(option)!r}, and {first!r} with "
+                    f"{value!r}: go on with the options of the run that wrote the checkpoint"
+                )
+    named = {name: part.named(name) for name, part in parts.items()}
+    steps = {name: its for name, (_, its) in named.items()}
+    batches = (dict(zip(steps, these, strict=True)) for these in zip_longest(*steps.values()))
+    state = State.joined({name: its for name, (its, _) in named.items()}, batches, keep=False)
+    types = {name: part.type for name, part in parts.items()}
+    return finished(state, types, {**ours.settings, **settings})

@@ -1,0 +1,88 @@
+"""`CKACallback` for Lightning: CKA while a network trains, in the logger of the trainer.
+
+pip install 'cka-hooks[lightning,plot]'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cka_hooks.integrations.training import TrainingCKA, missing
+
+try:
+    from lightning.pytorch.callbacks import Callback
+except ImportError:
+    try:
+        from pytorch_lightning.callbacks import Callback
+    except ImportError as error:
+        raise missing("lightning", "lightning") from error
+
+
+class CKACallback(TrainingCKA, Callback):  # type: ignore[misc]
+    """CKA of a LightningModule with its initial weights, with the previous time, and with other networks.
+
+    The loggers of the trainer get a number for each layer, and those that take figures (TensorBoard, Weights &
+    Biases) a picture of each matrix. Results are saved in the folder of the log. The process of rank 0 measures, on
+    its own, and the others wait for it in their next step. Checkpoints of the trainer keep what a resumed run needs.
+
+    Args:
+        loader: see :class:`cka_hooks.integrations.TrainingCKA`, as all options.
+
+    Raises:
+        MissingExtraError: on import, Lightning is not installed.
+        ModelError: when training starts: the weights are spread over processes, as with FSDP.
+
+    Example:
+        >>> import torch
+        >>> from cka_hooks.integrations.lightning import CKACallback
+        >>> callback = CKACallback(torch.randn(4, 64, 8), layers=["encoder.*"], every_n_epochs=5)
+        >>> # Trainer(callbacks=[callback]).fit(module, train_loader)
+    """
+
+    @property
+    def state_key(self) -> str:
+        """The name of its state in a checkpoint."""
+        return f"cka_hooks.{self.name}"
+
+    def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        """The initial weights, after those of a checkpoint were loaded."""
+        # All ranks have to ask.
+        logs = trainer.log_dir
+        if self.folder is None and not trainer.fast_dev_run:
+            self.folder = Path(logs or trainer.default_root_dir) / self.name
+        self.refuse_sharded(pl_module)
+        if trainer.is_global_zero:
+            with trainer.precision_plugin.forward_context():
+                self.start(pl_module, trainer.global_step, trainer.precision_plugin.convert_input)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, *_: Any) -> None:
+        """After a step, with `every_n_steps`."""
+        self._measure_if_due(trainer, pl_module, None)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: nn.Module) -> None:
+        """After an epoch, without."""
+        self._measure_if_due(trainer, pl_module, trainer.current_epoch + 1)
+
+    def _measure_if_due(self, trainer: Any, module: nn.Module, epoch: int | None) -> None:
+        step = trainer.global_step
+        if not (trainer.is_global_zero and self.due(step, epoch)):
+            return
+        with trainer.precision_plugin.forward_context():
+            self.measure(module, step, trainer.precision_plugin.convert_input)
+        for logger in trainer.loggers:
+            logger.log_metrics(self.scalars(), step)
+            if (log := _pictures_to(logger, step)) is not None:
+                self.log_pictures(log)
+
+
+def _pictures_to(logger: Any, step: int) -> Callable[[str, Any], object] | None:
+    """How a logger takes a figure with its name; None for one that has numbers only."""
+    if hasattr(logger, "log_image"):
+        return lambda name, figure: logger.log_image(name, [figure], step=step)
+    if hasattr(logger.experiment, "add_figure"):
+        return lambda name, figure: logger.experiment.add_figure(name, figure, step)
+    return None

@@ -1,0 +1,99 @@
+"""`CKACallback` for Hugging Face's `Trainer`: CKA while a network trains, in the logs of the trainer.
+
+pip install 'cka-hooks[transformers,plot]'
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cka_hooks.integrations.training import TrainingCKA, missing
+from cka_hooks.run import checkpoint_file
+
+try:
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise missing("transformers", "transformers") from error
+
+
+class CKACallback(TrainingCKA, TrainerCallback):
+    """CKA of a network with its initial weights, with the previous time, and with other networks.
+
+    ``trainer.log`` gets a number for each layer, and so do all of `report_to`; TensorBoard and Weights & Biases get a
+    picture of each matrix, too. Results are saved in ``output_dir``. The process of rank 0 measures, on its own, and
+    the others wait for it in their next step. Each ``checkpoint-N`` keeps what a resumed run needs.
+
+    Args:
+        trainer: the trainer whose log it writes to; give it the callback afterwards.
+        loader: see :class:`cka_hooks.integrations.TrainingCKA`, as all options.
+
+    Raises:
+        MissingExtraError: on import, transformers is not installed.
+        ModelError: when training starts: the weights are spread over processes, as with FSDP.
+
+    Example:
+        >>> from cka_hooks.integrations.transformers import CKACallback
+        >>> # trainer = Trainer(model, arguments, train_dataset=texts)
+        >>> # trainer.add_callback(CKACallback(trainer, loader, layers=["bert.encoder.layer.*"]))
+        >>> # trainer.train()
+    """
+
+    def __init__(self, trainer: Any, loader: Any, **options: Any) -> None:
+        super().__init__(loader, **options)
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """The initial weights, after those of a checkpoint were loaded."""
+        if self.folder is None:
+            self.folder = Path(args.output_dir) / self.name
+        self.refuse_sharded(model)
+        if state.is_world_process_zero:
+            if state.global_step and (path := self._path(args, state)).exists():
+                self.load_state_dict(checkpoint_file.read(path)["training"])
+            self.start(model, state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """After a step, with `every_n_steps`."""
+        self._measure_if_due(state, control, model, None)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """After an epoch, without."""
+        self._measure_if_due(state, control, model, round(state.epoch))
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Into the trainer's checkpoint."""
+        if (path := self._path(args, state)).parent.is_dir() and state.is_world_process_zero:
+            checkpoint_file.write(path, {"settings": {}, "training": self.state_dict()})
+
+    def _path(self, args: Any, state: Any) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / f"{self.name}.safetensors"
+
+    def _measure_if_due(self, state: Any, control: Any, model: Any, epoch: int | None) -> None:
+        step = state.global_step
+        if not (state.is_world_process_zero and self.due(step, epoch)):
+            return
+        self.measure(model, step)
+        # What it is about to log itself would be taken for logged.
+        should_log = control.should_log
+        self._trainer.log(self.scalars())
+        control.should_log = should_log
+        for log in _takers_of_pictures(self._trainer, step):
+            self.log_pictures(log)
+
+
+def _to_tensorboard(writer: Any, step: int, name: str, figure: Any) -> None:
+    writer.add_figure(name, figure, step)
+
+
+def _takers_of_pictures(trainer: Any, step: int) -> Iterator[Callable[[str, Any], object]]:
+    """How TensorBoard and Weights & Biases take a figure with its name, where the trainer reports to them."""
+    for callback in trainer.callback_handler.callbacks:
+        if (writer := getattr(callback, "tb_writer", None)) is not None:
+            yield partial(_to_tensorboard, writer, step)
+    wandb: Any = sys.modules.get("wandb")
+    if wandb is not None and getattr(wandb, "run", None) is not None:
+        yield lambda name, figure: wandb.log({name: wandb.Image(figure), "train/global_step": step})
