@@ -39,7 +39,8 @@ def exactly(device: torch.device, function: Callable[P, T], *args: P.args, **kwa
         lowered = switch.get() not in _EXACT
         if autocast or lowered:
             before = _own(switch) if lowered else ""
-            # Functions of C only: between them Ctrl-C is caught by the `try` it falls into.
+            # Functions of C only: between them Ctrl-C is caught by the `try` it falls into. Python 3.10 looks for it
+            # before every call, so that it may come before the first function that puts a switch back: hence twice.
             try:
                 if lowered:
                     switch.set(switch.exact)
@@ -50,7 +51,11 @@ def exactly(device: torch.device, function: Callable[P, T], *args: P.args, **kwa
                 try:
                     if autocast:
                         torch.set_autocast_enabled(kind, True)
+                    if lowered:
+                        switch.set(before)
                 finally:
+                    if autocast:
+                        torch.set_autocast_enabled(kind, True)
                     if lowered:
                         switch.set(before)
     return function(*args, **kwargs)
@@ -78,7 +83,8 @@ def _switch(backend: str, operation: str) -> _Switch:
     get = getattr(torch._C, "_get_fp32_precision_getter", None)
     set = getattr(torch._C, "_set_fp32_precision_setter", None)
     if get is None or set is None:
-        return _Switch(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest", None)
+        # Of C: their namesakes in `torch` are functions of Python.
+        return _Switch(torch._C._get_float32_matmul_precision, torch._C._set_float32_matmul_precision, "highest", None)
     parent = (backend, "all") if operation != "all" else ("generic", "all") if backend != "generic" else None
     return _Switch(partial(get, backend, operation), partial(set, backend, operation), "ieee", parent)
 
@@ -96,7 +102,10 @@ def _own(switch: _Switch) -> str:
         parent.set(parent.exact)
         return value if switch.get() == value else "none"
     finally:
-        parent.set(before)
+        try:
+            parent.set(before)
+        finally:
+            parent.set(before)
 
 
 @cache
