@@ -84,7 +84,8 @@ def _switch(backend: str, operation: str) -> _Switch:
     set = getattr(torch._C, "_set_fp32_precision_setter", None)
     if get is None or set is None:
         # Of C: their namesakes in `torch` are functions of Python.
-        return _Switch(torch._C._get_float32_matmul_precision, torch._C._set_float32_matmul_precision, "highest", None)
+        get, set = (getattr(torch._C, f"_{verb}_float32_matmul_precision") for verb in ("get", "set"))
+        return _Switch(get, set, "highest", None)
     parent = (backend, "all") if operation != "all" else ("generic", "all") if backend != "generic" else None
     return _Switch(partial(get, backend, operation), partial(set, backend, operation), "ieee", parent)
 

@@ -1,10 +1,12 @@
-"""Every exception of the package crosses a process boundary as it is."""
+"""Every exception of the package crosses a process boundary as it is, and is explained in the docs."""
 
 import copy
 import importlib
 import pickle
 import pkgutil
+import re
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +39,13 @@ def test_every_exception_can_be_pickled(kind, copied):
 def test_all_public_errors_are_exported():
     public = {kind.__name__ for kind in subclasses(CKAError) if kind.__module__ == "cka_hooks.errors"}
     assert public <= set(cka_hooks.__all__)
+
+
+def test_every_class_is_in_the_table_of_the_docs():
+    """With the class of Python's own that it also is, and nothing else is there."""
+    page = (Path(__file__).parent.parent / "docs" / "errors.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (.+) \| (.+) \|$", page, re.MULTILINE)
+    described = {name: python for name, python, when, todo in rows if len(when) > 10 and len(todo) > 10}
+    errors = [kind for kind in [*subclasses(CKAError), CKAWarning] if kind.__module__ == "cka_hooks.errors"]
+    assert described == {kind.__name__: kind.__bases__[-1].__name__ for kind in errors}
+    assert len(rows) == len(errors)

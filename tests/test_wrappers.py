@@ -272,6 +272,29 @@ def test_exported_programs() -> None:
     assert list(seen) == LAYERS
 
 
+def test_keras_models() -> None:
+    """Keras 3 on PyTorch: a model is an nn.Module, and its layers are no children of it. A layer alone is one."""
+
+    class Model(nn.Module):
+        __module__ = "keras.src.models.model"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = (nn.Linear(4, 3),)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers[0](x)
+
+    class Sequential(Model):
+        pass
+
+    for model in (Model(), Sequential()):
+        with pytest.raises(cka_hooks.ModelError, match=r"Keras model \((Model|Sequential)\).*update\("):
+            cka_hooks.compare(model, [torch.randn(8, 4)], progress=False)
+    part = nn.Sequential(Model(), nn.Linear(3, 2))
+    assert cka_hooks.compare(part, [torch.randn(8, 4)], progress=False).layers == ("0", "1")
+
+
 def test_no_module() -> None:
     with pytest.raises(cka_hooks.ModelError, match=r"expected an nn\.Module, found builtins\.function"):
         cka_hooks.LayerRecorder(lambda x: x)  # type: ignore[arg-type]

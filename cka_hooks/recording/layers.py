@@ -59,6 +59,12 @@ def check_model(model: object) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected an nn.Module, found {_not_a_model(model)}")
+    if any(cls.__name__ == "Model" and cls.__module__.startswith("keras.") for cls in type(model).__mro__):
+        raise ModelError(
+            f"the model is a Keras model ({type(model).__name__}), which keeps its layers where PyTorch does not see "
+            "them: outputs = keras.Model(model.inputs, [layer.output for layer in model.layers]) returns what they "
+            "return, and CKAAccumulator().update({layer.name: value, ...}) compares it"
+        )
     for name, module in model.named_modules():
         where = f"its submodule {name!r}" if name else "the model"
         if isinstance(module, torch.jit.ScriptModule):
