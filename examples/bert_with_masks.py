@@ -1,6 +1,12 @@
-"""A small BERT on sentences of different length, with padding left out of the averages.
+"""
+A BERT, with padding left out
+=============================
 
-python examples/bert_with_masks.py            needs: pip install transformers
+
+Sentences of different lengths are padded to one. With an ``attention_mask`` in the batch, ``features="mean"`` averages over
+the tokens that are no padding. The network is small, and its weights are random.
+
+    python examples/bert_with_masks.py            needs: pip install transformers "cka-hooks[plot]"
 """
 
 import sys
@@ -33,6 +39,7 @@ def main(quick: bool = False) -> cka_hooks.CKAResult:
         num_attention_heads=4,
         intermediate_size=128,
         max_position_embeddings=64,
+        initializer_range=0.2,  # of trained networks; with BERT's 0.02 all layers are alike
     )
     model = BertModel(config)
     loader = DataLoader(sentences(48 if quick else 512, 500, 24), batch_size=16 if quick else 32)
@@ -46,6 +53,9 @@ def main(quick: bool = False) -> cka_hooks.CKAResult:
     )
     print(result)
     print(result.summary())
+    if not quick:
+        result.plot("bert.png", values=True)
+        print("bert.png")
     return result
 
 

@@ -1,10 +1,15 @@
-"""Clean against corrupted images in one model: where does noise stop being visible, or start to matter?
+"""
+Clean against corrupted images
+==============================
 
-Two names for one model, each with its own view of the batch, are two columns of layers over the same samples.
+
+Where does noise stop being visible, and where does it start to matter? Two names for one model, each with its own view
+of the batch, are two columns of layers over the same samples.
 
     python examples/clean_and_corrupted.py            needs: pip install "cka-hooks[demo]"
 """
 
+# sphinx_gallery_thumbnail_path = "pictures/clean_and_corrupted.png"
 import sys
 
 import torch
@@ -39,6 +44,9 @@ def main(quick: bool = False) -> cka_hooks.CKAResult:
         layer = result.layer_of(label)
         value = result[f"clean/{layer}", f"noisy/{layer}"]
         print(f"{layer:>10} {value:.3f} {'#' * round(40 * max(value, 0))}")
+    if not quick:
+        result.between("clean", "noisy").plot("clean_and_corrupted.png")
+        print("clean_and_corrupted.png")
     return result
 
 

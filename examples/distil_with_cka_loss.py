@@ -1,11 +1,16 @@
-"""Distil a ResNet-34 into a ResNet-18: `cka_loss` draws the student's stages towards the teacher's.
+"""
+Distillation with CKA as a loss
+===============================
+
+
+``cka_loss`` draws the stages of a ResNet-18 towards those of a ResNet-34. Two students start from the same weights and see
+the same digits in the same order, one of them with the loss. CKA does not ask for layers of equal width. Here all four
+stages of both networks are compared at their ends.
 
     python examples/distil_with_cka_loss.py        needs: pip install "cka-hooks[demo]"
-
-Two students start from the same weights and see the same digits in the same order, one of them with the loss. CKA
-does not ask for layers of equal width. Here all four stages of both networks are compared at their ends.
 """
 
+# sphinx_gallery_thumbnail_path = "pictures/distil_with_cka_loss.png"
 from __future__ import annotations
 
 import sys
@@ -74,6 +79,19 @@ def accuracy(network: nn.Module, data: TensorDataset) -> float:
     return float((network(images).argmax(1) == classes).float().mean())
 
 
+def draw(found: dict[str, list[float]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, values in found.items():
+        axes.plot(list(STAGES), values, "o-", label=name)
+    axes.set(ylim=(0, 1), xlabel="block of the student", ylabel="CKA with the teacher's block")
+    axes.legend(loc="lower left")
+    figure.savefig("distil_with_cka_loss.png", dpi=150)
+    print("distil_with_cka_loss.png")
+
+
 def main(quick: bool = False) -> dict[str, list[float]]:
     training, held_out = digits()
     if quick:
@@ -97,6 +115,8 @@ def main(quick: bool = False) -> dict[str, list[float]]:
         values = "  ".join(f"{value:.3f}" for value in found[name])
         right = accuracy(student, held_out)
         print(f"student {name:<20} {right:.1%} right, CKA of its stages to the teacher's  {values}")
+    if not quick:
+        draw(found)
     return found
 
 

@@ -1,6 +1,10 @@
-"""Your own loop: hooks and an accumulator around the forward passes that you make anyway.
+"""
+Your own loop, and TensorBoard
+==============================
 
-The picture goes to TensorBoard or Weights & Biases with what they have: a matplotlib figure is all they need.
+
+Hooks and an accumulator around the forward passes that you make anyway. The picture is a matplotlib figure, which
+TensorBoard and Weights & Biases take.
 
     python examples/own_loop.py            needs: pip install "cka-hooks[plot]"
 """
@@ -57,6 +61,9 @@ def main(quick: bool = False) -> cka_hooks.CKAResult:
     figure = Figure(figsize=(5, 4), layout="constrained")
     result.plot(ax=figure.add_subplot())
     print(f"the picture is in {log(figure, step=0)}")
+    if not quick:
+        figure.savefig("own_loop.png", dpi=150)
+        print("own_loop.png")
     return result
 
 

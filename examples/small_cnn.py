@@ -1,7 +1,10 @@
-"""A tutorial's CNN, trained for a moment on digits and measured without touching its `forward`.
+"""
+The CNN of a tutorial
+=====================
 
-Such networks are often rewritten to return their activations. Hooks make that unnecessary: the layers are
-named as `print(model)` shows them.
+
+Such networks are often rewritten to return their activations. Hooks make that unnecessary: you name the layers as
+``print(model)`` shows them, and ``forward`` stays as it is.
 
     python examples/small_cnn.py            needs: pip install "cka-hooks[demo]"
 """
@@ -53,6 +56,9 @@ def main(quick: bool = False) -> cka_hooks.CKAResult:
     for before, after in pairwise(result.layers):
         value = result[before, after]
         print(f"{before:>8} -> {after:<8} {value:.3f} {'#' * round(40 * value)}")
+    if not quick:
+        result.plot("small_cnn.png", values=True)
+        print("small_cnn.png")
     return result
 
 

@@ -1,8 +1,14 @@
-"""CKA of tensors in hand: no model, no loader. What it ignores, and what it does not.
+"""
+Tensors in hand
+===============
 
-python examples/tensors.py
+
+No model, no loader: what CKA ignores, and what it does not.
+
+    python examples/tensors.py
 """
 
+# sphinx_gallery_thumbnail_path = "figures/invariances.png"
 import sys
 
 import torch

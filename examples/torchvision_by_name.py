@@ -1,8 +1,14 @@
-"""A torchvision model by layer name: pretrained weights when they are to be had, random ones otherwise.
+"""
+A torchvision model, by layer name
+==================================
 
-python examples/torchvision_by_name.py            needs: pip install "cka-hooks[demo]"
+
+Pretrained weights where they can be downloaded, random ones otherwise.
+
+    python examples/torchvision_by_name.py            needs: pip install "cka-hooks[demo]"
 """
 
+# sphinx_gallery_thumbnail_path = "pictures/torchvision_by_name.png"
 import sys
 
 import torch
@@ -37,8 +43,8 @@ def main(quick: bool = False) -> cka_hooks.CKAResult:
     print(f"ResNet-18 with {weights} weights, on digits of {size} pixels")
     print(result.summary())
     if not quick:
-        result.plot("resnet18.png")
-        print("resnet18.png")
+        result.plot("torchvision_by_name.png")
+        print("torchvision_by_name.png")
     return result
 
 

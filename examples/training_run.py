@@ -1,10 +1,15 @@
-"""Follow a training run: how alike every layer is, at every checkpoint, to the final network and to initialisation.
+"""
+Checkpoints over training
+=========================
 
-    python examples/training_run.py FOLDER
+
+How alike is each layer, at every checkpoint, to the final network and to its initialisation?
+
+    python examples/training_run.py FOLDER            needs: pip install "cka-hooks[demo]"
 
 trains a small network on scikit-learn's digits, keeps a state dict of every epoch in FOLDER, and compares all
-checkpoints. They are loaded one after another: `compare` takes functions that build a model, so that twenty
-checkpoints need the memory of one. With checkpoints of your own, replace `train` and `network`.
+checkpoints. They are loaded one after another: ``compare`` takes functions that build a model, so that twenty
+checkpoints need the memory of one. With checkpoints of your own, replace ``train`` and ``network``.
 """
 
 from __future__ import annotations
@@ -69,6 +74,19 @@ def load(path: Path) -> nn.Module:
     return model
 
 
+def draw(result: cka_hooks.CKAResult, names: list[str], layers: list[str], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    for layer in layers:
+        axes.plot([result[f"{name}/{layer}", f"{names[-1]}/{layer}"] for name in names], "o-", label=f"layer {layer}")
+    axes.set(xlabel="epoch", ylabel="CKA with the final network")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    print(path)
+
+
 def main(folder: Path = Path("training_run"), epochs: int = 8, quick: bool = False) -> cka_hooks.CKAResult:
     epochs = 2 if quick else epochs
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,6 +106,8 @@ def main(folder: Path = Path("training_run"), epochs: int = 8, quick: bool = Fal
         for name in checkpoints:
             values = (result[f"{name}/{layer}", f"{reference}/{layer}"] for layer in layers)
             print(name.ljust(12) + "".join(f"{value:10.3f}" for value in values))
+    if not quick:
+        draw(result, list(checkpoints), layers, folder / "training_run.png")
     return result
 
 

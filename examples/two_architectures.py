@@ -1,8 +1,14 @@
-"""Two architectures over the same images: which depth of one is most like which depth of the other?
+"""
+Two architectures
+=================
 
-python examples/two_architectures.py            needs: pip install "cka-hooks[demo]"
+
+Over the same images, which depth of one network is most like which depth of the other?
+
+    python examples/two_architectures.py            needs: pip install "cka-hooks[demo]"
 """
 
+# sphinx_gallery_thumbnail_path = "pictures/two_architectures.png"
 import sys
 
 import torch

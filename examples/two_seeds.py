@@ -1,6 +1,11 @@
-"""One architecture from two seeds: do the same layers learn the same representation?
+"""
+One architecture from two seeds
+===============================
 
-python examples/two_seeds.py            needs: pip install "cka-hooks[demo]"
+
+Do the same layers learn the same representation?
+
+    python examples/two_seeds.py            needs: pip install "cka-hooks[demo]"
 """
 
 import sys
@@ -39,6 +44,9 @@ def main(quick: bool = False) -> cka_hooks.CKAResult:
     result = cka_hooks.compare(models, loader, layers=[nn.ReLU, nn.Linear], progress=False)
     print(result.between("seed 0", "seed 1"))
     print(result.summary())
+    if not quick:
+        result.between("seed 0", "seed 1").plot("two_seeds.png")
+        print("two_seeds.png")
     return result
 
 

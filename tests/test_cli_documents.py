@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DESCRIPTIONS = [import_module(f"cka_hooks.command.{name}").DESCRIPTION for name in cli.COMMANDS]
 HELP = re.sub(r"\\\n\s*", "", "\n".join((cli.DESCRIPTION, *DESCRIPTIONS)))
-LINES = [line.strip() for line in (README + HELP).splitlines()]
+PAGES = "".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").rglob("*.md")))
+LINES = [line.strip() for line in (README + PAGES + HELP).splitlines()]
 COMMANDS = [line for line in LINES if re.match("cka-hooks [a-z]", line)]
 
 

@@ -33,8 +33,3 @@ def test_example_runs_on_small_settings(path, capsys, monkeypatch, tmp_path):
     if path.stem in SHOWS:
         assert SHOWS[path.stem](found)
     assert len(capsys.readouterr().out.splitlines()) >= 3
-
-
-def test_the_readme_names_every_example():
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    assert [path.name for path in EXAMPLES if f"examples/{path.name}" not in readme] == []

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import cka_hooks
 from cka_hooks.similarity.products.native import VARIANTS
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+START = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
 
 COUNTED = """
 import re
@@ -64,8 +65,8 @@ def test_compiled_products_run_on_the_one_openmp_runtime_that_torch_brings():
 
 @needs_compiled
 @pytest.mark.skipif(ROOT not in Path(cka_hooks.__file__).parents, reason="not this clone is installed")
-def test_the_check_of_the_readme_finds_the_compiled_products_in_the_clone():
-    (command,) = re.findall(r"python (-c \".*?VARIANTS.*?\")`", README, re.DOTALL)
+def test_the_check_of_get_started_finds_the_compiled_products_in_the_clone():
+    (command,) = re.findall(r"^python (-c \".*VARIANTS.*\")$", START, re.MULTILINE)
     assert run(sys.executable, *shlex.split(command), cwd=ROOT).strip() != "{}"
 
 
@@ -118,6 +119,14 @@ def test_an_sdist_and_a_wheel_for_every_version_of_python(built):
         "cka_hooks/similarity/products/_native.abi3.so"
     ]
     run(sys.executable, "-m", "twine", "check", "--strict", sdist, wheel)
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    rest = {
+        path
+        for folder in ("tests", "examples", "benchmarks", "docs")
+        for path in (built / "source" / folder).rglob("*.*")
+    }
+    assert {str(path.relative_to(built / "source")) for path in rest if path.is_file()} - packed == set()
 
 
 @pytest.mark.slow
