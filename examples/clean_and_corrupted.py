@@ -3,8 +3,8 @@ Clean against corrupted images
 ==============================
 
 
-Where does noise stop being visible, and where does it start to matter? Two names for one model, each with its own view
-of the batch, are two columns of layers over the same samples.
+Where does noise stop being visible, and where does it start to matter? Two names for one model, each with its own
+view of the batch, are two columns of layers over the same samples.
 
     python examples/clean_and_corrupted.py            needs: pip install "cka-hooks[demo]"
 """

@@ -25,7 +25,7 @@ class Page(HTMLParser):
 
 def broken(site: Path) -> list[str]:
     """Page and target of every link that leads nowhere."""
-    pages = {path.resolve(): Page(path) for path in site.rglob("*.html")}
+    pages = {path.resolve(): Page(path) for path in site.rglob("*.html") if "_static" not in path.parts}
     found = []
     for path, page in pages.items():
         for target in page.targets:
