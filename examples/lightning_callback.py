@@ -1,13 +1,18 @@
-"""Watch a network train: how far each layer has moved from its initial weights, in the log of Lightning's trainer.
+"""
+A callback for Lightning
+========================
+
+Watch a network train: how far each layer has moved from its initial weights, in the log of Lightning's trainer.
 
     python examples/lightning_callback.py            needs: pip install "cka-hooks[lightning,demo]"
 
 A small convolutional network learns scikit-learn's digits. After every epoch the callback compares its layers with
 what they were before the first step and after the epoch before. A logger that takes figures, as TensorBoard's and
-Weights & Biases' do, gets pictures as well. Hugging Face's `Trainer` has the same callback in
-`cka_hooks.integrations.transformers`, and for a loop of your own there is `cka_hooks.integrations.TrainingCKA`.
+Weights & Biases' do, gets pictures as well. Hugging Face's ``Trainer`` has the same callback in
+``cka_hooks.integrations.transformers``, and for a loop of your own there is ``cka_hooks.integrations.TrainingCKA``.
 """
 
+# sphinx_gallery_thumbnail_path = "pictures/lightning_callback.png"
 from __future__ import annotations
 
 import csv
@@ -54,6 +59,20 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(images[rest], classes[rest]), TensorDataset(images[held_out], classes[held_out])
 
 
+def draw(rows: list[dict[str, str]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    steps = [int(row["step"]) for row in rows]
+    for layer in ("conv1", "conv2", "fc"):
+        axes.plot(steps, [float(row[f"cka/initial/{layer}"]) for row in rows], "o-", label=layer)
+    axes.set(xlabel="step", ylabel="CKA with the initial weights")
+    axes.legend()
+    figure.savefig("lightning_callback.png", dpi=150)
+    print("lightning_callback.png")
+
+
 def main(quick: bool = False) -> cka_hooks.CKAResult | None:
     lightning.seed_everything(0, verbose=False)
     training, held_out = digits()
@@ -80,6 +99,8 @@ def main(quick: bool = False) -> cka_hooks.CKAResult | None:
         values = (float(row[f"cka/initial/{layer}"]) for layer in ("conv1", "conv2", "fc"))
         print(row["step"].rjust(6) + "".join(f"{value:8.3f}" for value in values))
     print(f"the whole matrices are in {callback.folder}")
+    if not quick:
+        draw(rows)
     return callback.result
 
 

@@ -58,7 +58,7 @@ def test_every_figure_has_the_script_that_makes_it():
 
 
 def test_an_example_runs_for_the_site_or_its_picture_is_stored():
-    (stored,) = re.findall(r"^STORED = \((.*)\)$", (DOCS / "conf.py").read_text(encoding="utf-8"), re.MULTILINE)
+    (stored,) = re.findall(r"^STORED = \((.*?)\)$", (DOCS / "conf.py").read_text(encoding="utf-8"), re.M | re.S)
     assert set(re.findall(r"\w+", stored)) == {path.stem for path in (DOCS / "pictures").glob("*.png")}
 
 
