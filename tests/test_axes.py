@@ -458,6 +458,28 @@ def test_random_numbers_leave_only_the_size() -> None:
     assert result.layers == ("mean", "decode", "act")
 
 
+@pytest.mark.parametrize("n", [N, 300])
+def test_a_model_that_shuffles_its_samples_inside(n: int) -> None:
+    """As in momentum contrast: sizes follow, samples do not."""
+
+    class Shuffles(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(5, 6)
+            self.shuffled = nn.Linear(6, 6)
+            self.last = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            order = torch.randperm(len(x))
+            return self.last(self.shuffled(self.first(x)[order])[order.argsort()])
+
+    for seed in range(8):
+        torch.manual_seed(seed)
+        result = cka_hooks.compare(Shuffles(), data(n, 5, count=4), progress=False)
+        assert result.layers == ("first", "last")
+        assert "another order than those of the batch" in result.skipped["shuffled"]
+
+
 def test_a_layer_whose_samples_are_all_the_same() -> None:
     class Constant(nn.Module):
         def __init__(self) -> None:

@@ -130,7 +130,8 @@ class Probe:
         labels = {**first.seen, **second.seen}
         found = {label: _by_size(label, first, second, order) for label in labels}
         problem = first.problem or second.problem
-        if samples == 1 or not (always or problem or OPEN in found.values()):
+        drew = first.drew or second.drew
+        if samples == 1 or not (always or drew or problem or OPEN in found.values()):
             return Findings({label: _unknown(problem) if dim == OPEN else dim for label, dim in found.items()})
         several = min(samples, _SLICES)
         looked_at = [(samples - 1) * i // (several - 1) for i in range(several)]
@@ -140,6 +141,8 @@ class Probe:
         for label in {**labels, **whole.seen}:
             if found.get(label, OPEN) == OPEN:
                 found[label] = _by_order(label, whole, turned, problem or whole.problem or turned.problem)
+            elif drew and _shuffled(label, whole, turned, found[label]):
+                found[label] = "its samples are in another order than those of the batch: the model shuffles them"
         return Findings(found, whole.problem)
 
 
@@ -216,6 +219,20 @@ def _by_order(label: str, whole: Look, turned: Look, problem: str | None) -> int
         return _unknown(problem)
     which = f"dimensions {sure} all" if sure else f"none of the dimensions {fitting} with the batch's size"
     return f"{which} followed the samples when these were turned round" if fitting else None
+
+
+def _shuffled(label: str, whole: Look, turned: Look, dim: int | str | None) -> bool:
+    """Whether some slices are those of other samples, to the last digits, and not those of their own."""
+    before, after = whole.seen.get(label), turned.seen.get(label)
+    if before is None or after is None or not isinstance(dim, int):
+        return False
+    if dim not in before.slices or dim not in after.slices:
+        return False
+    a, b = before.slices[dim].nan_to_num(), after.slices[dim].nan_to_num()
+    if a.shape != b.shape:
+        return False
+    same = torch.cdist(b, a) <= 8 * before.eps * a.norm(dim=1).max()
+    return bool((same.any(1) & ~same.diagonal()).any())
 
 
 def _unknown(problem: str | None) -> str:
