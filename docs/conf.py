@@ -29,7 +29,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
     "command_line",
 ]
-exclude_patterns = ["_build", "examples/*.ipynb", "examples/*.zip", "inventories", "figures"]
+exclude_patterns = ["_build", "examples/*.ipynb", "examples/*.zip", "inventories", "figures", "errors.md"]
 nitpicky = True
 nitpick_ignore_regex = [
     # Annotations: aliases and types inside the package have no page.
@@ -49,7 +49,7 @@ maximum_signature_line_length = 80
 python_use_unqualified_type_names = True
 add_module_names = True
 
-myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 # Pages refer to files of the repository, which the site does not hold.
 suppress_warnings = ["config.cache"]
@@ -129,7 +129,8 @@ def signature_as_written(app, what, name, obj, options, signature, returns):
     own = inspect.signature(obj.__init__ if what == "class" else obj)
     parameters = [one for one in own.parameters.values() if one.name not in ("self", "cls")]
     result = None if what == "class" or own.return_annotation is own.empty else str(own.return_annotation)
-    return stringify_signature(own.replace(parameters=parameters), show_return_annotation=False), result
+    written = stringify_signature(own.replace(parameters=parameters), show_return_annotation=False)
+    return written.replace("<factory>", "..."), result
 
 
 def with_full_name(app, env, node, contnode):

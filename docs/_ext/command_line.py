@@ -23,7 +23,7 @@ class Help(SphinxDirective):
         with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
             parser().parse_args([*self.arguments, "--help"])
         text = printed.getvalue()
-        return [nodes.literal_block(text, text, language="text")]
+        return [nodes.literal_block(text, text, language="text", classes=["cka-help"])]
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
