@@ -3,6 +3,7 @@
 python benchmarks/cost.py              # ResNet-18, and ResNet-50 and ViT-B/16 at reduced size: under 5 minutes
 python benchmarks/cost.py --full       # the sizes of the promises in README.md
 python benchmarks/cost.py --profile    # where the time goes, operator by operator
+python benchmarks/cost.py --full --device cuda
 """
 
 from __future__ import annotations
@@ -15,7 +16,17 @@ from functools import partial
 
 import torch
 from machine import describe_machine
-from measure import BARE, add_clock_option, choose_clock, in_own_process, interleaved, peak_mib, table
+from measure import (
+    BARE,
+    add_clock_option,
+    add_device_option,
+    choose_clock,
+    choose_device,
+    in_own_process,
+    interleaved,
+    peak_mib,
+    table,
+)
 from torch import Tensor, nn
 from workload import CONFIGS, Config, forward
 
@@ -52,7 +63,7 @@ def compare(model: nn.Module, batches: list[Tensor], **settings: object) -> cka_
 
 
 def times(name: str, config: Config, args: argparse.Namespace) -> list[list[str]]:
-    model, batches = config.model(not args.random_init), config.batches(args.batches)
+    model, batches = config.on(args.device, args.batches, not args.random_init)
     runs: dict[str, Callable[[], object]] = {BARE: partial(forward, model, batches)}
     for run, settings in options(config, args.runs).items():
         runs[run] = partial(compare, model, batches, **settings)
@@ -70,7 +81,8 @@ def memory(name: str, runs: Iterable[str], args: argparse.Namespace) -> list[str
     """Peak memory of each run above the bare forward pass; of the default one also over many batches."""
 
     def above(run: str, batches: int) -> float:
-        arguments = ["--peak", name, run, str(batches)] + (["--random-init"] if args.random_init else [])
+        arguments = ["--peak", name, run, str(batches), "--device", args.device]
+        arguments += ["--random-init"] if args.random_init else []
         return float(str(in_own_process(arguments)["mib"]))
 
     return [
@@ -80,10 +92,10 @@ def memory(name: str, runs: Iterable[str], args: argparse.Namespace) -> list[str
     ]
 
 
-def one_peak(name: str, run: str, count: int, random_init: bool) -> None:
+def one_peak(name: str, run: str, count: int, args: argparse.Namespace) -> None:
     """In a process of its own: one run over `count` times the same batch, its peak above the forward pass as JSON."""
     config = CONFIGS[name]
-    model, batches = config.model(not random_init), config.batches(1)
+    model, batches = config.on(args.device, 1, not args.random_init)
     below = peak_mib(partial(forward, model, batches * count))
     peak = peak_mib(partial(compare, model, batches * count, **options(config)[run]))
     print(json.dumps({"mib": peak - below}))
@@ -101,11 +113,14 @@ def named_in_profiles() -> None:
 
 
 def profile(config: Config, args: argparse.Namespace) -> None:
-    model, batches = config.model(not args.random_init), config.batches(1)
+    model, batches = config.on(args.device, 1, not args.random_init)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if args.device != "cpu":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
     for run, settings in {BARE: None, **options(config, args.runs)}.items():
         work = partial(forward, model, batches) if settings is None else partial(compare, model, batches, **settings)
         work()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        with torch.profiler.profile(activities=activities) as profiler:
             work()
         print(f"\n{config.title}, {run}")
         by_time = {"sort_by": "self_cpu_time_total", "row_limit": args.rows, "max_name_column_width": 40}
@@ -126,9 +141,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=18, help="with --profile: rows of a table")
     parser.add_argument("--peak", nargs=3, metavar=("CONFIG", "RUN", "BATCHES"), help=argparse.SUPPRESS)
     add_clock_option(parser)
+    add_device_option(parser)
     args = parser.parse_args()
+    choose_device(args.device)
     if args.peak:
-        one_peak(args.peak[0], args.peak[1], int(args.peak[2]), args.random_init)
+        one_peak(args.peak[0], args.peak[1], int(args.peak[2]), args)
         return
     names = args.configs or (["r18", "r50", "vit"] if args.full else ["r18", "r50-small", "vit-small"])
     print(describe_machine())

@@ -1,6 +1,6 @@
 """How the time of a comparison grows with layers, samples, minibatch size and features.
 
-    python benchmarks/growth.py --figure growth.png
+    python benchmarks/growth.py --figure growth.png          # and --device cuda
 
 Four sweeps, in each of which one number changes. Networks are chains of cheap modules, so that the comparison and
 not the forward pass is what is seen. Log-log slopes are fitted to the extra time (comparison less bare forward pass),
@@ -20,7 +20,17 @@ from typing import NamedTuple
 
 import torch
 from machine import describe_machine
-from measure import BARE, add_clock_option, choose_clock, interleaved, table, timed
+from measure import (
+    BARE,
+    add_clock_option,
+    add_device_option,
+    choose_clock,
+    choose_device,
+    chosen_device,
+    interleaved,
+    table,
+    timed,
+)
 from torch import Tensor, nn
 from workload import forward
 
@@ -52,7 +62,7 @@ class Point(NamedTuple):
 
 
 def chain(layers: int, width: int) -> nn.Module:
-    return nn.Sequential(*(Shift(width) for _ in range(layers))).eval()
+    return nn.Sequential(*(Shift(width) for _ in range(layers))).eval().to(chosen_device())
 
 
 def point(x: int, model: nn.Module, batches: list[Tensor], rounds: int) -> Point:
@@ -66,7 +76,7 @@ def point(x: int, model: nn.Module, batches: list[Tensor], rounds: int) -> Point
 
 def batches_of(samples: int, minibatch: int, width: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return list(torch.randn(samples, width, generator=generator).split(minibatch))
+    return list(torch.randn(samples, width, generator=generator).to(chosen_device()).split(minibatch))
 
 
 def by_layers(sizes: Sequence[int], rounds: int) -> list[Point]:
@@ -99,12 +109,12 @@ def slope(points: Sequence[Point]) -> float:
 
 def many_layers(layers: int, samples: int, width: int) -> list[list[str]]:
     """What the algebra between L layers takes, next to a forward pass through L linear layers."""
-    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers))).eval()
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers))).eval().to(chosen_device())
     batches = batches_of(samples, samples, width)
     forward(model, batches)
     bare = min(timed(lambda: forward(model, batches)) for _ in range(3))
     run = min(timed(lambda: cka_hooks.compare(model, batches, progress=False)) for _ in range(2))
-    grams = torch.randn(layers, 1, samples, samples, dtype=torch.float64)
+    grams = torch.randn(layers, 1, samples, samples, dtype=torch.float64, device=chosen_device())
     grams = (grams + grams.mT) / 2
     packed = pack(centre(grams))
     centring = min(timed(lambda: pack(centre(grams))) for _ in range(2))
@@ -173,7 +183,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512, help="of the last table")
     parser.add_argument("--figure", type=Path, default=None, help="where to write the figure")
     add_clock_option(parser)
+    add_device_option(parser)
     args = parser.parse_args()
+    choose_device(args.device)
     warnings.simplefilter("ignore", cka_hooks.CKAWarning)
     print(describe_machine())
     choose_clock(args.cpu_time)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +14,17 @@ import torch
 from cka_hooks.similarity.products.native import VARIANTS
 
 # Versions that can move a number; those that are not installed are left out.
-PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pytorch-cka", "cka-pytorch", "torch-cka")
+PACKAGES = (
+    "torch",
+    "triton",
+    "torchvision",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "pytorch-cka",
+    "cka-pytorch",
+    "torch-cka",
+)
 
 
 def describe_machine() -> str:
@@ -24,10 +35,18 @@ def describe_machine() -> str:
         f"compiled products: {next(iter(VARIANTS), 'none')}"
     ]
     if torch.cuda.is_available():
-        lines.append(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
+        lines.append(f"{torch.cuda.get_device_name()}, driver {_driver()}, CUDA {torch.version.cuda}")
     versions = [f"{package} {version}" for package in PACKAGES if (version := _version(package))]
     lines.append(f"Python {sys.version.split()[0]}, {', '.join(versions)}")
     return "\n".join(lines)
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.split("\n")[0].strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
 
 
 def _cpu() -> str:

@@ -20,8 +20,41 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 BARE = "bare"
 _clock = time.perf_counter
+_device = torch.device("cpu")
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="cpu or cuda: model and batches are on it before anything is timed, times are synchronised, and memory "
+        "is what its allocator handed out",
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """Of every run from here on; ends the program with a sentence where it is not there."""
+    global _device
+    _device = torch.device(name)
+    if _device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit(
+            f"--device {name}: PyTorch {torch.__version__} sees no NVIDIA GPU here; leave --device out for the CPU"
+        )
+    return _device
+
+
+def chosen_device() -> torch.device:
+    return _device
+
+
+def synchronised() -> None:
+    """Wait for what was launched."""
+    if _device.type == "cuda":
+        torch.cuda.synchronize(_device)
 
 
 def add_clock_option(parser: argparse.ArgumentParser) -> None:
@@ -90,18 +123,26 @@ def interleaved(
 
 def timed(run: Callable[[], object]) -> float:
     gc.collect()
+    synchronised()
     started = _clock()
     run()
+    synchronised()
     return _clock() - started
 
 
 def peak_mib(run: Callable[[], object]) -> float:
-    """The largest resident size of this process while `run` runs, in MiB.
+    """The largest resident size of this process while `run` runs, in MiB; on a GPU, of what its allocator handed out.
 
     Linux's VmHWM is set back first, so that building the model does not count; elsewhere it is ru_maxrss of the
     whole process. (ru_maxrss also carries the size of the parent process over into a new one.)
     """
     gc.collect()
+    if _device.type == "cuda":
+        synchronised()
+        torch.cuda.reset_peak_memory_stats(_device)
+        run()
+        synchronised()
+        return torch.cuda.max_memory_allocated(_device) / (1 << 20)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

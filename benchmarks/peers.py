@@ -1,7 +1,7 @@
 """cka_hooks next to the three CKA packages for PyTorch on PyPI: time, memory, and how far off the values are.
 
     pip install -e ".[demo,peers]"
-    python benchmarks/peers.py --figure peers.png
+    python benchmarks/peers.py --figure peers.png            # and --device cuda
 
 Every package gets the same model, loader and layers, and is used as its README says with its best settings: see
 the functions below. Layers are the leaf modules that run exactly once in a forward pass, since only cka_hooks tells
@@ -30,7 +30,17 @@ import numpy as np
 import torch
 import torchvision
 from machine import describe_machine
-from measure import BARE, add_clock_option, choose_clock, in_own_process, interleaved, peak_mib, table
+from measure import (
+    BARE,
+    add_clock_option,
+    add_device_option,
+    choose_clock,
+    choose_device,
+    in_own_process,
+    interleaved,
+    peak_mib,
+    table,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -57,7 +67,7 @@ def pytorch_cka_matrix(model: nn.Module, loader: DataLoader, layers: list[str]) 
     """One forward pass serves both sides when they are the same object."""
     from cka import compute_cka
 
-    return compute_cka(model, model, loader, layers=layers, device="cpu", progress=False)[0]
+    return compute_cka(model, model, loader, layers=layers, device=device_of(model), progress=False)[0].cpu()
 
 
 def cka_pytorch_matrix(model: nn.Module, loader: DataLoader, layers: list[str]) -> Tensor:
@@ -72,7 +82,7 @@ def cka_pytorch_matrix(model: nn.Module, loader: DataLoader, layers: list[str]) 
     matrix = calculator.calculate_cka_matrix(loader, num_epochs=1)
     order = [calculator.hook_manager1.module_names.index(name) for name in layers]
     calculator.reset()
-    return matrix[order][:, order]
+    return matrix[order][:, order].cpu()
 
 
 def torch_cka_matrix(model: nn.Module, loader: DataLoader, layers: list[str]) -> Tensor:
@@ -80,10 +90,14 @@ def torch_cka_matrix(model: nn.Module, loader: DataLoader, layers: list[str]) ->
     from torch_cka import CKA
 
     copied = deepcopy(model)
-    found = CKA(copied, copied, "one", "other", layers, layers, device="cpu")
+    found = CKA(copied, copied, "one", "other", layers, layers, device=str(device_of(model)))
     with contextlib.redirect_stderr(io.StringIO()), torch.no_grad(), contextlib.suppress(AssertionError):
         found.compare(loader)
-    return found.hsic_matrix
+    return found.hsic_matrix.cpu()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 class Package(NamedTuple):
@@ -135,11 +149,12 @@ class Case(NamedTuple):
         model = self.build().eval()
         return calibrate(model, self.pixels) if self.calibrated else model
 
-    def loader(self, batches: int) -> DataLoader:
+    def loader(self, batches: int, device: str | torch.device = "cpu") -> DataLoader:
+        """Batches that are on the device already: what a loader takes to bring them there is nobody's here."""
         images = image_crops(self.batch * batches, self.pixels)
         if self.noise:
             images = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-        return DataLoader(TensorDataset(images, torch.zeros(len(images))), batch_size=self.batch)
+        return DataLoader(TensorDataset(images.to(device), torch.zeros(len(images))), batch_size=self.batch)
 
 
 def out_of_place_resnet18() -> nn.Module:
@@ -215,7 +230,7 @@ def installed(package: str) -> bool:
 
 def run_case(name: str, packages: list[str], args: argparse.Namespace) -> list[Row]:
     case = CASES[name]
-    model, loader = case.model(), case.loader(args.batches)
+    model, loader = case.model().to(args.device), case.loader(args.batches, args.device)
     layers = layers_of(model, loader)
     if len(layers) > args.torch_cka_layers:
         packages = [package for package in packages if package != "torch-cka"]
@@ -231,7 +246,8 @@ def run_case(name: str, packages: list[str], args: argparse.Namespace) -> list[R
     for package in packages:
         mib = math.nan
         if not args.no_memory:
-            mib = float(str(in_own_process(["--child", name, package, "--batches", str(args.batches)])["mib"]))
+            arguments = ["--child", name, package, "--batches", str(args.batches), "--device", args.device]
+            mib = float(str(in_own_process(arguments)["mib"]))
         target = reference.clip(0, 1) if RUNS[package].clipped else reference
         errors = np.abs(matrices[package] - target)[~np.isnan(reference)]
         rows.append(
@@ -249,10 +265,10 @@ def run_case(name: str, packages: list[str], args: argparse.Namespace) -> list[R
     return rows
 
 
-def child(name: str, package: str, batches: int) -> None:
+def child(name: str, package: str, args: argparse.Namespace) -> None:
     """Peak memory of one package above the bare forward pass, in a process that runs nothing else."""
     case = CASES[name]
-    model, loader = case.model(), case.loader(batches)
+    model, loader = case.model().to(args.device), case.loader(args.batches, args.device)
     layers = layers_of(model, loader)
     importlib.import_module(RUNS[package].module)
     below = peak_mib(partial(bare, model, loader))
@@ -329,10 +345,12 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, default=None, help="where to write the figure")
     parser.add_argument("--child", nargs=2, metavar=("CASE", "PACKAGE"), help=argparse.SUPPRESS)
     add_clock_option(parser)
+    add_device_option(parser)
     args = parser.parse_args()
+    choose_device(args.device)
     warnings.simplefilter("ignore")
     if args.child:
-        child(*args.child, args.batches)
+        child(*args.child, args)
         return
     names = args.cases or list(FULL if args.full else DEFAULT)
     packages = [package for package in args.packages if installed(package)]

@@ -116,6 +116,10 @@ class Config:
     def batches(self, count: int) -> list[Tensor]:
         return list(image_crops(self.batch * count, self.pixels).split(self.batch))
 
+    def on(self, device: str | torch.device, count: int, calibrated: bool = True) -> tuple[nn.Module, list[Tensor]]:
+        """The model, and so many batches, on a device."""
+        return self.model(calibrated).to(device), [batch.to(device) for batch in self.batches(count)]
+
 
 CONFIGS = {
     "r18": Config("ResNet-18, 32 px, batch 128", resnet18_cifar, 32, 128, "layer*.*"),

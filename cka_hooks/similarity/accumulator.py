@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,8 @@ from cka_hooks.options import Options
 from cka_hooks.precision import without_gradients
 from cka_hooks.results.result import CKAResult
 from cka_hooks.similarity.estimate import largest_stderr, result_of
-from cka_hooks.similarity.kernels import as_kernel
+from cka_hooks.similarity.kernels import OfLinear, as_kernel
+from cka_hooks.similarity.products.batch import Batch
 from cka_hooks.similarity.products.grams import Grams
 from cka_hooks.similarity.reduce import exchanged, is_shared, reduced
 from cka_hooks.similarity.state import Minibatches, State, Step
@@ -39,11 +40,10 @@ _OWN_OPTIONS = (
 
 
 class _Observed(NamedTuple):
-    """What one layer left behind in the batch that is under way: m minibatches of n samples, and so on."""
+    """What is known of one layer of the batch that is under way."""
 
     samples: int
     dtype: torch.dtype
-    grams: list[Grams]
 
 
 class CKAAccumulator:
@@ -122,11 +122,14 @@ class CKAAccumulator:
         self._kernel = as_kernel(kernel, bandwidth=self._options.bandwidth, sigma=self._options.sigma)
         size_matters = estimator == "biased" or callable(kernel) or (kernel == "rbf" and sigma is None)
         self._split_by_default = minibatch is None and not size_matters
+        # The Gram matrices of the batch that is under way, for each group of equal minibatches.
+        self._groups: list[Batch] = []
         self.reset()
 
     def reset(self) -> None:
         """Forget everything that was added."""
         self._pending: dict[str, _Observed] = {}
+        self.discard()
         self._batches = 0
         self._own: State | None = None
         self.state = State()
@@ -224,23 +227,17 @@ class CKAAccumulator:
                         "batch: CKA compares the same samples in the same order"
                     )
                 break
-            grams, start = [], 0
-            for count, size in self._groups(samples):
-                grams.append(self._grams(layer, rows[start : start + count * size], count))
+            start = 0
+            split = _split(samples, self._options.minibatch, self._split_by_default)
+            for number, (count, size) in enumerate(split):
+                some = rows if count * size == samples else rows[start : start + count * size]
+                if number == len(self._groups):
+                    self._groups.append(Batch(self._kernel.of_linear if isinstance(self._kernel, OfLinear) else None))
+                group = self._groups[number]
+                if not group.shelve(layer, some, count):
+                    group.put(layer, self._grams(layer, some, count))
                 start += count * size
-        self._pending[layer] = _Observed(samples, dtype or rows.dtype, grams)
-
-    def _groups(self, samples: int) -> list[tuple[int, int]]:
-        """How a batch is split: (m, n) for m minibatches of n samples, then the next ones."""
-        size = self._options.minibatch or samples
-        if samples > LARGEST_BY_DEFAULT and self._split_by_default:
-            # Evenly: sizes differ by one at most.
-            count = -(-samples // LARGEST_BY_DEFAULT)
-            size, larger = divmod(samples, count)
-            groups = [(larger, size + 1), (count - larger, size)]
-        else:
-            groups = [(samples // size, size), (1, samples % size)] if samples > size else [(1, samples)]
-        return [(count, size) for count, size in groups if count and size >= MIN_SAMPLES]
+        self._pending[layer] = _Observed(samples, dtype or rows.dtype)
 
     def _grams(self, layer: str, rows: Tensor, minibatches: int) -> Grams:
         """Gram matrices of one layer, in smaller pieces where memory does not suffice for all of them at once."""
@@ -286,19 +283,20 @@ class CKAAccumulator:
         pending, self._pending = self._pending, {}
         self._batches += 1
         first = next(iter(pending.values()))
-        counted = sum(grams.values.shape[0] * grams.values.shape[1] for grams in first.grams)
+        split = _split(first.samples, self._options.minibatch, self._split_by_default)
+        layers = tuple(pending)
         try:
             with without_gradients():
                 groups = [
-                    Minibatches.of({layer: of_one.grams[i] for layer, of_one in pending.items()}, self._estimator)
-                    for i in range(len(first.grams))
+                    Minibatches.of(layers, group.grams(layers), self._estimator)
+                    for group in self._groups[: len(split)]
                 ]
                 dtypes = {
                     layer: str(of_one.dtype).removeprefix("torch.")
                     for layer, of_one in pending.items()
                     if layer not in self.state.dtypes
                 }
-                step = Step(first.samples, counted, groups, dtypes)
+                step = Step(first.samples, sum(count * size for count, size in split), groups, dtypes)
                 self.state.add(step, keep=self._options.keep_minibatches)
         except memory.EXHAUSTED as error:
             memory.raise_unless_exhausted(error)
@@ -306,11 +304,15 @@ class CKAAccumulator:
                 f"out of memory while comparing {len(pending)} layers of {first.samples} samples with one another, "
                 "and this batch was not added: choose fewer layers (layers=) or smaller minibatches (minibatch=)"
             ) from error
+        finally:
+            self.discard()
         return step
 
     def discard(self) -> None:
         """Forget what was observed since the last `step`, after a forward pass that broke off."""
         self._pending = {}
+        for group in self._groups:
+            group.release()
 
     def update(self, activations: Mapping[str, Features]) -> None:
         """Observe every layer of one batch, then step.
@@ -423,3 +425,17 @@ class CKAAccumulator:
                 the error's `partial` is the result of all other layers.
         """
         return result_of(self.state, self.settings)
+
+
+@lru_cache(maxsize=256)
+def _split(samples: int, minibatch: int | None, by_default: bool) -> list[tuple[int, int]]:
+    """How a batch is split: (m, n) for m minibatches of n samples, then the next ones."""
+    size = minibatch or samples
+    if samples > LARGEST_BY_DEFAULT and by_default:
+        # Evenly: sizes differ by one at most.
+        count = -(-samples // LARGEST_BY_DEFAULT)
+        size, larger = divmod(samples, count)
+        groups = [(larger, size + 1), (count - larger, size)]
+    else:
+        groups = [(samples // size, size), (1, samples % size)] if samples > size else [(1, samples)]
+    return [(count, size) for count, size in groups if count and size >= MIN_SAMPLES]

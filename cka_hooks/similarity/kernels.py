@@ -8,6 +8,7 @@ kernel's function takes are its options: the same names in `cka`, `compare` and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -31,6 +32,21 @@ _NEARLY_SAME = 1e-5
 _ROOT_NOISE = 5e-7
 
 
+@dataclass(frozen=True)
+class OfLinear:
+    """A kernel whose Gram matrices follow from linear ones of samples that are all shifted by one vector.
+
+    Attributes:
+        of_linear: (..., m, n, n) of any number of layers at once, from linear ones.
+    """
+
+    of_linear: Callable[[Grams], Grams]
+
+    def __call__(self, features: Tensor, minibatches: int) -> Grams:
+        """See `Kernel`."""
+        return self.of_linear(linear_grams(features, minibatches))
+
+
 def rbf(bandwidth: float | None = None, sigma: float | None = None) -> Kernel:
     """exp(-D / (2 s^2)) with s^2 = bandwidth^2 * median(D), or s = `sigma` in the features' units.
 
@@ -43,17 +59,16 @@ def rbf(bandwidth: float | None = None, sigma: float | None = None) -> Kernel:
             "bandwidth= (a multiple of the median distance) and sigma= (in the features' units) exclude each other"
         )
 
-    def grams(features: Tensor, minibatches: int) -> Grams:
-        linear = linear_grams(features, minibatches)
+    def of_linear(linear: Grams) -> Grams:
         squares = _squared_distances(linear)
         if sigma is not None:
             return Grams(torch.exp(squares / (-2 * sigma**2)), None, *linear.traces())
-        variance = (bandwidth or 1.0) ** 2 * _median(squares)[:, None, None]
+        variance = (bandwidth or 1.0) ** 2 * _median(squares)[..., None, None]
         some = variance > 0
         values = torch.exp(squares / (-2 * torch.where(some, variance, 1)))
         return Grams(torch.where(some, values, (squares == 0).to(values)), None, *linear.traces())
 
-    return grams
+    return OfLinear(of_linear)
 
 
 def distance() -> Kernel:
@@ -111,14 +126,14 @@ def _squared_distances(linear: Grams) -> Tensor:
 
 
 def _median(distances: Tensor) -> Tensor:
-    """(m,) medians of symmetric (m, n, n) with zero diagonal, from the n (n - 1) / 2 values below it."""
+    """(...) medians of symmetric (..., n, n) with zero diagonal, from the n (n - 1) / 2 values below it."""
     n = distances.shape[-1]
     rows, columns = torch.tril_indices(n, n, -1, device=distances.device)
-    below = distances.flatten(-2)[:, rows * n + columns]
+    below = distances.flatten(-2)[..., rows * n + columns]
 
     def ranked(rank: int) -> Tensor:
         # In order of size come the n zeros of the diagonal, then every other value twice.
-        return below.kthvalue((rank - n + 1) // 2, dim=-1).values if rank > n else below.new_zeros(len(below))
+        return below.kthvalue((rank - n + 1) // 2, dim=-1).values if rank > n else below.new_zeros(below.shape[:-1])
 
     total = n * n
     return (ranked((total + 1) // 2) + ranked(total // 2 + 1)) / 2
@@ -167,7 +182,11 @@ def polynomial(degree: int = 3, gamma: float | None = None, coef0: float = 1.0) 
 
 def linear() -> Kernel:
     """<x, y>."""
-    return linear_grams
+    return OfLinear(_unchanged)
+
+
+def _unchanged(linear: Grams) -> Grams:
+    return linear
 
 
 KERNELS: dict[str, Callable[..., Kernel]] = {

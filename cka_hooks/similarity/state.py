@@ -21,6 +21,7 @@ from torch import Tensor
 from cka_hooks.errors import OptionError, SampleCountError
 from cka_hooks.hsic import Estimator, all_pairs, centre, pack, sample_parts
 from cka_hooks.null import null_cumulants, null_numbers
+from cka_hooks.similarity.products import fused
 from cka_hooks.similarity.products.grams import Grams
 
 # Numbers of the (layers, minibatches, n, n) stack that are centred at a time: 32 MB, and 8 MB on a CPU, whose
@@ -51,18 +52,27 @@ class Minibatches(NamedTuple):
     cubes: Tensor
 
     @classmethod
-    def of(cls, grams: Mapping[str, Grams], estimator: Estimator) -> Minibatches:
-        """Centre the Gram matrices of all layers of m minibatches, a bounded stack at a time."""
-        rows = list(grams.values())
-        device = rows[0].values.device
-        m, n, _ = rows[0].values.shape
+    def of(cls, layers: tuple[str, ...], grams: Grams | Sequence[Grams], estimator: Estimator) -> Minibatches:
+        """Centre the Gram matrices of all layers of m minibatches, a bounded stack at a time.
+
+        Args:
+            layers: their labels.
+            grams: of each layer, or of all of them stacked in a dimension in front.
+            estimator: "unbiased" or "biased".
+        """
+        if isinstance(grams, Grams) and estimator == "unbiased" and fused.centres(grams):
+            made = fused.centred(grams)
+            if made is not None:
+                return cls(layers, *made)
+        first = grams if isinstance(grams, Grams) else grams[0]
+        device = first.values.device
+        m, n, _ = first.values.shape[-3:]
         packed: Tensor | None = None
         rest: list[tuple[Tensor, ...]] = []
         at_a_time = _CENTRED_AT_A_TIME_ON_CPU if device.type == "cpu" else _CENTRED_AT_A_TIME
         step = max(1, at_a_time // (m * n * n))
-        for low in range(0, len(rows), step):
-            some = rows[low : low + step]
-            stacked = Grams(*(_stacked(of_one, device) for of_one in zip(*some, strict=True)))
+        for low in range(0, len(layers), step):
+            stacked = _stacked(grams, slice(low, low + step), device)
             spread, size = stacked.traces()
             finite = torch.isfinite(stacked.values.sum((-2, -1)) + size)
             bad = ~finite.unsqueeze(-1)
@@ -72,11 +82,11 @@ class Minibatches(NamedTuple):
             rest.append((spread, size, finite, parts, cubes.masked_fill_(bad, 0)))
             vectors = pack(centred, estimator).masked_fill_(bad, 0)
             if packed is None:
-                packed = vectors if len(some) == len(rows) else vectors.new_empty(len(rows), *vectors.shape[1:])
+                packed = vectors if step >= len(layers) else vectors.new_empty(len(layers), *vectors.shape[1:])
             if packed is not vectors:
-                packed[low : low + len(some)] = vectors
+                packed[low : low + step] = vectors
         assert packed is not None
-        return cls(tuple(grams), packed, *(torch.cat(parts) for parts in zip(*rest, strict=True)))
+        return cls(layers, packed, *(torch.cat(parts) for parts in zip(*rest, strict=True)))
 
     @classmethod
     def joined(cls, parts: Sequence[Minibatches]) -> Minibatches:
@@ -89,10 +99,15 @@ class Minibatches(NamedTuple):
         return Minibatches(self.layers, *(tensor.cpu() for tensor in self[1:]))
 
 
-def _stacked(tensors: Sequence[Tensor | None], device: torch.device) -> Any:
-    """One attribute of several layers' Gram matrices, None where these have none."""
-    there = [tensor.to(device, non_blocking=True) for tensor in tensors if tensor is not None]
-    return torch.stack(there) if there else None
+def _stacked(grams: Grams | Sequence[Grams], some: slice, device: torch.device) -> Grams:
+    """The Gram matrices of some of the layers, stacked."""
+    if isinstance(grams, Grams):
+        return Grams(*(None if stack is None else stack[some] for stack in grams))  # type: ignore[arg-type]
+    found: list[Any] = []
+    for tensors in zip(*grams[some], strict=True):
+        there = [tensor.to(device, non_blocking=True) for tensor in tensors if tensor is not None]
+        found.append(torch.stack(there) if there else None)
+    return Grams(*found)
 
 
 class Step(NamedTuple):
@@ -281,8 +296,10 @@ class State:
             if self.passes == 1:
                 part.first_minibatches, part.first_samples = m, m * n
             parts.append(part)
-        parts.append(type(self)(largest=step.samples, left_out=step.samples - step.counted, dtypes=step.dtypes))
-        for part in parts:
+        # No part of its own, whose empty tensors would be made as large as the others, and brought to the device.
+        last = parts[-1] if parts else type(self)()
+        last.largest, last.left_out, last.dtypes = step.samples, step.samples - step.counted, step.dtypes
+        for part in parts or [last]:
             self.merge(part)
 
     def merge(self, other: State) -> None:

@@ -5,6 +5,7 @@ share a large common component is, in float32, that component plus rounding. So 
 before the product wherever it matters, and partial products are added up in float64.
 
 To add a backend, write a file beside this one with a function like :func:`reference.shifted`, and choose it here.
+batch.py asks before for one that makes the matrices of many layers together.
 """
 
 from __future__ import annotations

@@ -22,6 +22,10 @@ class Grams(NamedTuple):
     spread: Tensor | None = None
     size: Tensor | None = None
 
+    def of_layer(self, number: int) -> Grams:
+        """Those of one layer, where several are stacked in a dimension in front."""
+        return Grams(*(None if stacked is None else stacked[number] for stacked in self))  # type: ignore[arg-type]
+
     def traces(self) -> tuple[Tensor, Tensor]:
         """(m,) traces of the centred linear Gram matrix and of the linear Gram matrix.
 

@@ -1,0 +1,69 @@
+"""Gram matrices of all layers of one batch, until they are added up: on a GPU in buffers that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor
+
+from cka_hooks import memory
+from cka_hooks.similarity.products import fused
+from cka_hooks.similarity.products.grams import Grams
+
+
+class Batch:
+    """Gram matrices of m minibatches of n samples, layer by layer.
+
+    Args:
+        of_linear: from linear Gram matrices to those of the kernel, where that is how it makes them, else None.
+    """
+
+    def __init__(self, of_linear: Callable[[Grams], Grams] | None) -> None:
+        self._of_linear = of_linear
+        self._shelves: dict[torch.device, fused.Shelf] = {}
+        # A layer's Gram matrices, or where they are on the shelf of which device.
+        self._grams: dict[str, Grams | tuple[torch.device, int]] = {}
+
+    def shelve(self, layer: str, features: Tensor, minibatches: int) -> bool:
+        """Take (m * n, P, C) features to the fused backend; False, and nothing was done, where others have to."""
+        if self._of_linear is None or not fused.takes(features, minibatches):
+            return False
+        device = features.device
+        try:
+            shelf = self._shelves.get(device)
+            if shelf is None:
+                shelf = self._shelves[device] = fused.Shelf(device)
+            shelf.add(features, minibatches)
+        except torch.OutOfMemoryError:
+            # Its buffers found no room. There are ways that need less.
+            memory.release(device)
+            return False
+        except Exception as error:
+            fused.fail(error)
+            return False
+        self._grams[layer] = device, shelf.rows - 1
+        return True
+
+    def put(self, layer: str, grams: Grams) -> None:
+        """Take what was made of the layer elsewhere."""
+        self._grams[layer] = grams
+
+    def grams(self, layers: Collection[str]) -> Grams | list[Grams]:
+        """Those of some layers, in one stack where they lie so already: valid until `release`."""
+        stacks: dict[torch.device, Grams] = {}
+        if self._of_linear is not None:
+            stacks = {
+                device: self._of_linear(shelf.finish()) for device, shelf in self._shelves.items() if shelf.rows
+            }
+        for stack in stacks.values():
+            if len(stack.values) == len(layers) == len(self._grams):
+                return stack
+        places = [self._grams[layer] for layer in layers]
+        return [it if isinstance(it, Grams) else stacks[it[0]].of_layer(it[1]) for it in places]
+
+    def release(self) -> None:
+        """Forget them; the buffers stay."""
+        self._grams.clear()
+        for shelf in self._shelves.values():
+            shelf.release()

@@ -1,0 +1,407 @@
+"""The fused backend: Gram matrices on an NVIDIA GPU in one read of each activation, by fused_kernels.py.
+
+One launch a layer and batch leaves partial matrices; one more adds up those of as many layers as there is room for.
+What a launch needs is worked out once for each shape, and buffers stay from batch to batch. Nothing waits for the
+device. More than 128 samples in a minibatch are left to PyTorch's products.
+
+Triton comes with PyTorch's Linux wheels. Where it is missing or fails, PyTorch's products go on, with one warning.
+The environment variable ``CKA_HOOKS_FUSED=0`` leaves it unused.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+
+from cka_hooks import memory
+from cka_hooks.errors import warn
+from cka_hooks.similarity.products.grams import Grams
+
+# Bfloat16 pieces of a difference: two where activations have few bits themselves.
+PIECES = {torch.float32: 3, torch.float16: 3, torch.bfloat16: 2}
+# Rounding in two pieces is right to 1e-6 where it has features to average out over.
+FEW_FEATURES = 256
+# Samples in a tile -> programs for each multiprocessor, features a step, warps, stages: the fastest on an H100.
+TUNED = {16: (4, 128, 4, 3), 32: (4, 64, 4, 4), 64: (2, 32, 4, 5), 128: (1, 64, 8, 3)}
+MAX_SAMPLES = max(TUNED)
+# Features added up in float32 at a time; a program may take more than one such sum.
+SUM = 4096
+# Numbers in the partial matrices of one stream before they are added up: 48 MiB.
+ROOM = 3 << 22
+# How many partial matrices one program adds up at a time, and how many numbers of each.
+SLOTS, PART = 16, 128
+# A layer of minibatches too many for that goes to PyTorch.
+MOST_ROWS = ROOM // (2 * MAX_SAMPLES)
+# Sequences of layers whose tables are kept.
+KEPT = 1024
+
+_failed = False
+
+
+def takes(features: Tensor, minibatches: int) -> bool:
+    """Whether :meth:`Shelf.add` can be used for (m * n, P, C) features."""
+    # Subclasses and tensors inside a function transform have no memory that a kernel could read.
+    return (
+        features.is_cuda
+        and type(features) is Tensor
+        and features.dtype in PIECES
+        and features.shape[0] <= min(minibatches * MAX_SAMPLES, MOST_ROWS)
+        and features.numel() > 0
+        and not (features.requires_grad or _failed)
+        and _functorch.maybe_current_level() is None
+        and memory.scratch(1) == 1
+        and _runs_on(features.device.index)
+    )
+
+
+@cache
+def _runs_on(index: int) -> bool:
+    if os.environ.get("CKA_HOOKS_FUSED", "1") == "0" or torch.version.hip is not None:
+        return False
+    # No products in bfloat16 before that.
+    if torch.cuda.get_device_capability(index) < (8, 0):
+        return False
+    try:
+        _kernels()
+    except Exception as error:
+        fail(error)
+        return False
+    return True
+
+
+def fail(error: BaseException) -> None:
+    """From here on products are PyTorch's."""
+    global _failed
+    if not _failed:
+        _failed = True
+        warn(
+            f"Triton cannot be used here ({type(error).__name__}: {str(error).strip()[:200]}), so products on the "
+            "GPU are PyTorch's, which take several times as long: install the triton that belongs to this PyTorch, "
+            "or set CKA_HOOKS_FUSED=0 to go without it and without this warning"
+        )
+
+
+@cache
+def _kernels() -> Any:
+    from cka_hooks.similarity.products import fused_kernels
+
+    return fused_kernels
+
+
+class Program:
+    """A kernel with all that is the same in its launches for features of one shape.
+
+    Args:
+        kernel: its name in fused_kernels.py.
+        grid: how many programs, in three dimensions.
+        numbers: the last of its arguments.
+        constants: what it is compiled for.
+        options: how it is compiled.
+
+    Attributes:
+        slots: programs, each of which fills a slot.
+        room: slots in a buffer of ROOM numbers.
+        compiled: (device, whether the first tensor lies at a multiple of 16 bytes) -> what launches it.
+    """
+
+    def __init__(
+        self,
+        kernel: str,
+        grid: tuple[int, int, int],
+        numbers: Sequence[int],
+        constants: dict[str, int],
+        options: dict[str, int],
+    ) -> None:
+        self.kernel = kernel
+        self.grid = grid
+        self.numbers = tuple(numbers)
+        self.constants = constants
+        self.options = options
+        self.tail = (*numbers, *constants.values())
+        self.slots = grid[0] * grid[1]
+        self.room = ROOM // constants["N"] ** 2
+        self.compiled: dict[tuple[int | None, bool], Callable[..., None]] = {}
+
+
+def launch(program: Program, stream: int, tensors: Sequence[Tensor], *numbers: int) -> None:
+    """The one place where kernels are launched."""
+    device = tensors[0].device
+    places = [tensor.data_ptr() for tensor in tensors]
+    key = device.index, places[0] % 16 == 0
+    run = program.compiled.get(key)
+    if run is not None:
+        if device.index == torch.cuda.current_device():
+            run(*places, *numbers, *program.tail, stream=stream)
+        else:
+            with torch.cuda.device(device):
+                run(*places, *numbers, *program.tail, stream=stream)
+        return
+    kernel = getattr(_kernels(), program.kernel)[program.grid]
+    # Triton's own launch goes to the current device and stream, and works out again what it is given, which takes
+    # longer than the launch.
+    with torch.cuda.stream(torch.cuda.ExternalStream(stream, device)) if device.type == "cuda" else nullcontext():
+        compiled = kernel(*tensors, *numbers, *program.numbers, **program.constants, **program.options)
+    if compiled is not None and _kernels().TAKES_CONSTANTS:
+        program.compiled[key] = compiled[program.grid]
+
+
+def current_stream(device: torch.device) -> int:
+    """The handle of PyTorch's current stream."""
+    return _current_raw_stream(device.index) if device.type == "cuda" else 0
+
+
+_current_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
+
+
+@lru_cache(maxsize=4096)
+def program_of(
+    shape: tuple[int, int, int],
+    strides: tuple[int, int, int],
+    dtype: torch.dtype,
+    minibatches: int,
+    processors: int,
+) -> Program:
+    """The launch for (m * n, P, C) features, in so many programs for each of m minibatches."""
+    rows, positions, channels = shape
+    sn, sp, sc = strides
+    n, width = rows // minibatches, positions * channels
+    tile = tile_of(n)
+    per_processor, block, warps, stages = TUNED[tile]
+    most = max(1, min(per_processor * processors, ROOM // tile**2) // minibatches)
+    blocks = -(-width // block)
+    if channels == 1:
+        channels, sc = positions, sp
+    is_flat = channels == width or sp == channels * sc
+    if is_flat:
+        channels, sp = width, 0
+    step = 16 // dtype.itemsize
+    if sc != 1 or any(number % step for number in (width, channels, sn, sp)):
+        step = 1
+    return Program(
+        "partial_grams",
+        # As many for every width that has work for them: `add_partials` is told the same in each batch of text.
+        (min(most, blocks), minibatches, 1),
+        (n, width // step, channels // step, -(-blocks // most), n * sn // step, sn // step, sp // step, sc),
+        {
+            "N": tile,
+            "BLOCK": block,
+            "SUM": SUM,
+            "PIECES": PIECES[dtype] if width >= FEW_FEATURES else 3,
+            "STEP": step,
+            "UNIT": sc == 1,
+            "FLAT": is_flat,
+            "EVEN": n == tile,
+            "LONG": width > 1 << 30,
+        },
+        {"num_warps": warps, "num_stages": stages},
+    )
+
+
+def tile_of(n: int) -> int:
+    """Samples in the tile for n of them."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def processors_of(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+class _Lane:
+    """The partial matrices that one stream has made and not yet added up.
+
+    Attributes:
+        buffers: the matrices, norms and scales, see `partial_grams`.
+        pending: of each layer its first slot, its programs and its row, one after the other.
+        used: slots taken.
+    """
+
+    def __init__(self, device: torch.device, stream: int) -> None:
+        self.stream = stream
+        self.used = 0
+        self.pending: list[int] = []
+        slots = ROOM // min(TUNED) ** 2
+        self.buffers = (
+            torch.empty(ROOM, dtype=torch.float32, device=device),
+            torch.empty(slots, dtype=torch.float64, device=device),
+            torch.empty(slots, dtype=torch.float32, device=device),
+        )
+
+
+class Shelf:
+    """Linear Gram matrices of many layers on one device, of m minibatches of n samples each.
+
+    Its buffers stay from batch to batch. Launches go to the stream that is current when a layer is added, and those
+    who take the matrices have them on the stream that is current then.
+
+    Args:
+        device: where the features are.
+
+    Attributes:
+        rows: layers that were added since `release`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.rows = 0
+        self._device = device
+        self._m = self._n = 0
+        self._lanes: dict[int, _Lane] = {}
+        self._tables: dict[tuple[int, ...], tuple[Program, Tensor]] = {}
+        self._values = torch.empty(0, dtype=torch.float64, device=device)
+        self._shift = torch.empty(0, dtype=torch.float64, device=device)
+        self._processors = processors_of(device)
+
+    def add(self, features: Tensor, minibatches: int) -> None:
+        """Take the next layer's features, (m * n, P, C), see `takes`; m and n are the same for all."""
+        if not self.rows:
+            self._m, self._n = minibatches, features.shape[0] // minibatches
+        shape: Any = features.shape
+        program = program_of(shape, features.stride(), features.dtype, minibatches, self._processors)
+        stream = current_stream(self._device)
+        lane = self._lanes.get(stream)
+        if lane is None:
+            self._first_of(stream, features)
+            lane = self._lanes[stream]
+        elif lane.used + program.slots > program.room:
+            self._add_up(lane)
+        launch(program, stream, (features, *lane.buffers), lane.used)
+        lane.pending += (lane.used, program.grid[0], self.rows)
+        lane.used += program.slots
+        self.rows += 1
+
+    def finish(self) -> Grams:
+        """(L, m, n, n) values and (L, m) shift of the layers since `release`: valid until then."""
+        for lane in self._lanes.values():
+            if lane.pending:
+                self._add_up(lane)
+        self._follow(self._other_streams())
+        m, n = self._m, self._n
+        values = self._values[: self.rows * m * n * n].view(self.rows, m, n, n)
+        return Grams(values, self._shift[: self.rows * m].view(self.rows, m))
+
+    def release(self) -> None:
+        """What was taken on this stream is not needed any more, and what was not is forgotten."""
+        self._lead(self._other_streams())
+        for lane in self._lanes.values():
+            lane.pending.clear()
+            lane.used = 0
+        self.rows = 0
+
+    def _first_of(self, stream: int, features: Tensor) -> None:
+        """A lane for a stream on which nothing was added before, once both kernels are known to run.
+
+        Whoever is told that they do not goes on with PyTorch's products, and may have added layers already.
+        """
+        self._follow(self._other_streams())
+        lane = _Lane(self._device, stream)
+        shape: Any = features.shape
+        program = program_of(shape, features.stride(), features.dtype, self._m, self._processors)
+        launch(program, stream, (features, *lane.buffers), 0)
+        lane.pending += (0, program.grid[0], self.rows)
+        self._add_up(lane)
+        self._lanes[stream] = lane
+
+    def _other_streams(self) -> list[torch.cuda.Stream]:
+        now = current_stream(self._device)
+        return [torch.cuda.ExternalStream(stream, self._device) for stream in self._lanes if stream != now]
+
+    def _follow(self, streams: list[torch.cuda.Stream]) -> None:
+        """The current stream waits for others."""
+        for stream in streams:
+            torch.cuda.current_stream(self._device).wait_stream(stream)
+
+    def _lead(self, streams: list[torch.cuda.Stream]) -> None:
+        """Other streams wait for the current one."""
+        for stream in streams:
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    def _add_up(self, lane: _Lane) -> None:
+        """Partial matrices to Gram matrices, of all layers of a lane in one launch."""
+        rows = lane.pending[-1] + 1
+        if rows * self._m * self._n**2 > len(self._values) or rows * self._m > len(self._shift):
+            self._grow(2 * rows + 30)
+        key = (self._m, self._n, *lane.pending)
+        found = self._tables.get(key)
+        if found is None:
+            if len(self._tables) >= KEPT:
+                self._tables.clear()
+            found = self._tables[key] = self._table(lane.pending)
+        program, table = found
+        launch(program, lane.stream, (*lane.buffers, table, self._values, self._shift))
+        lane.pending.clear()
+        lane.used = 0
+
+    def _grow(self, rows: int) -> None:
+        """Room for more layers; only while the layers of a batch are not known."""
+        streams = self._other_streams()
+        self._follow(streams)
+        values, shift = self._values, self._shift
+        self._values = values.new_empty(max(rows * self._m * self._n**2, len(values)))
+        self._shift = shift.new_empty(max(rows * self._m, len(shift)))
+        self._values[: len(values)] = values
+        self._shift[: len(shift)] = shift
+        self._lead(streams)
+
+    def _table(self, pending: list[int]) -> tuple[Program, Tensor]:
+        """What `add_partials` is told of the layers in `_Lane.pending`, and its launch."""
+        tile = tile_of(self._n)
+        slot, programs, row = torch.tensor(pending, device="cpu").view(-1, 3, 1).unbind(1)
+        minibatch = torch.arange(self._m, device="cpu")
+        first = slot + minibatch * programs
+        table = torch.stack([first, programs.expand_as(first), row * self._m + minibatch], -1).contiguous()
+        constants = {"N": tile, "BLOCK": PART, "SLOTS": SLOTS}
+        program = Program("add_partials", (first.numel(), tile**2 // PART, 1), (self._n,), constants, {})
+        return program, table.to(self._device, non_blocking=True)
+
+
+def centres(grams: Grams) -> bool:
+    """Whether `centred` can be used for (L, m, n, n) Gram matrices."""
+    values, shift = grams.values, grams.shift
+    return (
+        values.is_cuda
+        and type(values) is Tensor
+        and shift is not None
+        and values.is_contiguous()
+        and shift.is_contiguous()
+        and values.shape[-1] <= MAX_SAMPLES
+        and not _failed
+        and _runs_on(values.device.index)
+    )
+
+
+def centred(grams: Grams) -> tuple[Tensor, ...] | None:
+    """The tensors of `Minibatches` of linear Gram matrices, unbiased, in one launch; None where PyTorch has to."""
+    values, shift = grams.values, grams.shift
+    assert shift is not None
+    layers, m, n, _ = values.shape
+    rows = layers, m
+    found = (
+        values.new_empty(*rows, n * (n - 1) // 2),
+        values.new_empty(rows),
+        values.new_empty(rows),
+        values.new_empty(rows, dtype=torch.bool),
+        values.new_empty(*rows, n),
+        values.new_empty(*rows, 2),
+    )
+    program = _centring(layers * m, n)
+    try:
+        launch(program, current_stream(values.device), (values, shift, values.new_empty(*rows, n), *found))
+    except Exception as error:
+        fail(error)
+        return None
+    return found
+
+
+@lru_cache(maxsize=256)
+def _centring(rows: int, n: int) -> Program:
+    tile = tile_of(n)
+    return Program(
+        "centre_grams", (rows, 1, 1), (n,), {"N": tile, "BLOCK": min(32, tile)}, {"num_warps": 8, "num_stages": 1}
+    )

@@ -1,0 +1,298 @@
+"""The fused backend without a GPU: its kernels in Triton's interpreter, what is chosen, and how much is launched."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from processes import finished
+from test_device import NoHostSync
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+import cka_hooks
+from cka_hooks import CKAAccumulator
+from cka_hooks.similarity.products import batch, fused
+
+CHECKS = Path(__file__).parent / "fused_checks.py"
+pytestmark = pytest.mark.filterwarnings("ignore:one sample decides")
+on_linux = pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="the extra `test` has Triton on Linux only"
+)
+
+
+@on_linux
+def test_the_kernels_are_right_in_the_interpreter() -> None:
+    done = finished(str(CHECKS), env=os.environ | {"TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@on_linux
+def test_triton_is_imported_when_a_tensor_on_a_gpu_comes() -> None:
+    code = """
+import sys, torch, cka_hooks
+cka = cka_hooks.CKAAccumulator()
+cka.update({"x": torch.randn(8, 3), "y": torch.randn(8, 5)})
+assert "triton" not in sys.modules or "torch._inductor" in sys.modules, "a CPU needs no Triton"
+assert "cka_hooks.similarity.products.fused_kernels" not in sys.modules
+"""
+    done = finished("-c", code)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+class Launches:
+    """Stands for `fused.launch`: counts, and makes what the kernels would, on a CPU and in float64."""
+
+    def __init__(self) -> None:
+        self.count: Counter[str] = Counter()
+        self.fails_at = -1
+
+    def __call__(self, program: fused.Program, stream: int, tensors: Sequence[Tensor], *numbers: int) -> None:
+        self.count[program.kernel] += 1
+        if sum(self.count.values()) == self.fails_at + 1:
+            raise RuntimeError("no such kernel")
+        getattr(self, program.kernel)(program, tensors, *numbers)
+
+    def partial_grams(self, program: fused.Program, tensors: Sequence[Tensor], slot: int) -> None:
+        features, partial, norms, scales = tensors
+        programs, minibatches, _ = program.grid
+        tile, n = program.constants["N"], len(features) // minibatches
+        rows = features.double().reshape(minibatches, n, -1)
+        slots = slice(slot, slot + programs * minibatches)
+        found = torch.zeros(minibatches, programs, tile, tile)
+        found[:, 0, :n, :n] = rows @ rows.mT
+        partial.view(-1, tile, tile)[slots] = found.flatten(0, 1)
+        norms[slots], scales[slots] = 0, 1
+
+    def add_partials(self, program: fused.Program, tensors: Sequence[Tensor]) -> None:
+        partial, _, _, table, values, shift = tensors
+        tile, (n,) = program.constants["N"], program.numbers
+        for slot, slots, row in table.view(-1, 3).tolist():
+            found = partial.view(-1, tile, tile)[slot : slot + slots].sum(0)[:n, :n]
+            values.view(-1)[row * n * n : (row + 1) * n * n] = found.flatten()
+            shift[row] = 0
+
+
+class OnlyCounted(Launches):
+    def partial_grams(self, *_: Any) -> None:
+        pass
+
+    add_partials = centre_grams = partial_grams
+
+
+def taken_on_a_cpu(features: Tensor, minibatches: int) -> bool:
+    return features.dtype in fused.PIECES and len(features) <= 128 * minibatches and not fused._failed
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    found = Launches()
+    monkeypatch.setattr(fused, "launch", found)
+    monkeypatch.setattr(fused, "takes", taken_on_a_cpu)
+    monkeypatch.setattr(fused, "processors_of", lambda device: 4)
+    monkeypatch.setattr(fused, "_failed", False)
+    return found
+
+
+def layers_of(samples: int) -> dict[str, Tensor]:
+    x = torch.randn(samples, 4, 25)
+    return {"x": x, "wide": x.double(), "y": x[:, 1:3] + torch.randn(samples, 2, 25), "half": x.bfloat16()}
+
+
+def result_of(batches: Sequence[dict[str, Tensor]], **options: Any) -> cka_hooks.CKAResult:
+    cka = CKAAccumulator(**options)
+    for of_one in batches:
+        cka.update(of_one)
+    return cka.compute()
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"minibatch": 8},
+    {"minibatch": 10, "estimator": "biased"},
+    {"kernel": "rbf"},
+    {"kernel": "rbf", "sigma": 3.0, "minibatch": 8},
+    {"kernel": "distance"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_result_is_that_of_pytorch_products(
+    options: dict[str, Any], launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers that are taken and layers that are not, batches of several sizes."""
+    batches = [layers_of(samples) for samples in (24, 24, 20, 150, 24)]
+    found = result_of(batches, **options)
+    assert (sum(launches.count.values()) > 0) == (options.get("kernel") != "distance")
+    monkeypatch.setattr(fused, "takes", lambda features, minibatches: False)
+    expected = result_of(batches, **options)
+    assert found.layers == expected.layers == ("x", "wide", "y", "half")
+    np.testing.assert_allclose(found.matrix, expected.matrix, atol=1e-6)
+    np.testing.assert_allclose(found.stderr, expected.stderr, atol=1e-6)
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 2, 3, 4, 5])
+def test_where_triton_fails_products_are_pytorchs(launches: Launches, fails_at: int) -> None:
+    """With one warning, and nothing that was made before is lost."""
+    layers = {str(i): torch.randn(16, 40) + i for i in range(4)}
+    expected = result_of([layers] * 2)
+    launches.count.clear()
+    launches.fails_at = fails_at
+    with pytest.warns(cka_hooks.CKAWarning, match="no such kernel.*CKA_HOOKS_FUSED=0") as warned:
+        found = result_of([layers] * 2)
+    assert len(warned) == 1
+    np.testing.assert_allclose(found.matrix, expected.matrix, atol=1e-6)
+
+
+def test_where_centring_fails_it_is_pytorchs(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = {str(i): torch.randn(16, 40) + i for i in range(4)}
+    expected = result_of([layers] * 2)
+    monkeypatch.setattr(fused, "centres", lambda grams: not fused._failed)
+    with pytest.warns(cka_hooks.CKAWarning, match="no attribute 'centre_grams'"):
+        found = result_of([layers] * 2)
+    np.testing.assert_allclose(found.matrix, expected.matrix, atol=1e-6)
+
+
+def test_where_its_buffers_find_no_room_products_are_pytorchs(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(fused, "_Lane", no_room)
+    x = torch.randn(16, 40)
+    assert result_of([{"x": x, "2 x": 2 * x}])["x", "2 x"] == pytest.approx(1)
+
+
+def test_a_batch_that_broke_off_leaves_nothing(launches: Launches) -> None:
+    x, y = torch.randn(16, 40), torch.randn(16, 30)
+    cka = CKAAccumulator()
+    cka.observe("x", x)
+    cka.discard()
+    cka.update({"y": y, "x": x})
+    assert cka.compute()["x", "y"] == pytest.approx(result_of([{"x": x, "y": y}])["x", "y"])
+
+
+# On a pretended GPU
+
+
+@pytest.fixture
+def pretended(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> Iterator[OnlyCounted]:
+    found = OnlyCounted()
+    monkeypatch.setattr(fused, "launch", found)
+    monkeypatch.setattr(fused, "current_stream", lambda device: 0)
+    monkeypatch.setattr(fused, "centres", lambda grams: grams.shift is not None)
+    with FakeTensorMode():
+        if torch.__version__.startswith("2.6."):
+            pytest.skip("PyTorch 2.6 asks the CUDA driver about a view of a pretended tensor")
+        yield found
+
+
+def counted(build: Callable[[], nn.Module], inputs: Tensor, **options: Any) -> tuple[Counter[str], Counter[str]]:
+    """Operators of PyTorch in the hooks of a later batch, and in its `step`."""
+    model = build()
+    cka = CKAAccumulator(**options)
+    with torch.no_grad(), cka_hooks.LayerRecorder(model, consumer=cka.observe, batch_dim=0):
+        for _ in range(2):
+            with NoHostSync() as hooks:
+                model(inputs)
+            with NoHostSync() as step:
+                cka.step()
+    with torch.no_grad(), NoHostSync() as bare:
+        model(inputs)
+    return hooks.launches - bare.launches, step.launches
+
+
+def chain(layers: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return nn.Sequential(*(nn.Linear(16, 16, dtype=dtype, device="cuda") for _ in range(layers)))
+
+
+@pytest.mark.parametrize("options", [{}, {"minibatch": 8}, {"kernel": "rbf", "sigma": 2.0}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_launch_a_layer_and_a_step_that_does_not_grow(
+    pretended: OnlyCounted, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    def launched(layers: int) -> tuple[int, int, int]:
+        pretended.count.clear()
+        inputs = torch.randn(32, 16, device="cuda", dtype=dtype)
+        hooks, step = counted(lambda: chain(layers, dtype), inputs, **options)
+        # The very first layer is launched once more, to see that it can be.
+        return pretended.count["partial_grams"] - 1, sum(hooks.values()), sum(step.values())
+
+    few, many = launched(10), launched(60)
+    assert few[0] == 2 * 10
+    assert many[0] == 2 * 60
+    assert few[1] == many[1] == 0
+    assert few[2] == many[2]
+    # Of both batches, and of the very first layer.
+    assert pretended.count["add_partials"] == 3
+    if options.get("kernel") is None:
+        assert pretended.count["centre_grams"] == 2
+        assert many[2] < 60
+
+
+def test_padded_text_is_added_up_by_one_table(pretended: OnlyCounted) -> None:
+    """The same programs for every length, so that `add_partials` is told nothing new."""
+    cka = CKAAccumulator()
+    for length in (40, 56, 33):
+        with NoHostSync() as counted_here:
+            cka.observe("x", torch.randn(32, length, 64, device="cuda"))
+            cka.observe("y", torch.randn(32, length, 32, device="cuda"))
+        cka.step()
+    assert "_to_copy" not in counted_here.launches
+    assert "stack" not in counted_here.launches
+
+
+# What is taken
+
+
+def test_what_a_kernel_can_read_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_runs_on", lambda index: True)
+    monkeypatch.setattr(fused, "_failed", False)
+    with FakeTensorMode():
+        fake = torch.empty(8, 1, 4, device="cuda")
+        assert not fused.takes(fake, 1)
+        # As if it were there.
+        monkeypatch.setattr(fused, "Tensor", type(fake))
+        assert fused.takes(fake, 1)
+        assert fused.takes(torch.empty(512, 1, 4, device="cuda"), 4)
+        assert not fused.takes(torch.empty(129, 1, 4, device="cuda"), 1)
+        assert not fused.takes(torch.empty(8, 1, 0, device="cuda"), 1)
+        assert not fused.takes(fake.double(), 1)
+        assert not fused.takes(torch.empty(8, 1, 4, device="cpu"), 1)
+        assert not fused.takes(torch.empty(8, 1, 4, device="cuda", requires_grad=True), 1)
+        with batch.memory.smaller_pieces():
+            assert not fused.takes(fake, 1)
+
+
+def test_the_variable_leaves_it_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_kernels", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    runs_on = fused._runs_on.__wrapped__
+    assert runs_on(0)
+    monkeypatch.setenv("CKA_HOOKS_FUSED", "0")
+    assert not runs_on(0)
+
+
+def test_a_gpu_without_products_in_bfloat16_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    assert not fused._runs_on.__wrapped__(0)
+
+
+def test_without_triton_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_failed", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setitem(sys.modules, "cka_hooks.similarity.products.fused_kernels", None)
+    monkeypatch.setattr(fused, "_kernels", fused._kernels.__wrapped__)
+    with pytest.warns(cka_hooks.CKAWarning, match="Triton cannot be used here"):
+        assert not fused._runs_on.__wrapped__(0)
+    # Warnings are errors here.
+    assert not fused._runs_on.__wrapped__(1)
