@@ -271,23 +271,24 @@ def test_classes_of_tokens_are_no_mask() -> None:
     check(Reader(), batches, {"act": unmasked(mean)}, call=lambda model, batch: model(batch[0]))
 
 
-def test_masks_of_padding_are_inverted() -> None:
+@pytest.mark.parametrize("key", ["src_key_padding_mask", "pad"])
+def test_masks_of_padding_are_inverted(key: str) -> None:
     class Encoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.encode = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
             self.head = nn.Linear(6, 3)
 
-        def forward(self, x: Tensor, src_key_padding_mask: Tensor) -> Tensor:
-            return self.head(self.encode(x, src_key_padding_mask=src_key_padding_mask))
+        def forward(self, x: Tensor, **masks: Tensor) -> Tensor:
+            return self.head(self.encode(x, src_key_padding_mask=masks[key]))
 
     generator = torch.Generator().manual_seed(0)
     padding = torch.arange(6) >= LENGTHS[:, None]
-    batches = [{"x": torch.randn(8, 6, 6, generator=generator), "src_key_padding_mask": padding} for _ in range(2)]
-    take = {"encode": lambda x, batch: mean(x, ~batch["src_key_padding_mask"])}
+    batches = [{"x": torch.randn(8, 6, 6, generator=generator), key: padding} for _ in range(2)]
+    take = {"encode": lambda x, batch: mean(x, ~batch[key])}
     take["head"] = take["encode"]
-    check(Encoder(), batches, take, mask=lambda batch: ~batch["src_key_padding_mask"])
-    with pytest.warns(cka_hooks.CKAWarning, match=r"mask=lambda batch: ~batch\['src_key_padding_mask'\] uses it"):
+    check(Encoder(), batches, take, mask=lambda batch: ~batch[key])
+    with pytest.warns(cka_hooks.CKAWarning, match=rf"mask=lambda batch: ~batch\['{key}'\] uses it"):
         check(Encoder(), batches, dict.fromkeys(take, unmasked(mean)))
 
 

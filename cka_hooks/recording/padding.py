@@ -371,7 +371,10 @@ def _suspect(batch: Any, form: batches.Form, keywords: Mapping[str, Any]) -> str
     entries = enumerate(batch) if isinstance(batch, tuple | list) and form.listed is None else ()
     numbered = {f"[{number}]": entry for number, entry in entries if number > 0}
     named = {
-        f"[{key!r}]": item for key, item in keywords.items() if "mask" in key and key not in (MASK, DECODER_MASK)
+        f"[{key!r}]": item
+        for key, item in keywords.items()
+        if key not in (MASK, DECODER_MASK)
+        and ("mask" in key or "pad" in key or getattr(item, "dtype", None) is torch.bool)
     }
     for where, item in (numbered | named).items():
         if not isinstance(item, Tensor) or item.ndim != 2 or item.is_floating_point() or item.device.type != "cpu":
@@ -380,7 +383,7 @@ def _suspect(batch: Any, form: batches.Form, keywords: Mapping[str, Any]) -> str
         is_alike = where in named or tuple(item.shape) == shape
         is_padding = bool((item == counts).all()) and bool((counts[:, 1:] != counts[:, :-1]).sum(1).amax() == 1)
         if is_alike and is_padding and item.shape[1] > 1:
-            inverted = "~" if "padding_mask" in where else ""
+            inverted = "~" if "pad" in where else ""
             return (
                 f"batch{where} looks like a mask of padding, {tuple(item.shape)}, and was not used: padding counts "
                 f"as data. mask=lambda batch: {inverted}batch{where} uses it (nonzero where a position counts)"
