@@ -441,6 +441,25 @@ def test_a_signed_file_with_other_content_is_refused(tmp_path: Path, good: bytes
         run(path, shuffled())
 
 
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda content: content.pop("place"),
+        lambda content: content["place"].pop("now"),
+        lambda content: content["place"].update(fingerprint=3),
+        lambda content: content["settings"].update(models=torch.zeros(2)),
+    ],
+)
+def test_what_an_attack_found_in_signed_files_is_refused(tmp_path: Path, good: bytes, forge) -> None:
+    path = tmp_path / "run.ckpt"
+    path.write_bytes(good)
+    content = files.read(path)
+    forge(content)
+    files.write(path, content)
+    with pytest.raises(cka_hooks.CheckpointError):
+        run(path, shuffled())
+
+
 @FUZZ
 @given(value=PLAIN)
 def test_what_is_written_is_read(tmp_path: Path, value) -> None:

@@ -103,6 +103,7 @@ class Keeper:
             return False
         try:
             self.finished = bool(self._saved["finished"])
+            _check_place(self._saved["place"])
             restore(self._saved["run"])
         except WRONG as error:
             raise self._refused(f"its content is not that of a run ({error})") from error
@@ -301,6 +302,16 @@ def undisturbed(needed: bool = True) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if arrived:
             before(*arrived[0])
+
+
+def _check_place(place: Any) -> None:
+    """Raise :class:`ValueError` unless it is None, or has what :meth:`Keeper.seen` goes on from."""
+    if place is None:
+        return
+    if place.keys() != {"start", "batches", "fingerprint", "now", "loader"}:
+        raise ValueError("its place in the loader is none")
+    if type(place["batches"]) is not int or type(place["fingerprint"]) is not str:
+        raise ValueError("its number of batches is none")
 
 
 def _is_stateful(loader: Any) -> bool:

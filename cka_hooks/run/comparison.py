@@ -357,7 +357,7 @@ class Comparison:
         Raises:
             OptionError: it is from a comparison with other options, or from something else.
         """
-        row = whole("row", state.get("row", 0) if isinstance(state, Mapping) else 0, 0)
+        row = whole("row", state.get("row", 0) if isinstance(state, Mapping) else 0, 0) or 0
         self._accumulator.load_state_dict(state)
         self._brought.start_pass()
         self._brought.row = row
