@@ -138,7 +138,8 @@ def _measured(grams: Grams) -> list[Measured]:
         torch.linalg.vector_norm(part, dim=-1).square() for part in (values.flatten(1), diagonal, sums - diagonal)
     )
     found = [*grams.traces(), whole, own, rows, sums.sum(-1), diagonal.sum(-1)]
-    return [Measured(*numbers) for numbers in torch.stack(found, -1).tolist()]
+    # One by one: under torch.func, PyTorch 2.6 reads single numbers only.
+    return [Measured(*map(float, numbers)) for numbers in torch.stack(found, -1)]
 
 
 def _is_precise(measured: Measured, n: int, width: int, chunk: int, shared: float = math.inf) -> bool:
