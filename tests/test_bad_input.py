@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL_LAYERS, SmallNet, image_batches
@@ -82,6 +84,46 @@ def test_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(cka_hooks.OptionError, match=message):
         compare(model, image_batches(), progress=False, **options)
     assert model.passes == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tolerance": math.inf}, "tolerance=inf"),
+        ({"tolerance": "0.1"}, "tolerance='0.1'"),
+        ({"tolerance": torch.ones(2)}, "tolerance="),
+        ({"max_samples": math.inf}, "max_samples=inf"),
+        ({"max_samples": "100"}, "max_samples='100'"),
+        ({"epochs": True}, "epochs=True"),
+        ({"epochs": math.nan}, "epochs=nan"),
+        ({"seed": "0"}, "seed='0'"),
+        ({"kernel": "rbf", "sigma": math.inf}, "sigma=inf"),
+        ({"kernel": "rbf", "bandwidth": "1"}, "bandwidth='1'"),
+        ({"estimator": ["unbiased"]}, "estimator="),
+    ],
+    ids=str,
+)
+def test_numbers_that_are_none_are_refused_before_the_first_batch(options: dict[str, Any], message: str) -> None:
+    model = Counting()
+    with pytest.raises(cka_hooks.OptionError, match=re.escape(message)):
+        compare(model, image_batches(), progress=False, **options)
+    assert model.passes == 0
+
+
+def test_numbers_of_any_type_are_numbers_in_the_result(tmp_path) -> None:
+    """NumPy's scalars and tensors of one number, in a result that can be saved."""
+    options = {"max_samples": np.int64(40), "tolerance": np.float32(0.5), "epochs": torch.tensor(1)}
+    options |= {"seed": np.uint8(3), "minibatch": np.int32(8), "keep_minibatches": np.bool_(True)}
+    result = compare(Counting(), image_batches(), progress=False, **options)
+    assert [result.settings[name] for name in options] == [40, 0.5, 1, 3, 8, True]
+    result.save(tmp_path / "cka.json")
+    assert cka_hooks.CKAResult.load(tmp_path / "cka.json") == result
+
+
+@pytest.mark.parametrize("names", [{0: Counting(), 10: Counting()}, {"": Counting(), "b": Counting()}], ids=str)
+def test_names_of_models_are_text(names) -> None:
+    with pytest.raises(cka_hooks.OptionError, match="names are text"):
+        compare(names, image_batches(), progress=False)
 
 
 @pytest.mark.parametrize("model", ["resnet18", None, {"a": SmallNet(), "b": "resnet18"}, lambda: "resnet18"])

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -55,6 +56,7 @@ LOADERS = {
     "in order": lambda: DataLoader(tensors(), batch_size=8),
     "shuffled": shuffled,
     "targets": lambda: shuffled(TensorDataset(tensors(), torch.arange(100) % 7)),
+    "booleans": lambda: shuffled(TensorDataset(tensors(), tensors()[:, 0] > 0)),
     "augmented": lambda: DataLoader(Augmented(), batch_size=8),
     "generator": lambda: iter(list(tensors().split(8))),
     "stateful": lambda: stateful(),
@@ -239,6 +241,48 @@ def test_a_failed_write_leaves_the_file_before(tmp_path: Path, monkeypatch: pyte
     equal(result, whole)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["run.ckpt"], "nothing unfinished is left on the full disk"
+
+
+def test_links_and_modes_are_kept_and_what_is_planted_is_not_followed(tmp_path: Path) -> None:
+    """Somebody's file under the name of a lock or of an unfinished file is as it was."""
+    precious, elsewhere, path = tmp_path / "precious", tmp_path / "elsewhere", tmp_path / "run.ckpt"
+    precious.write_text("precious")
+    whole, _ = run(elsewhere, shuffled())
+    elsewhere.chmod(0o640)
+    path.symlink_to(elsewhere)
+    (tmp_path / ".elsewhere.part").symlink_to(precious)
+    equal(run(path, shuffled())[0], whole)
+    elsewhere.unlink()
+    equal(run(path, shuffled(), checkpoint_every=1e-9)[0], whole)
+    assert path.is_symlink()
+    elsewhere.unlink()
+    with pytest.raises(Stop):
+        run(path, shuffled(), stop_at=4)
+    elsewhere.chmod(0o640)
+    equal(run(path, shuffled())[0], whole)
+    assert path.is_symlink()
+    assert stat.S_IMODE(elsewhere.stat().st_mode) == 0o640
+    assert precious.read_text() == "precious"
+
+
+def test_two_runs_on_one_file_are_refused_with_who_holds_it(tmp_path: Path) -> None:
+    path = tmp_path / "run.ckpt"
+    with saving(path) as (process, next_word):
+        assert next_word()
+        with pytest.raises(cka_hooks.CheckpointError, match=f"in use by process {process.pid} on "):
+            run(path, shuffled(tensors(4000)))
+        process.kill()
+        process.join(60)
+    run(path, shuffled(tensors(4000)))
+
+
+def test_a_lock_that_somebody_planted_is_not_written_to(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    (tmp_path / ".run.ckpt.lock").symlink_to(precious)
+    with pytest.raises((OSError, cka_hooks.CKAError)):
+        run(tmp_path / "run.ckpt", shuffled())
+    assert precious.read_text() == "precious"
 
 
 # Refused
