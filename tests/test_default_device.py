@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from broken_off import Stop, model, run, shuffled, tensors
+from broken_off import Stop, model, run, tensors
 from torch import nn
 
 import cka_hooks
@@ -28,7 +28,7 @@ class Normed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.norm, self.head = nn.Linear(6, 8), nn.BatchNorm1d(5), nn.Linear(8, 3)
+        self.embed, self.norm, self.head = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3)
 
     def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         hidden = self.norm(self.embed(x)).relu()
@@ -106,7 +106,7 @@ USES: dict[str, Callable[[Path], Any]] = {
     "one after another": compared({"net": lambda: NET, "teacher": lambda: TEACHER}, BATCHES),
     "padding": compared(MASKED, PADDED, features="mean"),
     "tolerance": compared(NET, BATCHES * 4, tolerance=1.0, kernel="rbf"),
-    "biased": compared(NET, shuffled(tensors(64)), estimator="biased", max_samples=40),
+    "biased": compared(NET, BATCHES, estimator="biased", max_samples=40),
     "features of others": compared({"net": NET, "V4": torch.cat(BATCHES)}, BATCHES),
     "checkpoint": with_checkpoint,
     "by hand": by_hand,

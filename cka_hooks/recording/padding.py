@@ -337,7 +337,8 @@ def _items(batch: Any, samples: int, length: int) -> list[tuple[str, Tensor]]:
 
     def look(item: Any, key: str) -> None:
         if isinstance(item, Tensor | np.ndarray) and tuple(item.shape[:2]) == (samples, length):
-            found.append((key, torch.as_tensor(item)))
+            # An array would become a tensor on the default device.
+            found.append((key, item if isinstance(item, Tensor) else torch.as_tensor(item, device="cpu")))
 
     batches.mapped(batch, look)
     return found

@@ -80,7 +80,9 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _content(data: bytes) -> dict[str, Any]:
-    tensors = safetensors.torch.load(data)
+    # Else safetensors makes them on PyTorch's default device.
+    with torch.device("cpu"):
+        tensors = safetensors.torch.load(data)
     metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
     text = metadata["cka_hooks"]
     if metadata["sha256"] != _digest(text, tensors):
