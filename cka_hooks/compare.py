@@ -27,7 +27,7 @@ from cka_hooks.run.identity import of_loader, of_option
 from cka_hooks.run.in_turn import added_up_in_turn
 from cka_hooks.run.loop import DONE, Loop
 from cka_hooks.run.precomputed import Precomputed, SampleIds
-from cka_hooks.run.ranks import Ranks, told
+from cka_hooks.run.ranks import Ranks, errors_shared
 from cka_hooks.similarity.estimate import largest_stderr
 from cka_hooks.similarity.state import State, Step
 
@@ -133,7 +133,7 @@ def compare(
     """
     ranks = Ranks.of(distributed, group)
     started = time.perf_counter()
-    with told(ranks), RandomStream(), torch.no_grad():
+    with errors_shared(ranks), RandomStream(), torch.no_grad():
         models = named_models(model)
         check_loader(loader)
         options = Options(
@@ -157,7 +157,7 @@ def compare(
         )
         if options.epochs > 1 and isinstance(loader, Iterator):
             raise OptionError(
-                f"epochs={epochs} needs a loader that can be gone over {epochs} times, and this one is an iterator: "
+                f"epochs={epochs} needs a loader that can be iterated {epochs} times, and this one is an iterator: "
                 "pass a DataLoader or a list of batches"
             )
         if all(isinstance(it, nn.Module | Precomputed) for it in models.values()):

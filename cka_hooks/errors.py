@@ -27,7 +27,7 @@ class ModelError(CKAError, TypeError):
 
 
 class BatchError(CKAError, ValueError):
-    """A batch that the model cannot be called with, or whose number of samples cannot be told."""
+    """A batch that the model cannot be called with, or whose number of samples is not known."""
 
 
 class SampleCountError(CKAError, ValueError):

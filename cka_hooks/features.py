@@ -24,7 +24,7 @@ def check_reduction(features: object) -> None:
     if callable(features) or features in REDUCTIONS or _position(features) is not None:
         return
     raise OptionError(
-        f"features={features!r} is no reduction: use one of {', '.join(map(repr, REDUCTIONS))}, "
+        f"features={features!r} is not a reduction: use one of {', '.join(map(repr, REDUCTIONS))}, "
         "'token:POSITION', a callable (n, ...) -> (n, d), or a mapping from layer pattern to one of these"
     )
 
@@ -64,7 +64,7 @@ def feature_rows(
             number of a dimension. None: last for three dimensions (tokens), else first (images).
 
     Raises:
-        OptionError: `features` needs positions the activation does not have, or is no reduction; `channels` is the
+        OptionError: `features` needs positions the activation does not have, or is not a reduction; `channels` is the
             dimension with the samples, or none.
         BatchError: a callable that does not keep the samples.
     """
@@ -95,7 +95,7 @@ def feature_rows(
     position = _position(features)
     if position is None:
         check_reduction(features)
-        raise OptionError(f"features={features!r} is no reduction")
+        raise OptionError(f"features={features!r} is not a reduction")
     positions = tokens.flatten(1, -2)
     if not -positions.shape[1] <= position < positions.shape[1]:
         raise OptionError(

@@ -1,4 +1,4 @@
-"""Telling that memory ran out from other errors, and giving back what can be given back."""
+"""Running out of memory: telling it from other errors, and freeing what can be freed."""
 
 from __future__ import annotations
 

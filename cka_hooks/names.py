@@ -1,4 +1,4 @@
-"""Globs over dotted names, the names that are most like one that is not there, and names as they are printed."""
+"""Globs over dotted names, the closest names to one that does not exist, and names as they are printed."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def printable(text: str) -> str:
     r"""Text on one line, with control characters spelled out.
 
     Those are the escapes that move the cursor or set the window's title, and the marks that turn the direction of
-    writing, behind which one label can be shown as another.
+    writing, with which one label can pass for another.
 
     Example:
         >>> print(printable("conv1\x1b[2J\n"))

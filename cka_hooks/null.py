@@ -52,7 +52,7 @@ _NEARLY_NORMAL = 0.02
 
 
 def null_numbers(centred: Tensor) -> Tensor:
-    """What the third moment takes of U-centred matrices: (..., n, n) -> (..., 2), tr A^3 and the sum of all A_ij^3.
+    """What the third moment needs of U-centred matrices: (..., n, n) -> (..., 2), tr A^3 and the sum of all A_ij^3.
 
     The product is made in float32, of matrices whose norm is 1: right to about 1e-8 |A|^3, three times as fast.
     """
@@ -90,7 +90,7 @@ def null_cumulants(own: Tensor, numbers: Tensor, n: int) -> Tensor:
     of_t = sum(share * graph.triangle**2 for graph, share in here)
     of_both = sum(share * graph.triangle * graph.triple for graph, share in here)
     of_s = sum(share * graph.triple**2 for graph, share in here)
-    # Of numbers and not of tensors, which would have to be brought to the device.
+    # Numbers and not tensors, which would have to be moved to the device.
     t, s = numbers.unbind(-1)
     third = (of_t * t + of_both * s) @ t.mT + (of_both * t + of_s * s) @ s.mT
     return torch.stack([2 / (n * (n - 3)) * own @ own.mT, third / n**3])

@@ -204,10 +204,10 @@ def test_a_torchvision_data_set(tmp_path, capsys):
         (["--weights", "IMAGENET1K_V1"], "expected a checkpoint file"),
         (["--against-weights", "a.pt"], "name that model with --against"),
         (["--minibatch", "2"], "at least 4"),
-        (["--model", "resnet18"], "names no model: expected torchvision:NAME"),
+        (["--model", "resnet18"], "is not the name of a model: expected torchvision:NAME"),
         (["--model", "gone.py:net"], "no file gone.py"),
-        (["--data", "gone/"], "is no folder and names no data"),
-        (["--features", "median"], "'median' is no reduction"),
+        (["--data", "gone/"], "is neither a folder nor the name of data"),
+        (["--features", "median"], "'median' is not a reduction"),
     ],
 )
 def test_bad_input_is_a_message_and_exit_code_2(nets, tmp_path, capsys, words, message):

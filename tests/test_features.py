@@ -89,7 +89,7 @@ def test_memory_order_is_a_view_where_it_can_be() -> None:
 @pytest.mark.parametrize("features", ["median", "token:", "token:x", 3, None, ("mean",)])
 def test_no_reduction(features: Any) -> None:
     for take in (lambda f: cka_hooks.LayerRecorder(nn.Identity(), features=f), lambda f: feature_rows(TOKENS, f)):
-        with pytest.raises(cka_hooks.OptionError, match="is no reduction: use one of"):
+        with pytest.raises(cka_hooks.OptionError, match="is not a reduction: use one of"):
             take(features)
 
 

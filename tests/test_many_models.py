@@ -141,7 +141,7 @@ def test_what_a_function_may_return() -> None:
         cka_hooks.compare({"a": lambda: {"no": "model"}}, loader(), progress=False)
     with pytest.raises(cka_hooks.ModelError, match=r"found the class dict: pass an instance"):
         cka_hooks.compare({"a": dict}, loader(), progress=False)
-    with pytest.raises(cka_hooks.OptionError, match="gone over only once"):
+    with pytest.raises(cka_hooks.OptionError, match="iterated only once"):
         cka_hooks.compare({"a": lambda: model(0)}, iter(loader()), progress=False)
 
 

@@ -388,7 +388,7 @@ def test_identifiers_that_are_missing_or_there_twice() -> None:
     with pytest.raises(SampleCountError, match=r"'V4': has no row for .* of the 12 samples of a batch: 'image"):
         compare({"V4": Precomputed(array[:40], sample_ids=NAMES[:40])}, named(shuffle=False), sample_ids="id")
     given = Precomputed(array, sample_ids=list(map(str, range(SAMPLES))))
-    with pytest.raises(SampleCountError, match=r": 0, 1, 2, 3, 4 and 7 more; its sample_ids are such as '0'"):
+    with pytest.raises(SampleCountError, match=r": 0, 1, 2, 3, 4 and 7 more; its sample_ids look like '0'"):
         compare({"V4": given}, named(list(range(SAMPLES)), shuffle=False), sample_ids="id")
     with pytest.raises(OptionError, match="twice in sample_ids: 'image0', 'image1'"):
         Precomputed(array, sample_ids=[*NAMES[:58], "image0", "image1"])
@@ -406,8 +406,8 @@ def test_identifiers_that_are_missing_or_there_twice() -> None:
         ({"sample_ids": 2.5}, OptionError, "it is a key of the batch, or a function"),
         ({"sample_ids": True}, OptionError, "it is a key of the batch, or a function"),
         ({"sample_ids": lambda batch: batch["id"][1:]}, BatchError, "gives 11 identifiers for a batch of 12"),
-        ({"sample_ids": lambda batch: batch["input"]}, OptionError, "is no identifier of a sample"),
-        ({"sample_ids": lambda batch: None}, OptionError, "None is no identifier of a sample"),
+        ({"sample_ids": lambda batch: batch["input"]}, OptionError, "does not identify a sample"),
+        ({"sample_ids": lambda batch: None}, OptionError, "None does not identify a sample"),
     ],
 )
 def test_identifiers_that_cannot_be_used(options: Any, error: type[Exception], message: str) -> None:

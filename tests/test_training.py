@@ -131,7 +131,7 @@ def test_a_loader_that_brings_other_batches_is_refused_before_the_first_step() -
     cka.start(network())
     resumed = TrainingCKA([torch.randn(32, 12, generator=generator)], layers=["0"])
     resumed.load_state_dict(cka.state_dict())
-    with pytest.raises(cka_hooks.BatchError, match="another one than for the first"):
+    with pytest.raises(cka_hooks.BatchError, match="differs from the one for the first"):
         resumed.start(network(), step=5)
     with pytest.raises(cka_hooks.OptionError, match="only once"):
         TrainingCKA(iter(batches()))

@@ -105,7 +105,7 @@ def load_data(
         if not len(dataset):
             raise SpecError(f"no images in the folder {spec}: looked for {', '.join(sorted(IMAGES))}")
     else:
-        raise SpecError(f"{spec!r} is no folder and names no data: expected {KINDS}")
+        raise SpecError(f"{spec!r} is neither a folder nor the name of data: expected {KINDS}")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     return DataLoader(Subset(dataset, order[:samples]), batch_size=batch_size, num_workers=workers)
 

@@ -87,7 +87,7 @@ def load_model(spec: str, weights: str | None = None, *, seed: int = 0) -> Loade
     elif Path(spec).is_file():
         raise SpecError(f"{spec} is a file, and not a model: expected {KINDS}; pass a file of weights with --weights")
     else:
-        raise SpecError(f"{spec!r} names no model: expected {KINDS}")
+        raise SpecError(f"{spec!r} is not the name of a model: expected {KINDS}")
     if file is not None:
         load_weights(loaded.model, file)
     loaded.model.eval()

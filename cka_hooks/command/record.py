@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     if out.suffix != ".safetensors":
         raise OptionError(f"--out {out}: expected a file that ends with .safetensors")
     if out.exists() and not arguments.overwrite:
-        raise OptionError(f"{out} is there already: pass --overwrite to replace it, or name another file with --out")
+        raise OptionError(f"{out} already exists: pass --overwrite to replace it, or name another file with --out")
     loaded = load_model(arguments.model, arguments.weights, seed=arguments.seed)
     model = loaded.model.to(device_of(arguments.device))
     bound = None if arguments.samples == "all" else int(arguments.samples)
@@ -97,13 +97,13 @@ def _recorded(
     loader: Iterable[Any],
     key: SampleIds | None,
     bound: int | None,
-    told: Callable[[int], object],
+    counted: Callable[[int], object],
 ) -> tuple[dict[str, Tensor], list[Identifier]]:
     """The activations of each layer, and the identifiers that the batches have at `key`.
 
     Args:
         bound: how many samples, at most.
-        told: is called with the number of samples of each batch.
+        counted: is called with the number of samples of each batch.
     """
     ids: list[Identifier] = []
 
@@ -120,7 +120,7 @@ def _recorded(
             rows[layer].append(activation.cpu())
         count = len(next(iter(activations.values())))
         samples += count
-        told(count)
+        counted(count)
         if bound is not None and samples >= bound:
             break
     if not rows:

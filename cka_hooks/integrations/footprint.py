@@ -99,7 +99,9 @@ class Footprint:
             ]
             return cls(State.from_state_dict(state["state"]), steps, state["type"], dict(state["settings"]))
         except (KeyError, TypeError) as error:
-            raise OptionError(f"this is no CKA of a network in training: {type(error).__name__} {error}") from error
+            raise OptionError(
+                f"this is not the CKA of a network in training: {type(error).__name__} {error}"
+            ) from error
 
 
 def compared(parts: Mapping[str, Footprint], settings: Mapping[str, Any]) -> CKAResult:

@@ -227,7 +227,7 @@ class TrainingCKA:
         With another network it is that of the layer of the same name; where there is none, the largest of all.
         """
         found: dict[str, float] = {}
-        for other, block in self._blocks():
+        for other, block in self._with_others():
             for row, values in zip(block.rows, block.matrix, strict=True):
                 layer = block.layer_of(row)
                 same = f"{other}/{layer}"
@@ -245,7 +245,7 @@ class TrainingCKA:
         try:
             from matplotlib.figure import Figure
 
-            for other, block in self._blocks():
+            for other, block in self._with_others():
                 figure = Figure(figsize=(6, 5), layout="constrained")
                 block.plot(ax=figure.add_subplot())
                 log(f"{self.name}/{other}", figure)
@@ -269,7 +269,7 @@ class TrainingCKA:
             self._then = {name: Footprint.of(state.get(name, {})) for name in (INITIAL, PREVIOUS)}
             self._batches.known = list(state.get("batches", []))
 
-    def _blocks(self) -> Iterator[tuple[str, CKAResult]]:
+    def _with_others(self) -> Iterator[tuple[str, CKAResult]]:
         if self.result is not None:
             there = {self.result.model_of(label) for label in self.result.rows}
             for other in self.result.models:

@@ -52,7 +52,7 @@ class Channels:
         self._given = PerLayer(channel_dim, names, "channel_dim")
         self._found: dict[tuple[str, int], int] = {}
         self._guessed: dict[str, tuple[int, ...]] = {}
-        self._is_told = False
+        self._has_warned = False
         self.restart()
 
     def restart(self) -> None:
@@ -105,10 +105,10 @@ class Channels:
         if given is not None:
             return int(given)
         if (label, rank) not in self._found:
-            self._found[label, rank] = self._told(label, activation, batch_dim)
+            self._found[label, rank] = self._dim_of(label, activation, batch_dim)
         return self._found[label, rank]
 
-    def _told(self, label: str, activation: Tensor, batch_dim: int) -> int:
+    def _dim_of(self, label: str, activation: Tensor, batch_dim: int) -> int:
         shape, rank = tuple(activation.shape), activation.ndim
         known = self._known_dim(activation)
         if known is not None and known != batch_dim:
@@ -126,8 +126,8 @@ class Channels:
 
     def warn(self) -> None:
         """Say once which layers were taken for usual ones."""
-        if self._guessed and not self._is_told:
-            self._is_told = True
+        if self._guessed and not self._has_warned:
+            self._has_warned = True
             some = ", ".join(f"{label!r} {shape}" for label, shape in list(self._guessed.items())[:5])
             more = f" and {len(self._guessed) - 5} more" if len(self._guessed) > 5 else ""
             warn(

@@ -213,7 +213,7 @@ def _matches(entry: Any, candidates: dict[str, nn.Module]) -> list[Selection]:
         raise OptionError(_itself(entry, candidates))
     if isinstance(entry, type):
         if not issubclass(entry, nn.Module):
-            raise OptionError(f"layers has the type {entry.__qualname__}, which is no subclass of nn.Module")
+            raise OptionError(f"layers has the type {entry.__qualname__}, which is not a subclass of nn.Module")
         return _first_names(candidates, lambda name, module: isinstance(module, entry))
     if callable(entry):
         return _first_names(candidates, _predicate(entry))

@@ -77,7 +77,7 @@ class Padding:
         self._suspect: str | None = None
         self._unused: dict[str, Source] = {}
         self._kept: list[str] = []
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     # The masks of a batch
 
@@ -102,7 +102,7 @@ class Padding:
                 if makes_input and batches.keeps_labels(self._model, LABELS, keywords):
                     found[LABELS] = labels != _IGNORED
             self._found |= {key: it for key, it in found.items() if isinstance(it, Tensor) and it.ndim == 2}
-            if not self._told and not self._is_named:
+            if not self._warned and not self._is_named:
                 self._suspect = _suspect(batch, form, keywords)
 
     @property
@@ -112,8 +112,8 @@ class Padding:
 
     @property
     def is_due(self) -> bool:
-        """Whether padding that is kept as data is still to be told of."""
-        return "kept" not in self._told and self.has_zeros
+        """Whether the warning about padding that is kept as data is still to come."""
+        return "kept" not in self._warned and self.has_zeros
 
     @property
     def has_zeros(self) -> bool:
@@ -238,23 +238,23 @@ class Padding:
             if fit.dims != (-1,) and fit.dims if fit is not None else not lengths.isdisjoint(shape[1:]):
                 self._kept.append(label)
 
-    def tell(self, *, reduces: bool) -> None:
+    def warn(self, *, reduces: bool) -> None:
         """Say once at the end of a pass where padding counts as data.
 
         Args:
             reduces: whether positions of a layer are averaged or chosen.
         """
         if self._kept:
-            self._say(
+            self._warn_once(
                 "kept",
                 "the batch's attention mask has zeros, and features='flatten' keeps what stands there as data in "
                 f"{_listed(self._kept)}: use features='mean', 'token' or 'last' to leave padding out",
             )
             self._kept = []
-        if self._unused and "unused" not in self._told and self.has_zeros:
+        if self._unused and "unused" not in self._warned and self.has_zeros:
             source = next(iter(self._unused.values()))
             what = f"batch's {source}" if isinstance(source, str) else "mask"
-            self._say(
+            self._warn_once(
                 "unused",
                 f"the {what} has zeros and was not used in {_listed(list(self._unused))}, of whose positions it is "
                 "not known to be: padding there counts as data. mask= names the mask of each layer: a function of "
@@ -262,12 +262,12 @@ class Padding:
                 "such functions",
             )
         if reduces and self._suspect is not None:
-            self._say("suspect", self._suspect)
+            self._warn_once("suspect", self._suspect)
         self._is_first = False
 
-    def _say(self, what: str, message: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
             warn(message)
 
 

@@ -25,7 +25,7 @@ _NUMBERS = 8192
 # Slices are those of the same sample where they differ by at most this share of what differs between samples.
 _ALIKE = 0.1
 
-# The smaller passes do not tell.
+# The smaller passes do not decide it.
 OPEN = "open"
 
 Take = Callable[[str, Tensor, bool], None]

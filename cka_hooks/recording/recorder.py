@@ -69,7 +69,7 @@ class LayerRecorder:
     Raises:
         ModelError: a ``ScriptModule`` or something else that hooks cannot see into.
         LayerError: an entry of `layers` that matches nothing.
-        OptionError: `features` is no reduction; ``with`` has no consumer.
+        OptionError: `features` is not a reduction; ``with`` has no consumer.
 
     Example:
         >>> import torch
@@ -281,7 +281,7 @@ class LayerRecorder:
 
     def _on_end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self._managed and self._now.concerns():
-            self._reductions.tell()
+            self._reductions.warn()
 
     @contextmanager
     def _pass(self, given: Given, limit: int | None) -> Iterator[None]:
@@ -293,7 +293,7 @@ class LayerRecorder:
         finally:
             self._managed = False
             self._listen()
-        self._reductions.tell()
+        self._reductions.warn()
 
     def _start(self, given: Given, limit: int | None) -> None:
         self._started = True

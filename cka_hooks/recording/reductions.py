@@ -104,7 +104,7 @@ class Reductions:
                 masks.append((mask[: self._limit].to(activation.device, non_blocking=True), dims))
         return feature_rows(activation, route.reduction, batch_dim=route.axis, masks=masks, channels=route.channels)
 
-    def tell(self) -> None:
+    def warn(self) -> None:
         """Say at the end of a pass what was guessed, and where padding counts as data; once in all passes."""
         self._channels.warn()
-        self._padding.tell(reduces=self._reduces)
+        self._padding.warn(reduces=self._reduces)

@@ -13,7 +13,7 @@ from cka_hooks.errors import OptionError
 if TYPE_CHECKING:
     from cka_hooks.results.result import CKAResult
 
-# A count beyond it is no count, and a float cannot hold it.
+# Larger counts are mistakes, and a float cannot hold them.
 _MOST = 1 << 53
 
 

@@ -104,7 +104,10 @@ def read_result(path: PathLike) -> CKAResult:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         refuse(f'it has no "format": "{FORMAT}"')
     if type(document.get("format_version")) is not int or document["format_version"] != VERSION:
-        refuse(f"its format_version is {document.get('format_version')!r:.40}, and {VERSION} is the one known")
+        refuse(
+            f"its format_version is {document.get('format_version')!r:.40}, and this version of cka_hooks reads "
+            f"version {VERSION}"
+        )
     types = {entry.name: str(entry.type) for entry in _FIELDS}
     odd = sorted(_REQUIRED - document.keys() or document.keys() - types.keys() - _REQUIRED)
     if odd:

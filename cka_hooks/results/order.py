@@ -1,7 +1,7 @@
-"""Which layer follows which, as far as labels in order of execution tell it.
+"""Which layer follows which, as far as the labels, in order of execution, show it.
 
 A label does not say what its layer reads. Two things are known: the layers ran one after another, and names such as
-``downsample``, ``branch3x3`` or ``q_proj`` tell that a layer is on a branch, beside others. A layer follows the last
+``downsample``, ``branch3x3`` or ``q_proj`` show that a layer is on a branch, beside others. A layer follows the last
 one on its own branch. The first of a branch follows what came before all branches of the block, but a way around the
 block (``downsample``) follows nothing, since its input came long before.
 """

@@ -87,7 +87,7 @@ class Keeper:
     def _check_order(self) -> None:
         if replay.shuffles_unseeded(self._loader):
             raise OptionError(
-                "checkpoint= needs a loader that can be gone over again, and this one shuffles without a seeded "
+                "checkpoint= needs a loader that can be iterated again, and this one shuffles without a seeded "
                 "generator: DataLoader(..., shuffle=True, generator=torch.Generator().manual_seed(0))"
             )
 

@@ -1,7 +1,7 @@
 """A run's state as a file: a safetensors file, read without pickle, refused where it is damaged or edited.
 
 Its tensors are the sums and the states of random generators; its metadata has one JSON text with all the rest, and a
-SHA-256 of both, so that a damaged or edited file is told from a good one.
+SHA-256 of both, so that a damaged or edited file does not pass for a good one.
 """
 
 from __future__ import annotations
@@ -89,12 +89,14 @@ def _content(data: bytes) -> dict[str, Any]:
         raise CheckpointError("its checksum does not fit its content, so it was edited or damaged")
     decoded = json.loads(text)
     if isinstance(decoded, list):
-        raise CheckpointError("an earlier version wrote it, and its sums are others")
+        raise CheckpointError("an earlier version wrote it, and its sums differ")
     whole = _joined(decoded, tensors)
     if not isinstance(whole, dict) or whole.get("format") != FORMAT:
         raise CheckpointError(f"it is not of the format {FORMAT!r}")
     if whole["version"] != VERSION:
-        raise CheckpointError(f"it is of version {whole['version']!r:.40}, and {VERSION} is the one known")
+        raise CheckpointError(
+            f"it is of version {whole['version']!r:.40}, and this version of cka_hooks reads version {VERSION}"
+        )
     found = whole["content"]
     if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
         raise CheckpointError("it has no settings")

@@ -1,4 +1,4 @@
-"""Whether a loader brings its classes in longer runs than chance gives: minibatches are no random samples then."""
+"""Whether a loader brings its classes in longer runs than chance gives: minibatches are not random samples then."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def warn_of_order(state: State) -> None:
     """Warn where classes came in runs."""
     if deviations(state) > _DEVIATIONS:
         warn(
-            "the loader brings samples of one class one after another: its minibatches are no random samples of "
+            "the loader brings samples of one class one after another: its minibatches are not random samples of "
             "the data, and CKA over them is not CKA over the data set. Shuffle it (DataLoader(..., shuffle=True, "
             "generator=torch.Generator().manual_seed(0)) shuffles in the same way in every run of a script)"
         )

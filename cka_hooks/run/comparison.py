@@ -160,7 +160,7 @@ class Comparison:
         try:
             _leave(self._guests)
         finally:
-            # Ctrl-C may have broken off the first time; guests leave once however often they are told to.
+            # Ctrl-C may have broken off the first time; guests leave once, however often they are asked to.
             _leave(self._guests)
             self._guests = []
 
@@ -201,7 +201,7 @@ class Comparison:
                 is to be discarded.
         """
         if not self._within:
-            raise OptionError("update() belongs into the block: with Comparison(...) as comparison: ...")
+            raise OptionError("call update() inside the block: with Comparison(...) as comparison: ...")
         self._look_at(batch)
         self._brought.look_at(batch, limit)
         number, self._number = self._number, self._number + 1
@@ -391,7 +391,7 @@ def finished(state: State, types: Mapping[str, str], settings: Mapping[str, Any]
     same = max((state.first_batches.count(first) for first in state.first_batches), default=0)
     if same > 1:
         warn(
-            f"{same} ranks have the same first batch, so that its samples count as often: give the loader a "
+            f"{same} ranks have the same first batch, so that their samples count that often: give the loader a "
             "DistributedSampler, name the ranks with different samples by group=, or run each rank alone with "
             "distributed=False"
         )
@@ -407,7 +407,7 @@ def named_models(model: Any) -> dict[str, Any]:
     """
     if not isinstance(model, Mapping):
         if is_features(model):
-            raise OptionError("features that you bring need a name: pass a mapping, such as {'V4': array}")
+            raise OptionError("precomputed features need a name: pass a mapping, such as {'V4': array}")
         return {"": model}
     if not model:
         raise OptionError("the mapping of models is empty: name at least one model")

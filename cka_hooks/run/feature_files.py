@@ -42,7 +42,7 @@ def opened(file: str | os.PathLike[str]) -> tuple[dict[str, Any], Any]:
     readers = {".npy": _npy, ".npz": _npz, ".safetensors": _safetensors, ".h5": _hdf5, ".hdf5": _hdf5}
     reader = readers.get(Path(path).suffix.lower())
     if reader is None:
-        raise OptionError(f"{path} is no file of features that can be read: expected {', '.join(SUFFIXES)}")
+        raise OptionError(f"{path} is not a file of features that can be read: expected {', '.join(SUFFIXES)}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
@@ -95,7 +95,7 @@ def _npy(path: str, name: str) -> tuple[dict[str, Any], Any]:
 def _npz(path: str, name: str) -> tuple[dict[str, Any], Any]:
     with np.load(path, allow_pickle=False) as file:
         if not isinstance(file, Mapping):
-            raise ValueError("it is no .npz file")
+            raise ValueError("it is not an .npz file")
         wanted = [key for key in file if key == name or not name] if name in file or not name else list(file)
         return {key: file[key] for key in wanted if key != IDS}, file.get(IDS)
 

@@ -39,7 +39,7 @@ def added_up_in_turn(
 
     Raises:
         ModelError: something is neither a model nor a function, or a function returned something else.
-        OptionError: the loader is an iterator, which can be gone over only once.
+        OptionError: the loader is an iterator, which can be iterated only once.
         BatchError: the loader brings other batches for another model.
         SampleCountError: a batch had different numbers of samples in two models.
     """
@@ -87,13 +87,13 @@ class Replayed:
         known: a fingerprint of each batch of the first pass, which those of later passes have to have.
 
     Raises:
-        OptionError: it is an iterator, which can be gone over only once.
+        OptionError: it is an iterator, which can be iterated only once.
     """
 
     def __init__(self, loader: Iterable[Any]) -> None:
         if isinstance(loader, Iterator):
             raise OptionError(
-                "this loader is an iterator, which can be gone over only once, and each model needs all of its "
+                "this loader is an iterator, which can be iterated only once, and each model needs all of its "
                 "batches: pass a DataLoader or a list of batches"
             )
         self._loader = loader
@@ -126,15 +126,15 @@ class Replayed:
         """One pass.
 
         Raises:
-            BatchError: a batch is another one than it was for the first model.
+            BatchError: a batch differs from the one for the first model.
         """
         for batch in self._loader:
             number = len(self._seen)
             self._seen.append(replay.fingerprint(batch))
             if self.known is not None and self.known[number : number + 1] != self._seen[-1:]:
                 raise BatchError(
-                    f"batch {number} (counted from 0) for model {self._model!r} is another one than for the first "
-                    "model. Each model needs the same batches: give the loader one order, for example with "
+                    f"batch {number} (counted from 0) for model {self._model!r} differs from the one for the "
+                    "first model. Each model needs the same batches: give the loader one order, for example with "
                     "DataLoader(..., shuffle=True, generator=torch.Generator().manual_seed(0)), and no random "
                     "augmentation that it cannot repeat"
                 )

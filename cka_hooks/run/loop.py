@@ -214,7 +214,7 @@ class Loop:
     def _restore(self, state: dict[str, Any]) -> None:
         before, next_look = state["before"], state["next_look"]
         if type(before) is not int or type(next_look) is not int or min(before, next_look) < 0:
-            raise OptionError("its numbers of samples are none")
+            raise OptionError("its numbers of samples are not numbers")
         self._comparison.load_state_dict(state["comparison"])
         self._before, self._next_look = before, next_look
 

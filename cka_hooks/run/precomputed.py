@@ -363,7 +363,7 @@ def identifiers(given: Any, what: str) -> list[Identifier]:
         plain = plain.decode(errors="replace") if isinstance(plain, bytes) else plain
         if isinstance(plain, bool) or not isinstance(plain, int | str):
             raise OptionError(
-                f"{what}: {plain!r:.60} is no identifier of a sample: expected one whole number or one text for each"
+                f"{what}: {plain!r:.60} does not identify a sample: expected one whole number or one text for each"
             )
         found.append(plain)
     return found

@@ -61,7 +61,7 @@ class Ranks:
             if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
                 warn(
                     "torchrun started this process, and no process group is initialised: every rank gets a result of "
-                    "its own. Call torch.distributed.init_process_group() first, or say distributed=False"
+                    "its own. Call torch.distributed.init_process_group() first, or pass distributed=False"
                 )
             return None
         if dist.get_rank(group) < 0:
@@ -146,7 +146,7 @@ class Ranks:
 
 
 @contextmanager
-def told(ranks: Ranks | None) -> Iterator[None]:
+def errors_shared(ranks: Ranks | None) -> Iterator[None]:
     """Tell the other ranks about an error inside."""
     try:
         yield

@@ -61,12 +61,12 @@ class Randomness:
             ValueError: the loader has other generators now.
         """
         if len(state["generators"]) != len(self._generators):
-            raise ValueError("the loader had another number of random generators")
+            raise ValueError("the loader had a different number of random generators")
         version, words, gauss = state["python"]
         name, key, position, *rest = state["numpy"]
         if not (len(words) == 625 and 0 <= words[-1] <= 624 and len(key) == 624 and 0 <= position <= 624):
             # NumPy believes what it is given, and reads beyond its memory.
-            raise ValueError("the state of a random generator is none")
+            raise ValueError("the state of a random generator is not one")
         torch.set_rng_state(state["torch"])
         random.setstate((version, tuple(words), gauss))
         np.random.set_state((name, key.numpy().astype(np.uint32), position, *rest))

@@ -356,9 +356,9 @@ class CKAAccumulator:
     def _check_settings(self, theirs: Any) -> None:
         ours = self.settings
         if isinstance(theirs, Mapping) and theirs.get("sketch") is not None:
-            raise OptionError("this state was made with sketch=, which is gone: measure again without it")
+            raise OptionError("this state was made with sketch=, which no longer exists: measure again without it")
         if not isinstance(theirs, Mapping) or theirs.keys() != ours.keys():
-            raise OptionError("this is no accumulator's state of this version: its options are others")
+            raise OptionError("this is not the state of an accumulator of this version: its options differ")
         for option, value in ours.items():
             if theirs[option] != value:
                 raise OptionError(
@@ -385,7 +385,7 @@ class CKAAccumulator:
             OptionError: it is from an accumulator with other options, or not from an accumulator.
         """
         if not isinstance(state, Mapping) or "options" not in state:
-            raise OptionError("this is no accumulator's state: state_dict() of a CKAAccumulator gives one")
+            raise OptionError("this is not the state of an accumulator: state_dict() of a CKAAccumulator gives one")
         self._check_settings(state["options"])
         loaded = State.from_state_dict(state.get("state", {}))
         self.reset()

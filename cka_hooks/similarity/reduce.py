@@ -62,7 +62,7 @@ def lost(error: BaseException) -> RankError:
     """The error where another rank is gone."""
     return RankError(
         f"another rank of the process group ended, or did not answer within the group's timeout ({error}). With "
-        "checkpoint= the same call on all ranks goes on from where each of them was"
+        "checkpoint= the same call on all ranks continues from where each of them was"
     )
 
 

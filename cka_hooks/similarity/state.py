@@ -416,7 +416,7 @@ class State:
         if not isinstance(state, Mapping) or state.keys() != {"layers", *DECLARED}:
             odd = sorted(map(str, set(state) ^ {"layers", *DECLARED})) if isinstance(state, Mapping) else []
             raise OptionError(
-                f"this is no accumulator's state of this version: {', '.join(odd) or type(state).__name__}"
+                f"this is not the state of an accumulator of this version: {', '.join(odd) or type(state).__name__}"
             )
         layers = state["layers"]
         if (

@@ -108,7 +108,7 @@ def _looks_spread(grouped: Tensor) -> bool:
 
 
 class Measured(NamedTuple):
-    """Numbers that tell how precise an (n, n) Gram matrix K is.
+    """Numbers that say how precise an (n, n) Gram matrix K is.
 
     Attributes:
         spread: the first of `Grams.traces`.
