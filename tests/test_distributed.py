@@ -107,7 +107,7 @@ def test_a_rank_that_dies_ends_the_others_and_both_can_resume(tmp_path: Path) ->
     ((rank, message),) = run_two(tmp_path, dies=True)
     assert rank == 0
     assert "another rank of the process group ended" in message
-    assert "goes on from where" in message
+    assert "continues from where" in message
     assert sorted(path.name for path in tmp_path.glob("run.ckpt*")) == ["run.ckpt.rank0-of-2", "run.ckpt.rank1-of-2"]
     (_, first), (_, second) = run_two(tmp_path, dies=False)
     assert first == second

@@ -148,7 +148,7 @@ def test_a_run_that_goes_on_keeps_its_initial_weights() -> None:
     changed(model, 2)
     assert again.measure(model, 2) == cka.measure(model, 2)
     for wrong in ({"initial": {}}, {"initial": 3, "previous": 3}, {"something": 1}):
-        with pytest.raises(cka_hooks.OptionError, match="no CKA of a network in training"):
+        with pytest.raises(cka_hooks.OptionError, match="not the CKA of a network in training"):
             again.load_state_dict(wrong)
     with pytest.warns(cka_hooks.CKAWarning, match="goes on from step 7"):
         TrainingCKA(batches(), layers=["0"]).start(model, step=7)
