@@ -98,7 +98,7 @@ def test_a_loader_with_other_batches_in_each_pass_is_refused() -> None:
             for number in range(3):
                 yield torch.full((8, 12), float(number)) + torch.randn(8, 12) * (1 + self.passes)
 
-    with pytest.raises(cka_hooks.BatchError, match=r"batch 0 .* for model 'b' is another one"):
+    with pytest.raises(cka_hooks.BatchError, match=r"batch 0 .* for model 'b' differs from"):
         cka_hooks.compare({"a": lambda: model(0), "b": lambda: model(1)}, Unstable(), progress=False)
 
 
