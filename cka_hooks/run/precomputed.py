@@ -117,7 +117,7 @@ class Precomputed:
             known = next(iter(self._row), None)
             raise SampleCountError(
                 f"has no row for {len(missing)} of the {len(samples)} samples of a batch: {_first(missing)}; its "
-                f"sample_ids are such as {known!r}"
+                f"sample_ids look like {known!r}"
             )
         return [self._row[identifier] for identifier in samples]
 
