@@ -38,6 +38,12 @@ def test_the_script_at_the_end_of_a_page_runs(page, capsys, monkeypatch, tmp_pat
     assert capsys.readouterr().out
 
 
+def test_the_first_script_of_get_started_runs(capsys):
+    script = re.findall(r"^```python\n(.*?)^```$", (DOCS / "start.md").read_text(encoding="utf-8"), re.M | re.S)[0]
+    exec(compile(script, "start.md", "exec"), {})
+    assert "Most alike" in capsys.readouterr().out
+
+
 def test_every_public_name_is_in_the_reference():
     reference = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md"))
     documented = set(re.findall(r"^\.\. auto\w+:: (\w+)$", reference, re.MULTILINE))
