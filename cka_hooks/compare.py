@@ -86,7 +86,7 @@ def compare(
         epochs: passes over the loader. Later passes of a shuffled loader are other minibatches of the same
             samples: standard errors stay those of one pass, and `tolerance` looks at one pass's worth.
         checkpoint: a file in which the run is kept, every `checkpoint_every` seconds and when an error or
-            Ctrl-C ends it. The same call again goes on from there, and after the end returns the result at once.
+            Ctrl-C ends it. The same call continues from there, and returns the result at once after the end.
             Several ranks keep a file each, ``NAME.rank0-of-2`` and so on.
         distributed: None: share the work with the initialised process group, if there is one. Every rank calls
             `compare` with its shard of the data and gets the same result. False: this rank runs alone; a call

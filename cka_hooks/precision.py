@@ -91,7 +91,7 @@ def _switch(backend: str, operation: str) -> _Switch:
 
 
 def _own(switch: _Switch) -> str:
-    """What a switch that is not exact was set to itself, "none" where it inherits. PyTorch does not say."""
+    """What a switch that is not exact was itself set to, "none" where it inherits. PyTorch does not say."""
     value = switch.get()
     if switch.parent is None:
         return value

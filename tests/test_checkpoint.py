@@ -118,12 +118,12 @@ def test_what_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     path = tmp_path / "run.ckpt"
     with pytest.raises(Stop) as stopped:
         run(path, shuffled(), stop_at=4)
-    notes = getattr(stopped.value, "__notes__", ["the same call goes on from there"])
-    assert "the same call goes on from there" in notes[-1]
-    with pytest.raises(KeyboardInterrupt, match=r"run\.ckpt up to here: the same call goes on from there"):
+    notes = getattr(stopped.value, "__notes__", ["the same call continues from there"])
+    assert "the same call continues from there" in notes[-1]
+    with pytest.raises(KeyboardInterrupt, match=r"run\.ckpt up to here: the same call continues from there"):
         run(path, shuffled(), stop_at=2, error=KeyboardInterrupt())
     run(path, shuffled(), progress=True)
-    assert "has 32 samples and goes on from there" in capsys.readouterr().err
+    assert "has 32 samples and continues from there" in capsys.readouterr().err
     run(path, shuffled(), progress=True)
     assert "has 100 samples and is finished" in capsys.readouterr().err
 

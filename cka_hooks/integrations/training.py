@@ -58,7 +58,7 @@ class TrainingCKA:
         result: the last one. Its models are ``now``, ``initial``, ``previous``, and the given networks.
 
     Raises:
-        OptionError: an option with a value that it cannot have, or a loader that can be gone over only once.
+        OptionError: an option with a value that it cannot have, or a loader that can be iterated only once.
 
     Example:
         >>> import torch
@@ -137,7 +137,7 @@ class TrainingCKA:
         self._last: int | None = None
 
     def start(self, model: nn.Module, step: int = 0, prepare: Callable[[Any], Any] | None = None) -> None:
-        """Take the weights as the initial ones, unless a run goes on whose initial ones :meth:`load_state_dict` gave.
+        """Take the weights as the initial ones, unless :meth:`load_state_dict` has brought those of a resumed run.
 
         Args:
             model: the network as it is before the first step.
@@ -158,7 +158,7 @@ class TrainingCKA:
                     f"{INITIAL!r} are those of step {step}"
                 )
             self._then = {INITIAL: now, PREVIOUS: now}
-        # What cannot be compared is said now, and not after an epoch.
+        # Mistakes show now, and not after an epoch.
         compared({NOW: now, **self._then, **self._networks}, {})
         self._last = step
 
@@ -192,7 +192,7 @@ class TrainingCKA:
     def measure(self, model: nn.Module, step: int, prepare: Callable[[Any], Any] | None = None) -> CKAResult | None:
         """One pass over the loader: CKA with the initial weights, the previous time, and the given networks.
 
-        The training goes on whatever happens here: an error becomes a warning.
+        Training continues whatever happens here: an error becomes a warning.
 
         Args:
             model: the network as it is now.
@@ -253,7 +253,7 @@ class TrainingCKA:
             warn(f"no picture in the log: {type(error).__name__}: {error}")
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run needs to go on: plain values and float64 tensors; empty before :meth:`start`."""
+        """What a run needs to be resumed: plain values and float64 tensors; empty before :meth:`start`."""
         if not self._then:
             return {}
         parts = {name: footprint.state_dict() for name, footprint in self._then.items()}

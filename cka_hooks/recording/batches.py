@@ -404,7 +404,7 @@ def _explain(error: Exception, model: nn.Module, batch: Any, which: str, *, is_o
 
     Args:
         batch: what the model was called with.
-        is_own: whether by the user's own function, of which only devices and dtypes can be told.
+        is_own: whether by the user's own function, of which only devices and dtypes are known.
     """
     if isinstance(error, CKAError):
         return

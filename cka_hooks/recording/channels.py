@@ -41,7 +41,7 @@ class Channels:
     Known is what a module of a known kind returned, if it has as many channels there as the module declares, and what
     torch's activations, dropouts and pools made of that very tensor. What comes behind such a module counts as known
     if it has as many channels in the same place and has not as many in the other. Everything else is taken as
-    (n, T, C) or (n, C, ...), which is said once where it matters.
+    (n, T, C) or (n, C, ...), and a warning says so once where it matters.
 
     Args:
         names: the model's modules.

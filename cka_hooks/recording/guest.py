@@ -191,7 +191,7 @@ def _write_back(buffer: Tensor, copy: Tensor, version: int) -> None:
 class RandomStream:
     """Torch's random state for code that runs in turns with the caller's: neither sees the other's draws.
 
-    Inside ``with`` the stream goes on where the last block left it (at first: from the caller's state), and
+    Inside ``with`` the stream continues where the last block left it (at first: from the caller's state), and
     after it the caller's state is as before, on the CPU and on every device in use.
     """
 

@@ -20,7 +20,7 @@ Layers = Layer | Sequence[Layer] | None
 
 # The label of the model itself, whose name in `named_modules()` is empty.
 ROOT = "(model)"
-# Wrappers whose attribute prefix is no part of a user's names, and the attribute that holds the model.
+# Wrappers whose attribute prefix is not part of a user's names, and the attribute that holds the model.
 _WRAPPERS = {
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
     "torch.nn.parallel.data_parallel.DataParallel": "module",
@@ -35,7 +35,7 @@ _CALL = re.compile(r"^(?P<pattern>.*?)(?:#(?P<call>[1-9]\d*))?$", re.DOTALL)
 
 
 def wrapped_attribute(module: nn.Module) -> str | None:
-    """The attribute under which a wrapper holds the module that it wraps, None where it is no wrapper."""
+    """The attribute under which a wrapper holds the module that it wraps, None where it is not a wrapper."""
     for cls in type(module).__mro__:
         attribute = _WRAPPERS.get(f"{cls.__module__}.{cls.__qualname__}")
         if attribute is not None:
@@ -54,8 +54,8 @@ def check_model(model: object) -> nn.Module:
     """`model` itself if forward hooks can see into it.
 
     Raises:
-        ModelError: it is no ``nn.Module``, or a kind whose submodules Python does not call, or has lazy modules that
-            never ran.
+        ModelError: it is not an ``nn.Module``, or a kind whose submodules Python does not call, or has lazy modules
+            that never ran.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected an nn.Module, found {_not_a_model(model)}")
@@ -225,7 +225,11 @@ def _matches(entry: Any, candidates: dict[str, nn.Module]) -> list[Selection]:
 
 def _itself(entry: nn.Module, candidates: dict[str, nn.Module]) -> str:
     name = next((name for name, module in candidates.items() if module is entry), None)
-    where = f"pass its name, {name!r}" if name is not None else "it is no part of the model, and layers go by name"
+    where = (
+        f"pass its name, {name!r}"
+        if name is not None
+        else "it is not part of the model, and layers are chosen by name"
+    )
     return f"layers has a module itself, of type {type(entry).__name__}: {where}"
 
 

@@ -43,7 +43,7 @@ def silent(taps: Mapping[int, Tap], names: Mapping[str, nn.Module], *, by_defaul
 def _why(selection: Selection, tap: Tap, taps: Mapping[int, Tap], names: Mapping[str, nn.Module]) -> str:
     if tap.elsewhere:
         return (
-            "ran in another thread than the one that entered the recorder, which records its own calls only "
+            "ran in a different thread from the one that entered the recorder, which records its own calls only "
             "(nn.DataParallel runs its replicas in threads: call model.module)"
         )
     first_names = {id(module): name for name, module in reversed(list(names.items())) if name != ROOT}

@@ -85,7 +85,7 @@ class Padding:
         """A forward pass of a batch begins.
 
         Raises:
-            BatchError: what `mask` returned is no mask of the batch.
+            BatchError: what `mask` returned is not a mask of the batch.
         """
         self._found, self._framed, self._zeros = {}, {}, None
         for function in self._given.values:
@@ -144,7 +144,7 @@ class Padding:
         self._probed.update(self._found)
 
     def _fits_of(self, source: Source, probe: Probe, length: int, less: int) -> dict[tuple[str, Source], _Fit]:
-        """What a mask is to each layer; nothing where that cannot be told, as of layers behind an error."""
+        """What a mask is to each layer; nothing where that is not known, as for layers behind an error."""
         few = probe.first.samples
         whole: list[dict[tuple[str, Source], _Fit]] = []
         broken: list[dict[tuple[str, Source], _Fit]] = []

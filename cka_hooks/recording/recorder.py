@@ -46,15 +46,15 @@ class LayerRecorder:
         model: any ``nn.Module``. Wrappers (``DistributedDataParallel``, ``DataParallel``, ``torch.compile``) are
             looked through; compiled code runs uncompiled inside the block, since hooks do not fire in it.
         layers: which layers, see :func:`cka_hooks.recording.layers.select_layers`. None: every leaf module that runs,
-            where a module none of whose descendants ran counts as a leaf.
+            where a module counts as a leaf if none of its descendants ran.
         consumer: called as ``consumer(label, activation)`` with the samples in dimension 0. The activation
             is the layer's own tensor: whoever keeps it must copy it.
         features: a reduction of each activation before it is handed over, or a mapping from layer pattern
             to one; see :func:`cka_hooks.features.feature_rows`. "flatten" hands over the activation as it is.
-        batch_dim: the dimension with the samples where it cannot be told: for the batch and all layers, or a
+        batch_dim: the dimension with the samples, where it is not known: for the batch and all layers, or a
             mapping from layer pattern to it.
         channel_dim: the dimension with the channels, as the layer returns it, where a reduction needs it and it
-            cannot be told: for all layers, or a mapping from layer pattern to it.
+            is not known: for all layers, or a mapping from layer pattern to it.
         mask: a function of the batch that returns the mask (n, T) of its padding, bool or int, nonzero where a
             position counts, or a mapping from layer pattern to such functions. In a loop of your own the batch is
             what the model was called with. None: ``attention_mask`` and ``decoder_attention_mask``.
@@ -254,7 +254,7 @@ class LayerRecorder:
             dimension.settle_plain(unwrap(self.model), given.value.ndim)
         if dimension.is_settled and not self._reductions.needs_probe:
             return
-        # What is cut out of a batch is no part of its graph.
+        # What is cut out of a batch is not part of its graph.
         with torch.no_grad():
             snapshot = Snapshot(guest.runnable(self.model))
             probe = Probe(partial(self._show, given.call), snapshot, given.parts, given.shape[0])

@@ -259,7 +259,7 @@ class Tap:
         calls: how often the module ran in this forward pass.
         ran: whether it ever ran.
         elsewhere: whether it ran in another thread.
-        below: taps of modules inside this one: where one of them ran, this module is no layer.
+        below: taps of modules inside this one: where one of them ran, this module is not a layer.
     """
 
     def __init__(
@@ -360,7 +360,7 @@ def taps_of(
     """A tap for each module that was chosen: id of the module -> tap; see there.
 
     Args:
-        only_leaves: whether a module is no layer in a pass in which a part of it ran.
+        only_leaves: whether a module is left out of a pass in which a part of it ran.
     """
     chosen: dict[int, list[Selection]] = defaultdict(list)
     for selection in selections:

@@ -83,7 +83,7 @@ def _branch(name: str) -> tuple[str, str]:
     parts = name.split("#")[0].split(".")
     for depth, part in enumerate(parts):
         match = _BRANCH.fullmatch(part)
-        # In a model whose layers are called "u", "v" and "w", "v" is no value of an attention.
+        # In a model whose layers are called "u", "v" and "w", "v" is not the value of an attention.
         if match and (depth or len(part) > 1):
             return ".".join(parts[:depth]), "".join(filter(None, match.groups())) or part
     return _TRUNK

@@ -575,7 +575,7 @@ class CKAResult:
         for entry in dataclasses.fields(self):
             mine, theirs = getattr(self, entry.name), getattr(other, entry.name)
             if entry.name == "settings":
-                # How long a run took is no part of what it found.
+                # How long a run took is not part of what it found.
                 mine, theirs = ({**settings, "seconds": None} for settings in (mine, theirs))
             if isinstance(mine, torch.Tensor) and isinstance(theirs, torch.Tensor):
                 if mine.shape != theirs.shape or not torch.allclose(mine, theirs, 0, 0, equal_nan=True):

@@ -1,4 +1,4 @@
-"""Where a run is, kept in a file, so that the same call goes on from there."""
+"""How far a run has come, kept in a file, so that the same call continues from there."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Keeper:
 
     Raises:
         OptionError: the loader's order cannot be had again, or `every` is not positive.
-        CheckpointError: the file is no checkpoint, or one of another run.
+        CheckpointError: the file is not a checkpoint, or belongs to another run.
         OSError: the file cannot be read.
     """
 
@@ -145,7 +145,7 @@ class Keeper:
         return {
             "start": start,
             "batches": batches,
-            # Of all of them: each batch that is gone over again has to be the one that it was.
+            # Of all of them: each batch that is repeated has to be the one that it was.
             "fingerprint": fingerprint,
             "now": self._randomness.state(),
             "loader": loader if is_plain(loader) else None,
@@ -199,13 +199,15 @@ class Keeper:
             self.save(state())
 
     def save(self, state: dict[str, Any], *, finished: bool = False) -> None:
-        """Replace the file by one with this state of the run. Where that fails it warns, and the run goes on."""
+        """Replace the file by one with this state of the run. Where that fails it warns, and the run continues."""
         if self.path is None or self.finished:
             return
         try:
             self._write(state, finished)
         except OSError as error:
-            warn(f"the checkpoint {self.path} could not be written ({error}); the run goes on, and tries again later")
+            warn(
+                f"the checkpoint {self.path} could not be written ({error}); the run continues, and tries again later"
+            )
         self._next_save = time.monotonic() + self._every
 
     def _write(self, state: dict[str, Any], finished: bool) -> None:
@@ -223,7 +225,7 @@ class Keeper:
         except OSError as failure:
             note = f"the checkpoint {self.path} could not be written ({failure}); it is as old as its last save"
         else:
-            note = f"saved in {self.path} up to here: the same call goes on from there"
+            note = f"saved in {self.path} up to here: the same call continues from there"
         _log.warning("run ended by %s; %s", type(error).__name__, note)
         if isinstance(error, KeyboardInterrupt) and not error.args:
             error.args = (note,)
@@ -240,8 +242,8 @@ class Keeper:
             self._outer = None
 
     def tell(self, samples: int, progress: bool) -> None:
-        """Say that the run goes on, or had ended already."""
-        where = "is finished: its saved result" if self.finished else "goes on from there"
+        """Say that the run continues, or had ended already."""
+        where = "is finished: its saved result" if self.finished else "continues from there"
         note = f"{self.path} has {samples} samples and {where}"
         _log.info(note)
         if progress:

@@ -72,7 +72,7 @@ def read(path: Path) -> dict[str, Any]:
     except CheckpointError as error:
         raise refused(str(error)) from None
     except SafetensorError as error:
-        raise refused(f"it is no complete safetensors file ({error})") from error
+        raise refused(f"it is not a complete safetensors file ({error})") from error
     except RecursionError as error:
         raise refused("it is nested too deeply") from error
     except WRONG as error:

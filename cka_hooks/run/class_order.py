@@ -11,7 +11,7 @@ from cka_hooks.similarity.state import State
 
 # A shuffled loader passes this with a probability of about 1e-9.
 _DEVIATIONS = 6.0
-# More of them are no classes but identifiers of samples.
+# More of them are identifiers of samples, not classes.
 MOST_CLASSES = 10_000
 
 

@@ -403,7 +403,7 @@ def named_models(model: Any) -> dict[str, Any]:
     """The models by name, "" for one without; features that somebody brings are each a `Precomputed`.
 
     Raises:
-        OptionError: an empty mapping, a name that is no text, or features without a name.
+        OptionError: an empty mapping, a name that is not text, or features without a name.
     """
     if not isinstance(model, Mapping):
         if is_features(model):

@@ -34,7 +34,7 @@ def opened(file: str | os.PathLike[str]) -> tuple[dict[str, Any], Any]:
         file: its path, with ``::name`` for one of its arrays.
 
     Raises:
-        OptionError: it is no such file, is damaged, or has no array of that name.
+        OptionError: it is not such a file, is damaged, or has no array of that name.
         MissingExtraError: h5py is not installed.
         OSError: it cannot be read.
     """

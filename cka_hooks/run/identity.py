@@ -1,4 +1,4 @@
-"""What tells one model, loader, function or setting from another, so that only the same run goes on."""
+"""What distinguishes one model, loader, function or setting from another, so that only the same run is resumed."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def of_option(option: Any) -> Any:
 
 
 def _code(function: Any, depth: int) -> list[str | bytes]:
-    """What a callable does, as far as it can be told: its code, constants, defaults and what it closes over."""
+    """What a callable does, as far as it is known: its code, constants, defaults and what it closes over."""
     if depth > 3:
         return []
     if isinstance(function, functools.partial):
@@ -110,7 +110,7 @@ def _piece(part: Any, depth: int) -> list[str | bytes]:
         return [type(part).__qualname__]
     if callable(part) and not isinstance(part, type):
         return _code(part, depth + 1)
-    # What has no spelling of its own shows where it lies in memory, which is another place in each process.
+    # What has no spelling of its own is spelled by its place in memory, which differs between processes.
     text = repr(part)
     return [type(part).__qualname__ if " at 0x" in text else text]
 

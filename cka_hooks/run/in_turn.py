@@ -30,7 +30,7 @@ def added_up_in_turn(
 
     Args:
         models: models, functions that build them, or precomputed features, by name.
-        loader: gone over once for each model.
+        loader: iterated once for each model.
         run: measures one model over the loader: its name, the model, the loader, and what takes each batch's step.
         keep: keep the values of single minibatches.
 
@@ -81,7 +81,7 @@ def _built(models: Mapping[str, Builder]) -> Iterator[tuple[str, nn.Module | Pre
 
 
 class Replayed:
-    """A loader that is gone over once for each model, and has to bring the same batches each time.
+    """A loader that is iterated once for each model, and has to bring the same batches each time.
 
     Attributes:
         known: a fingerprint of each batch of the first pass, which those of later passes have to have.

@@ -39,7 +39,7 @@ class Precomputed:
         samples: N.
 
     Raises:
-        OptionError: something is no array of numbers, arrays differ in their number of rows, or an identifier is
+        OptionError: something is not an array of numbers, arrays differ in their number of rows, or an identifier is
             there twice.
 
     Example:
@@ -88,7 +88,7 @@ class Precomputed:
                 ``cka-hooks record`` wrote. Pickled arrays are not read.
 
         Raises:
-            OptionError: it is no such file, is damaged, or has no array of that name.
+            OptionError: it is not such a file, is damaged, or has no array of that name.
             MissingExtraError: h5py is not installed.
             OSError: it cannot be read.
 
@@ -391,7 +391,7 @@ def _checked(array: Any, layer: Any) -> int:
     """The number of rows, after a look at the first one.
 
     Raises:
-        OptionError: it is no array of numbers, or has none.
+        OptionError: it is not an array of numbers, or has none.
     """
     what = f"precomputed features {layer!r}" if layer else "precomputed features"
     if not isinstance(layer, str):

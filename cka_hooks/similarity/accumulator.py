@@ -164,7 +164,7 @@ class CKAAccumulator:
 
     @property
     def passes(self) -> int:
-        """How often the data were gone over, see :meth:`start_pass`."""
+        """Passes over the data, see :meth:`start_pass`."""
         return self.state.passes
 
     @property
@@ -197,7 +197,7 @@ class CKAAccumulator:
                 layer.
 
         Raises:
-            OptionError: it is no tensor or array of floating-point numbers, or the label is not text.
+            OptionError: it is not a tensor or array of floating-point numbers, or the label is not text.
             SampleCountError: its number of samples is not that of the layers before it.
             LayerError: the layer was observed already since the last `step`.
             OutOfMemoryError: also in smaller pieces; `discard` the batch and go on, or take another one.
@@ -271,7 +271,7 @@ class CKAAccumulator:
         Raises:
             LayerError: no layer was observed since the last `step`.
             OptionError: it is synchronised; `unsync` first.
-            OutOfMemoryError: nothing was added; the accumulator goes on with the next batch.
+            OutOfMemoryError: nothing was added; you can continue with the next batch.
         """
         if self._own is not None:
             raise OptionError("this accumulator is synchronised: call unsync() before the next batch")
@@ -321,7 +321,7 @@ class CKAAccumulator:
             activations: layer -> (n, ...) tensor or array.
 
         Raises:
-            OptionError: it is no such mapping; nothing was added.
+            OptionError: it is not such a mapping; nothing was added.
             SampleCountError: they differ in their number of samples; nothing was added.
         """
         if not isinstance(activations, Mapping):

@@ -199,7 +199,7 @@ KERNELS: dict[str, Callable[..., Kernel]] = {
 
 
 def as_kernel(kernel: str | Callable[[Tensor], Tensor], **options: float | None) -> Kernel:
-    """The kernel that a name, or a callable (n, d) -> (n, n), and its options stand for; None is no option.
+    """The kernel that a name, or a callable (n, d) -> (n, n), and its options stand for; None: not given.
 
     Raises:
         OptionError: an unknown name, or an option that is not in the signature of the kernel's function.

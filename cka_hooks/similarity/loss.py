@@ -46,7 +46,7 @@ def cka_loss(
     Raises:
         SampleCountError: x and y differ in their number of samples.
         TooFewSamplesError: fewer than 4 samples, such as in the last batch of a loader without ``drop_last``.
-        OptionError: an option that cannot be, or features that are no floating-point numbers.
+        OptionError: an option with a value that it cannot have, or features that are not floating-point numbers.
 
     Example:
         >>> import torch, cka_hooks

@@ -230,7 +230,7 @@ class State:
         left_out: samples of batches that are in no minibatch.
         empty: batches without samples.
         largest: samples of the largest batch.
-        passes: how often the data were gone over.
+        passes: number of passes over the data.
         first_minibatches: minibatches of the first pass over the data.
         first_samples: samples of the first pass.
         classes: class, as text -> how many samples had it.
@@ -287,7 +287,7 @@ class State:
             if keep:
                 tensors["kept"] = [hsic]
             if self.passes > 1:
-                # Later passes are no further samples: the null is that of the first.
+                # Later passes bring no new samples: the null is that of the first.
                 tensors["null"].zero_()
             m, n = group.parts.shape[1:]
             part = type(self)(

@@ -58,7 +58,7 @@ def drawn(
 
     Raises:
         MissingExtraError: matplotlib is not installed, or does not start.
-        OptionError: ``figsize`` is no size, or has no room for the labels.
+        OptionError: ``figsize`` is not a size, or has no room for the labels.
     """
     _require_matplotlib()
     if ax is not None:
@@ -98,7 +98,7 @@ def written(figure: Figure, path: PathLike | None) -> None:
     """Write the figure into a file, if there is one.
 
     Raises:
-        OptionError: the suffix of ``path`` is no picture format.
+        OptionError: the suffix of ``path`` is not a picture format.
         OSError: the file cannot be written.
     """
     if path is None:

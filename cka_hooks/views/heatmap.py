@@ -85,7 +85,7 @@ def heatmap(
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        OptionError: the suffix of ``path`` is no picture format, or ``scale`` or ``figsize`` cannot be used.
+        OptionError: the suffix of ``path`` is not a picture format, or ``scale`` or ``figsize`` cannot be used.
 
     Example:
         >>> from matplotlib.figure import Figure

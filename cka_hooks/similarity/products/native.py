@@ -1,7 +1,7 @@
 """The compiled Gram product of float32 features on a CPU: `_native.c`, where it was built and runs.
 
-Everything works without it, slower: `pip install` goes on where no C compiler is, and the environment variable
-``CKA_HOOKS_NATIVE=0`` leaves it unused.
+Everything works without it, slower: `pip install` continues where there is no C compiler, and the environment
+variable ``CKA_HOOKS_NATIVE=0`` leaves it unused.
 """
 
 from __future__ import annotations
