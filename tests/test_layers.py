@@ -187,5 +187,5 @@ def test_a_module_itself_has_a_name() -> None:
             cka_hooks.LayerRecorder(model, wrong)  # type: ignore[arg-type]
     with pytest.raises(cka_hooks.OptionError, match=r"of type Sequential: pass its name, '1'"):
         cka_hooks.LayerRecorder(model, model[1])  # type: ignore[arg-type]
-    with pytest.raises(cka_hooks.OptionError, match="of type ReLU: it is no part of the model"):
+    with pytest.raises(cka_hooks.OptionError, match="of type ReLU: it is not part of the model"):
         cka_hooks.LayerRecorder(model, nn.ReLU())  # type: ignore[arg-type]
