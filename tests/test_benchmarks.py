@@ -8,6 +8,7 @@ from pathlib import Path
 
 import processes
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,6 +45,16 @@ def test_cost_prints_ratios_and_memory() -> None:
         assert re.fullmatch(r"\d+\.\d\d \(\d+\.\d\d to \d+\.\d\d\)", row[3])
     # How much memory is for test_memory.py: of so small a run it is up to the allocator.
     assert re.fullmatch(r"-?\d+; -?\d+ with 3 batches", found[0][5])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("script", ["cost.py", "peers.py", "growth.py", "gpu.py"])
+def test_without_a_gpu_one_sentence(script: str) -> None:
+    arguments = [] if script == "gpu.py" else ["--device", "cuda"]
+    done = processes.finished(str(ROOT / "benchmarks" / script), *arguments, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.startswith("--device cuda: PyTorch"), done.stderr[-2000:]
+    assert "sees no NVIDIA GPU here" in done.stderr
 
 
 def test_cost_prints_a_profile() -> None:
