@@ -315,10 +315,10 @@ def plot(path: Path, rows: list[Row]) -> None:
         axis.set_xlim(0.95 if axis is axes[0] else low, high * (high / low) ** 0.22)
         axis.set_title(title, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[2].axvline(1e-5, color="0.4", linewidth=0.8, linestyle=":", zorder=0)
+    axes[2].axvline(1e-6, color="0.4", linewidth=0.8, linestyle=":", zorder=0)
     axes[2].annotate(
-        " 1e-5",
-        (1e-5, 0),
+        " 1e-6",
+        (1e-6, 0),
         xycoords=("data", "axes fraction"),
         xytext=(0, 3),
         textcoords="offset points",

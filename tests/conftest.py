@@ -32,7 +32,7 @@ def _seed() -> None:
 
 
 def against_oracle(
-    model: nn.Module | Any, batches: Sequence[Any], atol: float = 1e-5, **options: Any
+    model: nn.Module | Any, batches: Sequence[Any], atol: float = 1e-6, **options: Any
 ) -> cka_hooks.CKAResult:
     """The result of `compare`, after its labels, order, values and NaN were found to be the oracle's."""
     result = cka_hooks.compare(model, batches, progress=False, **options)

@@ -53,7 +53,7 @@ def check(
     assert set(result.layers) == set(take)
     order = [list(take).index(layer) for layer in result.layers]
     expected = by_hand(model, batches, take, call)[order][:, order]
-    np.testing.assert_allclose(result.matrix.numpy(), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(result.matrix.numpy(), expected, rtol=0, atol=1e-6)
     return result
 
 
@@ -134,7 +134,7 @@ def test_position_biases_of_as_many_positions_as_samples() -> None:
     labels, matrix, _ = oracle.cka_of_model(model, batches)
     assert list(result.layers) == labels
     assert bias not in labels
-    np.testing.assert_allclose(result.matrix.numpy(), matrix, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(result.matrix.numpy(), matrix, rtol=0, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:.*meshgrid")
@@ -146,7 +146,7 @@ def test_boxes_of_a_detector_have_four_coordinates() -> None:
     result = cka_hooks.compare(model, batches, progress=False)
     labels, matrix, _ = oracle.cka_of_model(model, [list(images) for images, _ in batches], call=lambda m, b: m(b))
     assert list(result.layers) == labels
-    np.testing.assert_allclose(result.matrix.numpy(), matrix, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(result.matrix.numpy(), matrix, rtol=0, atol=1e-6)
     assert "roi_heads.box_predictor.bbox_pred" in result.skipped
 
 
@@ -169,7 +169,7 @@ def test_mixtral() -> None:
     labels, matrix, _ = oracle.cka_of_model(model, batches)
     assert list(result.layers) == [label for label in labels if "mlp" not in label]
     some = [labels.index(layer) for layer in result.layers]
-    np.testing.assert_allclose(result.matrix.numpy(), matrix[some][:, some], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(result.matrix.numpy(), matrix[some][:, some], rtol=0, atol=1e-6)
 
 
 def test_an_adapter_that_is_run_on_the_identity() -> None:

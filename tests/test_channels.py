@@ -37,7 +37,7 @@ def check(
     result = cka_hooks.compare(model, batches, layers=layers, features="mean", progress=False, **options)
     labels, matrix, _ = oracle.cka_of_model(model, batches, layers=layers, features=features)
     assert list(result.layers) == labels
-    np.testing.assert_allclose(result.matrix.numpy(), matrix, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(result.matrix.numpy(), matrix, rtol=0, atol=1e-6)
     return result
 
 

@@ -139,7 +139,7 @@ def test_models_in_one_pass(two: dict[str, nn.Module], batches: list[Tensor]) ->
     recorded = [oracle.grams_of_model(model, batches) for model in two.values()]
     grams = [first + second for first, second in zip(recorded[0][1], recorded[1][1], strict=True)]
     matrix, _ = oracle.cka_of_grams(grams, np.concatenate([flags for _, _, flags in recorded]))
-    np.testing.assert_allclose(result.matrix.numpy(), matrix, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(result.matrix.numpy(), matrix, rtol=0, atol=1e-6)
     between = result.between("a", "b")
     assert between.matrix.shape == (8, 8)
     assert between.rows[0] == "a/conv1"

@@ -46,7 +46,7 @@ def inputs(count: int = 4, samples: int = 16, width: int = 4) -> list[Tensor]:
 def against_oracle(result: cka_hooks.CKAResult, model: nn.Module, batches: list[Tensor]) -> None:
     labels, matrix, _ = oracle.cka_of_model(model, batches)
     assert list(result.layers) == labels
-    torch.testing.assert_close(result.matrix, torch.as_tensor(matrix), rtol=0, atol=1e-5)
+    torch.testing.assert_close(result.matrix, torch.as_tensor(matrix), rtol=0, atol=1e-6)
 
 
 def in_a_thread(work: Callable[[], Any]) -> Any:
@@ -242,7 +242,7 @@ def test_a_layer_under_vmap_is_left_out(width: int, transform: Callable[..., Any
         cka_hooks.compare(model, inputs(), layers=["stem", "inner"], progress=False)
     outside = PerSample(width, lambda function: lambda x: x.new_tensor(function(x).tolist()))
     expected = cka_hooks.compare(outside.eval(), inputs(), layers=["stem", "head"], progress=False)
-    torch.testing.assert_close(result.matrix, expected.matrix, rtol=0, atol=1e-5)
+    torch.testing.assert_close(result.matrix, expected.matrix, rtol=0, atol=1e-6)
 
 
 def test_a_layer_under_vmap_in_a_later_batch() -> None:

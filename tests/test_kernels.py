@@ -61,8 +61,8 @@ def test_an_untrained_resnet_equals_the_oracle(
     result = compare(resnet, images, layers=LAYERS, estimator=estimator, progress=False, **options)
     labels, matrix, stderr = oracle.cka_of_model(resnet, images, estimator, gram, layers=LAYERS)
     at = [labels.index(layer) for layer in result.rows]
-    np.testing.assert_allclose(result.matrix, matrix[np.ix_(at, at)], atol=1e-5)
-    np.testing.assert_allclose(result.stderr, stderr[np.ix_(at, at)], atol=1e-5)
+    np.testing.assert_allclose(result.matrix, matrix[np.ix_(at, at)], atol=1e-6)
+    np.testing.assert_allclose(result.stderr, stderr[np.ix_(at, at)], atol=1e-6)
     assert not result.degenerate
 
 

@@ -69,7 +69,7 @@ def check(
     result = cka_hooks.compare(model, batches, layers=list(take), features=features, progress=False, **options)
     matrix = expected(model, batches, take, call)
     order = [list(take).index(layer) for layer in result.layers]
-    np.testing.assert_allclose(result.matrix.numpy(), matrix[order][:, order], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(result.matrix.numpy(), matrix[order][:, order], rtol=0, atol=1e-6)
     return result
 
 
@@ -393,7 +393,7 @@ def test_max_samples_of_a_padded_batch() -> None:
     some = [{key: value[:5] for key, value in batch.items()} for batch in batches]
     take = {"embed": masked(mean), "act": masked(mean)}
     matrix = expected(model, some, take, lambda model, batch: model(**batch))
-    np.testing.assert_allclose(result.matrix.numpy(), matrix, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(result.matrix.numpy(), matrix, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("how", ["keywords", "positional"])

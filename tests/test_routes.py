@@ -318,7 +318,7 @@ def test_the_accumulator_by_routes_is_the_oracles(options: dict[str, Any]) -> No
     labels, matrix, _ = oracle.cka_of_model(model, inputs, **options)
     result = cka.compute()
     assert list(result.layers) == labels
-    torch.testing.assert_close(result.matrix, torch.as_tensor(matrix), rtol=0, atol=1e-5)
+    torch.testing.assert_close(result.matrix, torch.as_tensor(matrix), rtol=0, atol=1e-6)
 
 
 def test_a_forgotten_step_names_the_batch() -> None:

@@ -64,7 +64,7 @@ def test_against_the_oracle(kernel: str, estimator: Any, shared: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "limit"), [(torch.float32, 1e-5), (torch.float16, 1e-5), (torch.bfloat16, 1e-5), (torch.float64, 1e-10)]
+    ("dtype", "limit"), [(torch.float32, 1e-6), (torch.float16, 1e-6), (torch.bfloat16, 1e-6), (torch.float64, 1e-10)]
 )
 @pytest.mark.parametrize("shared", [0.0, 10.0])
 def test_dtypes(dtype: torch.dtype, limit: float, shared: float) -> None:
