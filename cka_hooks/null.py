@@ -20,6 +20,7 @@ minibatches are independent of one another: their variances and third central mo
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -86,14 +87,21 @@ def null_cumulants(own: Tensor, numbers: Tensor, n: int) -> Tensor:
         >>> null_cumulants(centred.square().sum((-2, -1)) / 8, null_numbers(centred), 8).shape
         torch.Size([2, 2, 2])
     """
-    here = [(graph, graph.ways / math.perm(n, graph.vertices)) for graph in _GRAPHS if graph.vertices <= n]
-    of_t = sum(share * graph.triangle**2 for graph, share in here)
-    of_both = sum(share * graph.triangle * graph.triple for graph, share in here)
-    of_s = sum(share * graph.triple**2 for graph, share in here)
+    of_t, of_both, of_s = _shares(n)
     # Numbers and not tensors, which would have to be moved to the device.
     t, s = numbers.unbind(-1)
     third = (of_t * t + of_both * s) @ t.mT + (of_both * t + of_s * s) @ s.mT
     return torch.stack([2 / (n * (n - 3)) * own @ own.mT, third / n**3])
+
+
+@lru_cache(maxsize=256)
+def _shares(n: int) -> tuple[float, float, float]:
+    """What t of both layers, t of one with s of the other, and s of both count for in the third moment."""
+    here = [(graph, graph.ways / math.perm(n, graph.vertices)) for graph in _GRAPHS if graph.vertices <= n]
+    of_t = sum(share * graph.triangle**2 for graph, share in here)
+    of_both = sum(share * graph.triangle * graph.triple for graph, share in here)
+    of_s = sum(share * graph.triple**2 for graph, share in here)
+    return of_t, of_both, of_s
 
 
 def pearson3_tail(z: Tensor, skewness: Tensor) -> Tensor:

@@ -309,7 +309,9 @@ class State:
         if layers != self.layers:
             device = self.moments.device if self.layers else other.moments.device
             vars(self).update(vars(self.at(layers).to(device)))
-        theirs = (other.at(layers) if other.layers != layers else other).to(self.moments.device)
+        theirs = other.at(layers) if other.layers != layers else other
+        if theirs.moments.device != self.moments.device:
+            theirs = theirs.to(self.moments.device)
         for name, declared in DECLARED.items():
             offset = offsets[declared.counted_from]
             combined = _combined(declared, getattr(self, name), getattr(theirs, name), offset)
