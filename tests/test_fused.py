@@ -273,6 +273,15 @@ def test_what_a_kernel_can_read_is_taken(monkeypatch: pytest.MonkeyPatch) -> Non
             assert not fused.takes(fake, 1)
 
 
+def test_the_handle_0_is_the_default_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch makes a new stream of it, on which a kernel would not wait for the features."""
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: ("default", device))
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: (handle, device))
+    device = torch.device("cuda", 1)
+    assert fused._stream(0, device) == ("default", device)
+    assert fused._stream(77, device) == (77, device)
+
+
 def test_the_variable_leaves_it_unused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_kernels", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))

@@ -146,10 +146,15 @@ def launch(program: Program, stream: int, tensors: Sequence[Tensor], *numbers: i
     kernel = getattr(_kernels(), program.kernel)[program.grid]
     # Triton's own launch goes to the current device and stream, and works out again what it is given, which takes
     # longer than the launch.
-    with torch.cuda.stream(torch.cuda.ExternalStream(stream, device)) if device.type == "cuda" else nullcontext():
+    with torch.cuda.stream(_stream(stream, device)) if device.type == "cuda" else nullcontext():
         compiled = kernel(*tensors, *numbers, *program.numbers, **program.constants, **program.options)
     if compiled is not None and _kernels().TAKES_CONSTANTS:
         program.compiled[key] = compiled[program.grid]
+
+
+def _stream(handle: int, device: torch.device) -> torch.cuda.Stream:
+    """A stream by its handle. That of the default one, 0, would give a new one."""
+    return torch.cuda.ExternalStream(handle, device) if handle else torch.cuda.default_stream(device)
 
 
 def current_stream(device: torch.device) -> int:
@@ -310,7 +315,7 @@ class Shelf:
 
     def _other_streams(self) -> list[torch.cuda.Stream]:
         now = current_stream(self._device)
-        return [torch.cuda.ExternalStream(stream, self._device) for stream in self._lanes if stream != now]
+        return [_stream(stream, self._device) for stream in self._lanes if stream != now]
 
     def _follow(self, streams: list[torch.cuda.Stream]) -> None:
         """The current stream waits for others."""
