@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -271,6 +272,36 @@ def test_what_a_kernel_can_read_is_taken(monkeypatch: pytest.MonkeyPatch) -> Non
         assert not fused.takes(torch.empty(8, 1, 4, device="cuda", requires_grad=True), 1)
         with batch.memory.smaller_pieces():
             assert not fused.takes(fake, 1)
+
+
+def test_it_is_compiled_once_for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padded text has another length in each batch, and Triton's own way takes longer than the launch."""
+    compiled: list[int] = []
+    launched: list[tuple[int, ...]] = []
+
+    class Compiled:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *numbers, stream: launched.append(numbers)
+
+    class Jitted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
+            return lambda *tensors_and_numbers, **constants: compiled.append(1) or Compiled()
+
+    monkeypatch.setattr(fused, "_kernels", lambda: SimpleNamespace(partial_grams=Jitted(), TAKES_CONSTANTS=True))
+    monkeypatch.setattr(fused, "_compiled", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    for length in (7, 8, 9, 7):
+        x = torch.zeros(16, length, 64)
+        program = fused.program_of(x.shape, x.stride(), x.dtype, 1, 132)
+        fused.launch(program, 0, (x,), 5)
+    assert len(compiled) == 1
+    assert [numbers[:2] for numbers in launched[-1:]] == [(x.data_ptr(), 5)]
+    assert launched[-1][2:] == (*program.numbers, *program.constants.values())
+    assert len(launched) == 3
+    # Another kernel: positions that lie apart.
+    x = torch.zeros(16, 14, 64)[:, ::2]
+    fused.launch(fused.program_of(x.shape, x.stride(), x.dtype, 1, 132), 0, (x,), 5)
+    assert len(compiled) == 2
 
 
 def test_the_handle_0_is_the_default_stream(monkeypatch: pytest.MonkeyPatch) -> None:

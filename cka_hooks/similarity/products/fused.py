@@ -106,6 +106,7 @@ class Program:
         options: how it is compiled.
 
     Attributes:
+        kind: what is compiled once for programs of all sizes.
         slots: programs, each of which fills a slot.
         room: slots in a buffer of ROOM numbers.
         compiled: (device, whether the first tensor lies at a multiple of 16 bytes) -> what launches it.
@@ -125,9 +126,13 @@ class Program:
         self.constants = constants
         self.options = options
         self.tail = (*numbers, *constants.values())
+        self.kind = (kernel, *constants.values(), *options.values(), *(number >= 1 << 31 for number in numbers))
         self.slots = grid[0] * grid[1]
         self.room = ROOM // constants["N"] ** 2
         self.compiled: dict[tuple[int | None, bool], Callable[..., None]] = {}
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def launch(program: Program, stream: int, tensors: Sequence[Tensor], *numbers: int) -> None:
@@ -136,6 +141,8 @@ def launch(program: Program, stream: int, tensors: Sequence[Tensor], *numbers: i
     places = [tensor.data_ptr() for tensor in tensors]
     key = device.index, places[0] % 16 == 0
     run = program.compiled.get(key)
+    if run is None and (program.kind, key) in _compiled:
+        run = program.compiled[key] = _compiled[program.kind, key][program.grid]
     if run is not None:
         if device.index == torch.cuda.current_device():
             run(*places, *numbers, *program.tail, stream=stream)
@@ -149,7 +156,7 @@ def launch(program: Program, stream: int, tensors: Sequence[Tensor], *numbers: i
     with torch.cuda.stream(_stream(stream, device)) if device.type == "cuda" else nullcontext():
         compiled = kernel(*tensors, *numbers, *program.numbers, **program.constants, **program.options)
     if compiled is not None and _kernels().TAKES_CONSTANTS:
-        program.compiled[key] = compiled[program.grid]
+        _compiled[program.kind, key] = compiled
 
 
 def _stream(handle: int, device: torch.device) -> torch.cuda.Stream:
@@ -165,7 +172,7 @@ def current_stream(device: torch.device) -> int:
 _current_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1 << 14)
 def program_of(
     shape: tuple[int, int, int],
     strides: tuple[int, int, int],
