@@ -224,7 +224,7 @@ LEFT_OUT = {
     "nothing": (lambda x: None, "nothing"),
     "text": (lambda x: "text", "a str"),
     "a number": (lambda x: x.sum(), "no dimension"),
-    "other samples": (lambda x: x[:4], r"no dimension of its shape \(4, 5\) has the 6 samples"),
+    "other samples": (lambda x: x[:4], r"no dimension of \(4, 5\) has size 6, the batch size"),
     "two dimensions": (lambda x: torch.zeros(2, 6, 6), "no dimension"),
     "another tensor behind it": (lambda x: (x.sum(), x * 2), "no dimension"),
     "states behind a packed sequence": (lambda x: (packed(x), x), "packed sequence"),
@@ -264,7 +264,7 @@ def test_batch_dim_names_the_dimension() -> None:
     assert seen["part"].shape == (6, 12, 5)
     with (
         cka_hooks.LayerRecorder(turned, "part", print, batch_dim={"part": 2}),
-        pytest.raises(cka_hooks.LayerError, match=r"batch_dim=2 of its shape .* does not have the 6 samples"),
+        pytest.raises(cka_hooks.LayerError, match=r"batch_dim=2 of .* does not have size 6"),
     ):
         turned(X)
     with pytest.raises(cka_hooks.OptionError, match="matches no layer"):

@@ -214,7 +214,7 @@ def test_frames_of_speech(features: str) -> None:
         {"feature_projection:0": framed, "encoder.layers.0": framed, "encoder.layers.1": framed},
         features,
     )
-    with pytest.warns(cka_hooks.CKAWarning, match="features='flatten' keeps what stands there as data in 'encoder"):
+    with pytest.warns(cka_hooks.CKAWarning, match="features='flatten' keeps padding as data in 'encoder"):
         cka_hooks.compare(model, batches, layers="encoder.layers.*", progress=False)
 
 
@@ -233,7 +233,9 @@ class Prompted(nn.Module):
 
 def test_virtual_tokens() -> None:
     batches = tokens(6)
-    with pytest.warns(cka_hooks.CKAWarning, match=r"attention_mask has zeros and was not used in 'mix'.*mask= names"):
+    with pytest.warns(
+        cka_hooks.CKAWarning, match=r"attention_mask has zeros and was not used in 'mix'.*Pass mask= to name"
+    ):
         check(Prompted(), batches, {"embed": masked(mean), "mix": unmasked(mean)})
 
     def longer(batch: Any) -> Tensor:
@@ -328,7 +330,7 @@ def test_a_mask_where_nothing_can_be_cut() -> None:
 @pytest.mark.parametrize(
     ("mask", "error", "message"),
     [
-        ("attention_mask", cka_hooks.OptionError, "mask= has str: it is a function of a batch"),
+        ("attention_mask", cka_hooks.OptionError, "mask= has str: expected a function of a batch"),
         (torch.ones(8, 6), cka_hooks.OptionError, "mask= has Tensor"),
         ({"embed": 3}, cka_hooks.OptionError, "mask= has int"),
         ({"none": None}, cka_hooks.OptionError, "'none', which matches no layer"),
@@ -424,7 +426,7 @@ def test_a_first_batch_without_a_mask() -> None:
 
 
 def test_flatten_names_the_layers() -> None:
-    with pytest.warns(cka_hooks.CKAWarning, match=r"keeps what stands there as data in 'embed', 'act'"):
+    with pytest.warns(cka_hooks.CKAWarning, match=r"keeps padding as data in 'embed', 'act'"):
         cka_hooks.compare(Reader(), tokens(6), layers=["embed", "act"], progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error", cka_hooks.CKAWarning)

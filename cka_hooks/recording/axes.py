@@ -85,12 +85,12 @@ class SampleDimension:
         elif not self.found and not self.is_settled:
             raise NotRecordable(
                 "has its samples in a dimension that nothing confirmed, since only parts of the model were called: "
-                "give batch_dim=, or use compare() or Comparison, which run all of it on a part of the batch first"
+                "pass batch_dim=, or use compare() or Comparison, which run all of it on a part of the batch first"
             )
         else:
             found = self.found.get(label, "was not reached by the probe of the first batch")
             if isinstance(found, str):
-                raise NotRecordable(f"{found} (batch_dim= names the dimension with the samples)")
+                raise NotRecordable(f"{found}; pass batch_dim= to say which dimension holds the samples")
             dim, how = self._confirmed(found, shape), PROBED
         self.evidence[label] = how
         return dim
@@ -101,9 +101,7 @@ class SampleDimension:
                 self.samples = shape[given]
             if shape[given] == self.samples:
                 return given % len(shape)
-        raise NotRecordable(
-            f"batch_dim={given} of its shape {shape} does not have the {self.samples} samples of the batch"
-        )
+        raise NotRecordable(f"batch_dim={given} of {shape} does not have size {self.samples}, the batch size")
 
     def _confirmed(self, dim: int | None, shape: tuple[int, ...]) -> int:
         samples = self.samples
@@ -115,11 +113,12 @@ class SampleDimension:
         if samples and shape[0] > samples and shape[0] % samples == 0:
             why = f": {shape[0] // samples} windows, heads or beams of each are folded into dimension 0"
         elif shape[0] == 1:
-            why = ": it is the same for all of them"
+            why = ": it is the same for all samples"
         elif dim is not None:
-            why = f": they were confirmed in dimension {dim}"
+            why = f": the samples were confirmed in dimension {dim}"
         raise NotRecordable(
-            f"no dimension of its shape {shape} has the {samples} samples of the batch{why} (batch_dim= names it)"
+            f"no dimension of {shape} has size {samples}, the batch size{why}; pass batch_dim= to say which one holds "
+            "the samples"
         )
 
     def is_second(self, module: nn.Module, place: Place) -> bool:
@@ -164,8 +163,8 @@ class SampleDimension:
             if self.found.get(_input_of(name)) == 0:
                 kind = type(self._sequence_first[name]).__name__
                 raise BatchError(
-                    f"a batch of shape {shape} is taken for {shape[0]} samples, and {kind} {name!r} with "
-                    f"batch_first=False takes it for {seen[1]}: give batch_dim=1 where the loader is right, else "
+                    f"a batch of shape {shape} is read as {shape[0]} samples, and {kind} {name!r} with "
+                    f"batch_first=False reads it as {seen[1]}: pass batch_dim=1 if the loader is right, or "
                     "build the module with batch_first=True"
                 )
 

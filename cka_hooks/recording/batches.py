@@ -461,7 +461,7 @@ def _about_kind(error: Exception, batch: Any) -> str | None:
         )
     if not isinstance(value, Tensor | Mapping):
         return (
-            f"its input is a {type(value).__module__}.{type(value).__qualname__} and no tensor: pass "
+            f"its input is a {type(value).__module__}.{type(value).__qualname__}, not a tensor: pass "
             "forward=lambda model, batch: model(...) to say which part of the batch it takes"
         )
     return None

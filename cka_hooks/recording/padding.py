@@ -62,7 +62,7 @@ class Padding:
         for value in self._given.values:
             if value is not None and not callable(value):
                 raise OptionError(
-                    f"mask= has {type(value).__qualname__}: it is a function of a batch that returns the mask "
+                    f"mask= has {type(value).__qualname__}: expected a function of a batch that returns the mask "
                     "(n, T), such as lambda batch: batch[1], or a mapping from layer pattern to such functions"
                 )
         self._is_named = isinstance(mask, Mapping)
@@ -247,7 +247,7 @@ class Padding:
         if self._kept:
             self._warn_once(
                 "kept",
-                "the batch's attention mask has zeros, and features='flatten' keeps what stands there as data in "
+                "the batch's attention mask has zeros, and features='flatten' keeps padding as data in "
                 f"{_listed(self._kept)}: use features='mean', 'token' or 'last' to leave padding out",
             )
             self._kept = []
@@ -256,8 +256,8 @@ class Padding:
             what = f"batch's {source}" if isinstance(source, str) else "mask"
             self._warn_once(
                 "unused",
-                f"the {what} has zeros and was not used in {_listed(list(self._unused))}, of whose positions it is "
-                "not known to be: padding there counts as data. mask= names the mask of each layer: a function of "
+                f"the {what} has zeros and was not used in {_listed(list(self._unused))}, which are not known to have "
+                "its positions: padding there counts as data. Pass mask= to name the mask of each layer: a function of "
                 "the batch that returns (n, T), nonzero where a position counts, or a mapping from layer pattern to "
                 "such functions",
             )
