@@ -530,7 +530,7 @@ def test_samples_in_front_of_a_module_that_wants_them_second(make: Callable[[], 
 
     # As many samples as steps, too.
     for length in (N, 7):
-        with pytest.raises(cka_hooks.BatchError, match=r"'inside' with batch_first=False.*give batch_dim=1"):
+        with pytest.raises(cka_hooks.BatchError, match=r"'inside' with batch_first=False.*pass batch_dim=1"):
             cka_hooks.compare(Inside(), data(N, length, 3), layers="embed", progress=False)
         assert cka_hooks.compare(Inside(), data(N, length, 3), batch_dim=1, progress=False).samples == 3 * length
 

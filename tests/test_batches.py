@@ -232,7 +232,7 @@ UNFIT: dict[str, tuple[Any, str]] = {
     "float64 in a dict": (lambda x: {"image": x.double()}, "float64 and the model float32: convert it in the loader"),
     "index": (lambda x: (torch.arange(len(x)), x), r"may be the index of the samples.*model\(batch\[1\]\)"),
     "views": (lambda x: ([x, x + 1], 0), r"a list of 2. Of two views of the samples.*model\(batch\[0\]\[0\]\)"),
-    "object": (lambda x: (SimpleNamespace(image=x), 0), "SimpleNamespace and no tensor"),
+    "object": (lambda x: (SimpleNamespace(image=x), 0), "SimpleNamespace, not a tensor"),
 }
 
 

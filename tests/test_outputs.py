@@ -230,7 +230,7 @@ LEFT_OUT = {
     "states behind a packed sequence": (lambda x: (packed(x), x), "packed sequence"),
     "weights behind a nested tensor": (lambda x: (torch.nested.nested_tensor([x[0], x[1, :2]]), x), "nested"),
     "windows": (lambda x: torch.zeros(12, 6), "2 windows, heads or beams"),
-    "no samples": (lambda x: torch.zeros(1, 6), "the same for all of them"),
+    "no samples": (lambda x: torch.zeros(1, 6), "the same for all samples"),
 }
 
 
@@ -290,7 +290,7 @@ def test_a_square_batch_does_not_change_where_the_samples_are(first: int) -> Non
 def test_a_sequence_first_batch() -> None:
     lstm = nn.LSTM(5, 4)
     x = torch.randn(9, 6, 5)
-    with pytest.raises(cka_hooks.BatchError, match=r"for 9 samples, and LSTM .*takes it for 6: give batch_dim=1"):
+    with pytest.raises(cka_hooks.BatchError, match=r"as 9 samples, and LSTM .*reads it as 6: pass batch_dim=1"):
         cka_hooks.compare(lstm, [x, x], layers="(model)", progress=False)
     result = cka_hooks.compare(lstm, [x, x], layers=["(model)", "(model):1:0"], batch_dim=1, progress=False)
     assert result.samples == 12

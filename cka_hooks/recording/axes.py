@@ -117,8 +117,8 @@ class SampleDimension:
         elif dim is not None:
             why = f": the samples were confirmed in dimension {dim}"
         raise NotRecordable(
-            f"no dimension of {shape} has size {samples}, the batch size{why}; pass batch_dim= to say which one holds "
-            "the samples"
+            f"no dimension of {shape} has size {samples}, the batch size{why}; pass batch_dim= to say which one "
+            "holds the samples"
         )
 
     def is_second(self, module: nn.Module, place: Place) -> bool:

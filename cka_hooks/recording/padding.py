@@ -256,10 +256,10 @@ class Padding:
             what = f"batch's {source}" if isinstance(source, str) else "mask"
             self._warn_once(
                 "unused",
-                f"the {what} has zeros and was not used in {_listed(list(self._unused))}, which are not known to have "
-                "its positions: padding there counts as data. Pass mask= to name the mask of each layer: a function of "
-                "the batch that returns (n, T), nonzero where a position counts, or a mapping from layer pattern to "
-                "such functions",
+                f"the {what} has zeros and was not used in {_listed(list(self._unused))}, which are not known to "
+                "have its positions: padding there counts as data. Pass mask= to name the mask of each layer: a "
+                "function of the batch that returns (n, T), nonzero where a position counts, or a mapping from layer "
+                "pattern to such functions",
             )
         if reduces and self._suspect is not None:
             self._warn_once("suspect", self._suspect)
