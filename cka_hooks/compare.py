@@ -22,10 +22,12 @@ from cka_hooks.recording.layers import Layers
 from cka_hooks.recording.padding import MaskOption
 from cka_hooks.results.result import CKAResult
 from cka_hooks.run.checkpoint import Keeper, path_of_rank
-from cka_hooks.run.comparison import Comparison, finished, named_models, per_model
+from cka_hooks.run.comparison import Comparison
+from cka_hooks.run.entries import identities_of, named_models, per_model
 from cka_hooks.run.identity import of_loader, of_option
 from cka_hooks.run.in_turn import added_up_in_turn
 from cka_hooks.run.loop import DONE, Loop
+from cka_hooks.run.outcome import finished
 from cka_hooks.run.precomputed import Precomputed, SampleIds
 from cka_hooks.run.ranks import Ranks, errors_shared
 from cka_hooks.similarity.estimate import largest_stderr
@@ -48,6 +50,9 @@ def compare(
     mask: MaskOption = None,
     forward: Forward | Mapping[str, Forward] | None = None,
     sample_ids: SampleIds | None = None,
+    join_batches: int | None = None,
+    per: str = "sample",
+    positions: int | None = None,
     tolerance: float | None = None,
     max_samples: int | None = None,
     epochs: int = 1,
@@ -80,9 +85,19 @@ def compare(
         sample_ids: which identifiers the samples of a batch have: a key of the batch (the position, where it is a
             tuple), or a function of it that returns them. They find the rows of :class:`Precomputed` features in a
             loader that shuffles. The entry of a mapping is not passed to models, unless `forward` calls them.
+        join_batches: join the features of consecutive batches to minibatches of this many samples, where the loader's
+            batches are small: images of different sizes come one at a time. Layers need as many features in each of
+            them, as with ``features="mean"``. The last minibatch of a pass may be smaller.
+        per: "sample", or "position" to compare tokens or pixels: each one that is no padding is a sample. Layers with
+            other positions than the first are left out, with the reason, and so are those without any. Each batch is
+            one minibatch, so that it holds whole inputs: positions of one input depend on one another, and there are
+            no p-values. A `features` callable gets what the layer returned, and may return any number of rows, the
+            same for all layers: nodes of graphs, boxes.
+        positions: with ``per="position"``, draw so many of each batch at random by `seed`, the same ones for all
+            layers. A Gram matrix of all 8192 tokens of a batch takes half a gigabyte for each layer.
         tolerance: end the run once every standard error off the diagonal is below it. Looked at first after
             30 minibatches, then at geometric intervals.
-        max_samples: end the run after this many samples.
+        max_samples: end the run after this many samples of the loader.
         epochs: passes over the loader. Later passes of a shuffled loader are other minibatches of the same
             samples: standard errors stay those of one pass, and `tolerance` looks at one pass's worth.
         checkpoint: a file in which the run is kept, every `checkpoint_every` seconds and when an error or
@@ -114,7 +129,7 @@ def compare(
         BatchError: a model that cannot be called with a batch.
         SampleCountError: two models, or two layers, with different numbers of samples; features that you bring with
             another number of rows than the loader has samples, or without a row for one of them.
-        TooFewSamplesError: an empty loader, or only batches of fewer than 4 samples.
+        TooFewSamplesError: an empty loader, or only batches of fewer than 4 samples, after the first of them.
         NonFiniteError: NaN or infinity in a layer; `.partial` is the result of all others.
         OutOfMemoryError: in a layer, also in smaller pieces.
         CheckpointError: the file at `checkpoint` is damaged, or of a run with another model or other options.
@@ -151,6 +166,9 @@ def compare(
             mask=mask,
             forward=forward,
             sample_ids=sample_ids,
+            join_batches=join_batches,
+            per=per,
+            positions=positions,
             tolerance=tolerance,
             max_samples=max_samples,
             epochs=epochs,
@@ -202,7 +220,7 @@ def _together(
     identity: dict[str, Any] = {}
     if checkpoint is not None:
         identity = {
-            "models": comparison.identities,
+            "models": identities_of(comparison.entries),
             "loader": of_loader(loader),
             **{field: of_option(option) for field, option in vars(options).items()},
             "minibatch": comparison.settings["minibatch"],

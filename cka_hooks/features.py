@@ -82,12 +82,8 @@ def feature_rows(
         return memory_order(rows)
     if moved.ndim <= 2:
         return memory_order(moved)
-    rank = activation.ndim
-    ends = batch_dim % rank, _channel_dim(channels, activation, batch_dim)
-    order = [ends[0], *(dim for dim in range(rank) if dim not in ends), ends[1]]
-    tokens = activation.permute(order)
-    spoken = [(one, [order.index(dim % rank) for dim in dims]) for one, dims in masks]
-    kept = _kept(tokens, [(mask, range(rank)), *spoken] if mask is not None else spoken)
+    tokens, spoken = tokens_of(activation, batch_dim=batch_dim, masks=masks, channels=channels)
+    kept = kept_of(tokens, [(mask, range(activation.ndim)), *spoken] if mask is not None else spoken)
     if features == "mean":
         return _mean(tokens, kept)
     if features == "last":
@@ -105,6 +101,25 @@ def feature_rows(
     return positions[:, position].unsqueeze(1)
 
 
+def tokens_of(
+    activation: Tensor,
+    *,
+    batch_dim: int,
+    masks: Sequence[tuple[Tensor, Sequence[int]]] = (),
+    channels: Layout | int | None = None,
+) -> tuple[Tensor, list[tuple[Tensor, list[int]]]]:
+    """An activation as (n, *positions, C), a view, with the dimensions of that of which each mask speaks.
+
+    Args: see :func:`feature_rows`. With less than three dimensions there are no positions.
+    """
+    rank = activation.ndim
+    if rank < 3:
+        return activation if batch_dim == 0 else activation.movedim(batch_dim, 0), []
+    ends = batch_dim % rank, _channel_dim(channels, activation, batch_dim)
+    order = [ends[0], *(dim for dim in range(rank) if dim not in ends), ends[1]]
+    return activation.permute(order), [(mask, [order.index(dim % rank) for dim in dims]) for mask, dims in masks]
+
+
 def _channel_dim(channels: Layout | int | None, activation: Tensor, batch_dim: int) -> int:
     """The number of the dimension with the channels."""
     rank, samples = activation.ndim, batch_dim % activation.ndim
@@ -119,7 +134,7 @@ def _channel_dim(channels: Layout | int | None, activation: Tensor, batch_dim: i
     return others[-1 if (channels or ("last" if rank == 3 else "first")) == "last" else 0]
 
 
-def _kept(tokens: Tensor, masks: Sequence[tuple[Tensor, Sequence[int]]]) -> Tensor | None:
+def kept_of(tokens: Tensor, masks: Sequence[tuple[Tensor, Sequence[int]]]) -> Tensor | None:
     """Which of the positions (n, *positions) are data: (n, T) masks, each along some dimensions of T positions.
 
     Attention scores (n, heads, T, T) have two of them. None where the activation has other positions than the masks.

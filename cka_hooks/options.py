@@ -29,6 +29,8 @@ class Options:
     minibatch: int | None = None
     features: Any = "flatten"
     seed: int = 0
+    per: str = "sample"
+    positions: int | None = None
     keep_minibatches: bool = False
 
     layers: Any = None
@@ -37,6 +39,7 @@ class Options:
     mask: Any = None
     forward: Any = None
     sample_ids: Any = None
+    join_batches: int | None = None
     tolerance: float | None = None
     max_samples: int | None = None
     epochs: int = 1
@@ -44,8 +47,21 @@ class Options:
     def __post_init__(self) -> None:
         if not isinstance(self.estimator, str) or self.estimator not in ("unbiased", "biased"):
             raise OptionError(f"estimator={self.estimator!r} is not known: use 'unbiased' or 'biased'")
+        if not isinstance(self.per, str) or self.per not in ("sample", "position"):
+            raise OptionError(f"per={self.per!r} is not known: use 'sample' or 'position'")
+        if self.per == "position":
+            for name in ("minibatch", "join_batches"):
+                if getattr(self, name) is not None:
+                    raise OptionError(
+                        f'per="position" and {name}={getattr(self, name)} exclude each other: a minibatch holds all '
+                        "positions of a batch, since those of one input depend on one another. positions= draws fewer"
+                    )
+        elif self.positions is not None:
+            raise OptionError(f'positions={self.positions!r} is for per="position": say that, too, or leave it out')
         plain = {
+            "positions": whole("positions", self.positions, MIN_SAMPLES),
             "minibatch": whole("minibatch", self.minibatch, MIN_SAMPLES),
+            "join_batches": whole("join_batches", self.join_batches, MIN_SAMPLES),
             "seed": whole("seed", self.seed, 0),
             "max_samples": whole("max_samples", self.max_samples, MIN_SAMPLES),
             "epochs": whole("epochs", self.epochs, 1),
@@ -61,6 +77,12 @@ class Options:
         """What :class:`cka_hooks.Comparison` takes of them."""
         bounds = ("tolerance", "max_samples", "epochs")
         return {name: value for name, value in vars(self).items() if name not in bounds}
+
+    def of_accumulator(self) -> dict[str, Any]:
+        """What :class:`cka_hooks.CKAAccumulator` takes of them, where features reach it reduced."""
+        names = ("kernel", "bandwidth", "sigma", "estimator", "seed", "per", "keep_minibatches")
+        size = self.join_batches if self.minibatch is None else self.minibatch
+        return {**{name: getattr(self, name) for name in names}, "minibatch": size}
 
     def of_recorder(self) -> dict[str, Any]:
         """What :class:`cka_hooks.LayerRecorder` takes of them for every model alike."""

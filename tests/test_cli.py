@@ -37,6 +37,9 @@ def wider():
 def of_images():
     return nn.Sequential(nn.AvgPool2d(16), nn.Flatten(), nn.Linear(588, 5))
 
+def of_pixels():
+    return nn.Sequential(nn.Conv2d(3, 4, 9, 8), nn.ReLU(), nn.Flatten())
+
 def not_a_net():
     return 3
 
@@ -455,3 +458,26 @@ def test_what_cannot_be_recorded(nets, tmp_path, monkeypatch, capsys, words, mes
     words = [f"{nets}:{word}" if word == "empty" else word for word in words]
     assert main(["record", "--model", f"{nets}:net", "--data", f"{nets}:data", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_batches_of_one_are_joined(nets, tmp_path, capsys):
+    words = ("--batch-size", "1", "--samples", "40")
+    assert run(nets, tmp_path / "a", *words, data="dataset") == 2
+    assert "join_batches=32" in capsys.readouterr().err
+    assert run(nets, tmp_path / "b", *words, "--join-batches", "8", data="dataset") == 0
+    assert "from minibatches of 8 in batches of 1" in capsys.readouterr().out
+    result = CKAResult.load(tmp_path / "b" / "cka.json")
+    assert (result.samples, result.minibatches) == (40, 5)
+
+
+def test_pixels_are_samples(nets, tmp_path, capsys):
+    photos(tmp_path / "photos")
+    words = ["run", "--model", f"{nets}:of_pixels", "--data", str(tmp_path / "photos"), "--batch-size", "6"]
+    words += ["--per", "position", "--positions", "60", "--out", str(tmp_path / "out")]
+    assert main([*words, "--minibatch", "8"]) == 2
+    assert "minibatch=8 exclude each other" in capsys.readouterr().err
+    assert main(words) == 0
+    assert "from 60 positions of a batch in batches of 6" in capsys.readouterr().out
+    result = CKAResult.load(tmp_path / "out" / "cka.json")
+    assert (result.samples, result.minibatches) == (240, 4)
+    assert result.layers == ("0", "1")

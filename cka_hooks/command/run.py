@@ -22,7 +22,7 @@ from cka_hooks.command.outputs import check_file, check_folder, folder_words, wr
 from cka_hooks.command.terminal import say
 from cka_hooks.compare import compare
 from cka_hooks.errors import CKAWarning, NonFiniteError, OptionError
-from cka_hooks.hsic import Estimator
+from cka_hooks.hsic import MIN_SAMPLES, Estimator
 from cka_hooks.recording.batches import sample_count
 from cka_hooks.results.result import CKAResult
 from cka_hooks.results.words import SHARE
@@ -48,7 +48,7 @@ examples
 
 {FEATURES}"""
 
-SAMPLES = 2048
+SAMPLES, MINIBATCH = 2048, 32
 # A trial shorter than this is repeated: what the first call of a kernel costs would drown it.
 _SHORT = 2.0
 
@@ -66,13 +66,19 @@ def words(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--features", default="flatten", metavar="F",
         help="flatten, mean over positions, token, token:K or last; default: %(default)s")  # fmt: skip
     sample_ids_word(what)
+    what.add_argument("--per", default="sample", choices=("sample", "position"),
+        help="position compares tokens or pixels, each batch a minibatch; default: %(default)s")  # fmt: skip
+    what.add_argument("--positions", type=numbers.count, metavar="N",
+        help="with --per position, draw N of each batch; default: all that are no padding")  # fmt: skip
     how = parser.add_argument_group("how closely")
     how.add_argument("--samples", type=numbers.samples, metavar="N",
         help=f'how many, drawn at random, or "all"; default: {SAMPLES}, or all with --tolerance')  # fmt: skip
     how.add_argument("--tolerance", type=numbers.positive, metavar="E",
         help="stop as soon as every standard error is below E, such as 0.005")  # fmt: skip
-    how.add_argument("--minibatch", type=numbers.count, default=32, metavar="N",
-        help="samples in each estimate: a larger one costs more and scatters less; default: %(default)s")  # fmt: skip
+    how.add_argument("--minibatch", type=numbers.count, metavar="N",
+        help=f"samples in each estimate: more cost more and scatter less; default: {MINIBATCH}")  # fmt: skip
+    how.add_argument("--join-batches", type=numbers.count, metavar="N",
+        help="join the features of consecutive batches to N samples, where batches are small")  # fmt: skip
     how.add_argument("--sketch", action=_Gone, help=argparse.SUPPRESS)
     how.add_argument("--kernel", default="linear", choices=tuple(KERNELS), help="default: %(default)s")
     how.add_argument("--estimator", default="unbiased", choices=get_args(Estimator), help="default: %(default)s")
@@ -104,6 +110,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_file(arguments.checkpoint, "--checkpoint")
     check_folder(arguments)
     device = device_of(arguments.device)
+    if arguments.minibatch is None and arguments.per == "sample":
+        arguments.minibatch = MINIBATCH
     loaded = _models(arguments)
     models = {one.name: one.model.to(device) for one in loaded}
     loader = load_data(
@@ -121,7 +129,18 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     options = {
         name: getattr(arguments, name)
-        for name in ("layers", "features", "sample_ids", "minibatch", "kernel", "estimator", "seed")
+        for name in (
+            "layers",
+            "features",
+            "sample_ids",
+            "join_batches",
+            "per",
+            "positions",
+            "minibatch",
+            "kernel",
+            "estimator",
+            "seed",
+        )
     }
 
     def measured(loader: Iterable[Any], progress: bool, features: Any, **bounds: Any) -> CKAResult:
@@ -130,7 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
         return compare(entries, loader, progress=progress, **options, **bounds)
 
     if not arguments.quiet:
-        say(_plan(arguments, loaded, loader, batch, device, lambda one: measured([one], False, {})), file=out)
+        say(_plan(arguments, loaded, loader, batch, device, lambda some: measured(some, False, {})), file=out)
     code = 0
     try:
         result = measured(
@@ -205,15 +224,17 @@ def _plan(
     loader: Iterable[Any],
     batch: Any,
     device: torch.device,
-    measured: Callable[[Any], CKAResult],
+    measured: Callable[[list[Any]], CKAResult],
 ) -> str:
     """What will be done and how long it will take, found out on one batch."""
+    size = sample_count(batch) or arguments.batch_size
+    trials = 1 if arguments.join_batches is None else -(-MIN_SAMPLES // size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CKAWarning)
         for _ in range(2):
             started = time.perf_counter()
             try:
-                trial = measured(batch)
+                trial = measured([batch] * trials)
             except NonFiniteError as error:
                 if error.partial is None:
                     raise
@@ -221,14 +242,14 @@ def _plan(
             seconds = time.perf_counter() - started
             if seconds > _SHORT:
                 break
-    size = sample_count(batch) or arguments.batch_size
+    seconds /= trials
     total = _total(loader, _samples(arguments))
     count = len(trial.rows)
     lines = [
         f"models     {' and '.join(f'{one.name} ({type(one.model).__name__})' for one in loaded)} on {device}",
         f"layers     {count}, from {trial.rows[0]} to {trial.rows[-1]}: {count * (count - 1) // 2:,} pairs",
         f"data       {described(arguments.data, loader)}",
-        f"estimates  from minibatches of {min(arguments.minibatch, size)} in batches of {size}, "
+        f"estimates  from {_minibatches(arguments, size)} in batches of {size}, "
         f"{arguments.estimator}, {arguments.kernel} kernel",
     ]
     if total is None:
@@ -240,6 +261,12 @@ def _plan(
             f"of {size}, without the time to read the data"
         )
     return "\n".join([*lines, ""])
+
+
+def _minibatches(arguments: argparse.Namespace, size: int) -> str:
+    if arguments.per == "position":
+        return f"{'all' if arguments.positions is None else arguments.positions} positions of a batch"
+    return f"minibatches of {min(arguments.minibatch, arguments.join_batches or size)}"
 
 
 def _total(loader: Iterable[Any], bound: int | None) -> int | None:

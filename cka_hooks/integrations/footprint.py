@@ -10,7 +10,8 @@ from typing import Any
 
 from cka_hooks.errors import OptionError, TooFewSamplesError
 from cka_hooks.results.result import CKAResult
-from cka_hooks.run.comparison import Comparison, finished
+from cka_hooks.run.comparison import Comparison
+from cka_hooks.run.outcome import finished
 from cka_hooks.similarity.state import DECLARED, Minibatches, State, Step
 
 

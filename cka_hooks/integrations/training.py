@@ -23,7 +23,8 @@ from cka_hooks.recording.layers import Layers
 from cka_hooks.recording.padding import MaskOption
 from cka_hooks.recording.snapshot import Snapshot
 from cka_hooks.results.result import CKAResult
-from cka_hooks.run.comparison import Comparison, named_models, per_model
+from cka_hooks.run.comparison import Comparison
+from cka_hooks.run.entries import named_models, per_model
 from cka_hooks.run.in_turn import Replayed
 from cka_hooks.run.replay import Randomness
 

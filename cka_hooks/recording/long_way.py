@@ -92,7 +92,10 @@ class LongWay:
                 second = self.dimension.is_second(selection.module, route.place(given, activation))
                 self._now.show(label, activation, second)
                 return
-            route.axis = self.dimension.of(selection.name, label, tuple(activation.shape))
+            if self._reductions.is_free(selection.name):
+                route.axis = 0
+            else:
+                route.axis = self.dimension.of(selection.name, label, tuple(activation.shape))
         except outputs.NotRecordable as reason:
             self._leave_out(route, str(reason))
             return
@@ -120,8 +123,12 @@ class LongWay:
             activation = activation.detach()
         if route.label not in self.shapes:
             self.shapes[route.label] = tuple(activation.movedim(route.axis, 0).shape[1:])
-        with without_gradients() if self._detaches else nullcontext():
-            rows = self._reductions.rows(route, activation)
+        try:
+            with without_gradients() if self._detaches else nullcontext():
+                rows = self._reductions.rows(route, activation)
+        except outputs.NotRecordable as reason:
+            self.left_out[route.label] = str(reason)
+            return
         if route.product is not None:
             route.product(memory_order(rows) if route.reduction == "flatten" else rows)
         elif self._consumer is not None:

@@ -25,6 +25,7 @@ from cka_hooks.recording.layers import Layers, check_model, named_layers, select
 from cka_hooks.recording.left_out import silent, twice_named
 from cka_hooks.recording.long_way import LongWay
 from cka_hooks.recording.padding import MaskOption
+from cka_hooks.recording.positions import Positions, positions_of
 from cka_hooks.recording.probe import Probe, Take
 from cka_hooks.recording.reductions import Features, Reductions
 from cka_hooks.recording.routes import Consumer, Pass, taps_of
@@ -58,6 +59,11 @@ class LayerRecorder:
         mask: a function of the batch that returns the mask (n, T) of its padding, bool or int, nonzero where a
             position counts, or a mapping from layer pattern to such functions. In a loop of your own the batch is
             what the model was called with. None: ``attention_mask`` and ``decoder_attention_mask``.
+        per: "sample", or "position" to hand over each token or pixel that is no padding as a sample, (m, C). Layers
+            with other positions than the first are left out. A `features` callable then gets what a layer returned,
+            and may return any number of rows, the same for all layers.
+        positions: with ``per="position"``, so many of each batch, drawn at random and the same for all layers.
+        seed: of that draw.
         forward: ``(model, batch) -> anything``, how :meth:`stream` runs the model.
         detach: hand activations over without their graph. False keeps it, so that a loss of them can be
             differentiated; a consumer that copies has to keep it, too.
@@ -93,6 +99,9 @@ class LayerRecorder:
         forward: batches.Forward | None = None,
         channel_dim: int | Mapping[str, int] | None = None,
         mask: MaskOption = None,
+        per: str = "sample",
+        positions: int | Positions | None = None,
+        seed: int = 0,
         detach: bool = True,
     ) -> None:
         self.model = check_model(model)
@@ -103,14 +112,14 @@ class LayerRecorder:
         self._by_default = layers is None
         selections = select_layers(model, layers)
         chosen = {selection.name for selection in selections}
-        self._reductions = Reductions(self._names, chosen, features, channel_dim, mask)
+        places = positions_of(per, positions, seed)
+        self._reductions = Reductions(self._names, chosen, features, channel_dim, mask, places)
         self._long_way = LongWay(self._names, self._now, self._reductions, batch_dim, detach)
         self._taps = taps_of(
             selections, self._now, self._long_way.go, self._long_way.hand_over, only_leaves=layers is None
         )
         self.consumer = consumer
-        self._entered = 0
-        self._managed = False
+        self._entered, self._managed = 0, False
         self._form: batches.Form | None = None
         self.only_in_passes = False
         # Activations that keep their graph are there to train with.

@@ -6,14 +6,18 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from cka_hooks.features import Reduction, check_reduction, feature_rows
+from cka_hooks.errors import BatchError, OptionError
+from cka_hooks.features import Reduction, check_reduction, feature_rows, memory_order, tokens_of
 from cka_hooks.names import PerLayer
 from cka_hooks.recording.batches import Given
 from cka_hooks.recording.channels import Channels, matters
 from cka_hooks.recording.padding import MaskOption, Padding
+from cka_hooks.recording.positions import Positions
 from cka_hooks.recording.probe import Probe
 from cka_hooks.recording.routes import Route
 
+# What becomes of an activation whose positions are samples.
+POSITION = "position"
 Features = Reduction | str | Mapping[str, Reduction | str]
 
 
@@ -26,6 +30,7 @@ class Reductions:
         features: a reduction, or a mapping from layer pattern to one.
         channel_dim: see :class:`cka_hooks.recording.channels.Channels`.
         mask: see :class:`cka_hooks.recording.padding.Padding`.
+        positions: chooses those that are samples; None where samples are those of the batch.
 
     Attributes:
         followed: modules that have to be shown to `follow` when they run.
@@ -41,10 +46,17 @@ class Reductions:
         features: Features,
         channel_dim: int | Mapping[str, int] | None,
         mask: MaskOption,
+        positions: Positions | None = None,
     ) -> None:
+        self._positions = positions
         self._features = PerLayer(features, names, "features")
         for reduction in self._features.values:
             check_reduction(reduction)
+            if positions is not None and not callable(reduction) and reduction != "flatten":
+                raise OptionError(
+                    f'per="position" and features={reduction!r} exclude each other: each position is a sample, and '
+                    "there is nothing to average or to choose. Leave features= out"
+                )
         reductions = [self.of(name) for name in chosen]
         self._keeps = "flatten" in reductions
         self._reduces = any(isinstance(reduction, str) and reduction != "flatten" for reduction in reductions)
@@ -54,15 +66,23 @@ class Reductions:
         self.followed = [module for module in modules if self._reduces and matters(module)]
         self.follow = self._channels.pass_through
         self._limit: int | None = None
+        self._samples: int | None = None
 
     def of(self, name: str) -> Reduction | str:
         """The reduction of a module's activations."""
         reduction: Reduction | str = self._features.of(name, "flatten")
-        return reduction
+        return POSITION if self._positions is not None and reduction == "flatten" else reduction
+
+    def is_free(self, name: str) -> bool:
+        """Whether what a module returned is handed as it is to a function that makes any number of samples of it."""
+        return self._positions is not None and callable(self.of(name))
 
     def begin(self, given: Given, samples: int | None, limit: int | None) -> None:
         """A batch of that many samples comes, of which `limit` count."""
         self._limit = limit
+        self._samples = samples
+        if self._positions is not None and not self._positions.is_shared:
+            self._positions.start(self._positions.number + 1)
         self._padding.start(given.batch, given.form, samples)
 
     def restart(self) -> None:
@@ -93,16 +113,37 @@ class Reductions:
     def rows(self, route: Route, activation: Tensor) -> Tensor:
         """An activation with the samples in front, as features (n, P, C) where it is reduced."""
         name, label = route.selection.name, route.label
+        if self.is_free(name):
+            return self._free(route, activation)
         if self._limit is not None:
             activation = activation.narrow(route.axis, 0, min(self._limit, activation.shape[route.axis]))
         if route.reduction == "flatten":
             self._padding.keeps(label, name, tuple(activation.shape))
             return activation.movedim(route.axis, 0)
-        masks = []
-        if not callable(route.reduction):
-            for mask, dims in self._padding.of(name, label, tuple(activation.shape)):
-                masks.append((mask[: self._limit].to(activation.device, non_blocking=True), dims))
+        found = [] if callable(route.reduction) else self._padding.of(name, label, tuple(activation.shape))
+        if self._positions is not None:
+            masks = [(mask[: self._limit], dims) for mask, dims in found]
+            channels = route.channels
+            tokens, spoken = tokens_of(activation, batch_dim=route.axis, masks=masks, channels=channels)
+            return self._positions.rows(label, tokens, spoken, frozenset(id(mask) for mask, _ in found))
+        masks = [(mask[: self._limit].to(activation.device, non_blocking=True), dims) for mask, dims in found]
         return feature_rows(activation, route.reduction, batch_dim=route.axis, masks=masks, channels=route.channels)
+
+    def _free(self, route: Route, activation: Tensor) -> Tensor:
+        """What a function makes of an activation whose samples it knows."""
+        assert callable(route.reduction)
+        if self._limit is not None and (self._samples is None or self._limit < self._samples):
+            raise BatchError(
+                f"only {self._limit} samples of a batch of {self._samples} count, and what the features callable "
+                'returns cannot be cut: with per="position", let max_samples= be a multiple of the batch size'
+            )
+        rows = route.reduction(activation)
+        if not isinstance(rows, Tensor) or rows.ndim < 1:
+            found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+            raise BatchError(
+                f"the features callable turned {tuple(activation.shape)} into {found}: it must return a tensor (m, d)"
+            )
+        return memory_order(rows)
 
     def warn(self) -> None:
         """Say at the end of a pass what was guessed, and where padding counts as data; once in all passes."""

@@ -10,26 +10,37 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cka_hooks.errors import LayerError, OptionError, SampleCountError, warn
+from cka_hooks.errors import LayerError, OptionError, SampleCountError
 from cka_hooks.features import Reduction
 from cka_hooks.hsic import Estimator
 from cka_hooks.options import Options, whole
 from cka_hooks.recording import batches
 from cka_hooks.recording.guest import RandomStream, untouched
-from cka_hooks.recording.layers import Layers, select_layers, unwrap
+from cka_hooks.recording.layers import Layers, select_layers
 from cka_hooks.recording.padding import MaskOption
+from cka_hooks.recording.positions import positions_of
 from cka_hooks.recording.recorder import LayerRecorder, nothing_ran
 from cka_hooks.results.result import CKAResult
-from cka_hooks.run import class_order, replay
-from cka_hooks.run.identity import of_model, of_rows
-from cka_hooks.run.precomputed import Brought, Precomputed, SampleIds, is_features, without_ids
+from cka_hooks.run.entries import each_where_it_matches, named_models, per_model, types_of
+from cka_hooks.run.joined import Joined, checked_batches
+from cka_hooks.run.looked_at import LookedAt
+from cka_hooks.run.outcome import finished
+from cka_hooks.run.precomputed import Brought, Counted, Precomputed, SampleIds, is_features, without_ids
 from cka_hooks.similarity.accumulator import CKAAccumulator
-from cka_hooks.similarity.estimate import result_of
 from cka_hooks.similarity.state import State, Step
 
-_OWN_OPTIONS = ("layers", "features", "batch_dim", "channel_dim", "mask", "forward", "sample_ids")
-# Batches of a pass that are known again.
-_REMEMBERED = 256
+_OWN_OPTIONS = (
+    "layers",
+    "features",
+    "batch_dim",
+    "channel_dim",
+    "mask",
+    "forward",
+    "sample_ids",
+    "join_batches",
+    "per",
+    "positions",
+)
 
 
 class Comparison:
@@ -44,6 +55,8 @@ class Comparison:
         layers: see :func:`cka_hooks.compare`, as all options here.
 
     Attributes:
+        entries: models and precomputed features by name.
+        models: those of them that are models.
         provenance: further settings of the results, plain JSON values.
 
     Raises:
@@ -80,6 +93,9 @@ class Comparison:
         mask: MaskOption = None,
         forward: batches.Forward | Mapping[str, batches.Forward] | None = None,
         sample_ids: SampleIds | None = None,
+        join_batches: int | None = None,
+        per: str = "sample",
+        positions: int | None = None,
         seed: int = 0,
         keep_minibatches: bool = False,
     ) -> None:
@@ -95,28 +111,33 @@ class Comparison:
             mask=mask,
             forward=forward,
             sample_ids=sample_ids,
+            join_batches=join_batches,
+            per=per,
+            positions=positions,
             layers=layers,
             seed=seed,
             keep_minibatches=keep_minibatches,
         )
-        entries = named_models(model)
-        self._names = list(entries)
-        self.models: dict[str, nn.Module] = {name: it for name, it in entries.items() if not is_features(it)}
+        self.entries = named_models(model)
+        self.models: dict[str, nn.Module] = {name: it for name, it in self.entries.items() if not is_features(it)}
+        self._places = positions_of(per, positions, self._options.seed)
         self._brought = Brought(
-            {name: it for name, it in entries.items() if isinstance(it, Precomputed)}, self._options.sample_ids
+            {name: it for name, it in self.entries.items() if isinstance(it, Precomputed)},
+            self._options.sample_ids,
+            counts=self._places is not None,
         )
-        self._accumulator = CKAAccumulator(
-            kernel=kernel,
-            bandwidth=bandwidth,
-            sigma=sigma,
-            estimator=estimator,
-            minibatch=minibatch,
-            seed=seed,
-            keep_minibatches=keep_minibatches,
-        )
+        self._accumulator = CKAAccumulator(**self._options.of_accumulator())
+        if self._places is not None:
+            self._places.is_shared = True
+            if self._brought.entries:
+                raise OptionError(
+                    f'{next(iter(self._brought.entries))!r} has a row for each sample, and per="position" compares '
+                    'positions: compare with per="sample"'
+                )
+        self._taker = Joined(self._accumulator, self._options.join_batches)
         chosen = per_model(layers, self.models, "layers")
         if len(self.models) > 1 and not isinstance(layers, Mapping):
-            chosen = _each_where_it_matches(self.models, layers)
+            chosen = each_where_it_matches(self.models, layers)
         forwards = per_model(forward, self.models, "forward")
         self.chosen = {
             name: [selection.name for selection in select_layers(model, chosen[name])]
@@ -128,8 +149,10 @@ class Comparison:
             self._recorders[name] = LayerRecorder(
                 one,
                 chosen[name],
-                consumer=_Labelled(name, self._accumulator),
+                consumer=_Labelled(name, self._taker),
                 forward=forwards[name],
+                per=per,
+                positions=self._places,
                 **self._options.of_recorder(),
             )
             # Two names may stand for one model, or for models that share a part.
@@ -138,8 +161,7 @@ class Comparison:
         self._random = RandomStream()
         self._guests: list[AbstractContextManager[object]] = []
         self._within = False
-        self._targets: Tensor | None = None
-        self._fingerprints: set[str] = set()
+        self._looked_at = LookedAt()
         self._ran = False
         self._number = 0
 
@@ -165,13 +187,13 @@ class Comparison:
             self._guests = []
 
     def update(self, batch: Any) -> int:
-        """Run every model on a batch, and add it.
+        """Run every model on a batch, and add it; with `join_batches` when enough samples are there for a minibatch.
 
         Args:
             batch: as a loader yields it: ``(input, target)``, a tensor, or a dict of keyword arguments.
 
         Returns:
-            How many of its samples were counted.
+            How many samples were counted.
 
         Raises:
             OptionError: outside of the ``with`` block.
@@ -202,17 +224,19 @@ class Comparison:
         """
         if not self._within:
             raise OptionError("call update() inside the block: with Comparison(...) as comparison: ...")
-        self._look_at(batch)
+        self._looked_at.look_at(batch, self._accumulator.state)
         self._brought.look_at(batch, limit)
         number, self._number = self._number, self._number + 1
         observed: frozenset[str] = frozenset()
         silent: str | None = None
+        if self._places is not None:
+            self._places.start(self._brought.counted.batches)
         own = without_ids(batch, self._options.sample_ids)
         try:
             with self._random, torch.no_grad():
                 for name, recorder in self._recorders.items():
                     recorder.run(batch if name in self._with_ids else own, limit=limit or None, number=number)
-                    before, observed = observed, self._accumulator.observing
+                    before, observed = observed, self._taker.observing
                     if observed == before:
                         silent = name if silent is None else silent
             if self.models and not observed:
@@ -222,8 +246,8 @@ class Comparison:
                 raise SampleCountError(f"of the model {silent!r} {nothing_ran(self._recorders[silent].skipped)}")
             if limit == 0:
                 return
-            for label, features in self._brought.features(self._accumulator.observing_samples):
-                self._accumulator.observe(label, features)
+            for label, features in self._brought.features(self._taker.observing_samples):
+                self._taker.observe(label, features)
         except BaseException:
             self.discard()
             raise
@@ -234,35 +258,35 @@ class Comparison:
         Returns:
             What was added.
         """
-        step = self._accumulator.step()
+        step = self._taker.step()
         self._brought.step()
-        state = self._accumulator.state
-        if len(state.classes) <= class_order.MOST_CLASSES:
-            state.merge(class_order.counted(self._targets))
+        self._looked_at.step(self._accumulator.state)
         self._ran = True
         return step
 
     def discard(self) -> None:
         """Forget what was observed since the last `step`."""
-        self._accumulator.discard()
+        self._taker.discard()
 
-    def _look_at(self, batch: Any) -> None:
-        """What is known of a batch before the models have it, which may change it in place."""
-        self._targets = batches.targets(batch)
-        fingerprint = replay.fingerprint(batch)
-        state = self._accumulator.state
-        if fingerprint.startswith("?"):
-            return
-        if not state.first_batches:
-            state.first_batches = [fingerprint]
-        if fingerprint in self._fingerprints and state.repeats is None:
-            state.repeats = (
-                "a batch came twice in one pass over the data, and its samples count twice: with an IterableDataset "
-                "and several workers, each worker has to yield its own part (torch.utils.data.get_worker_info())"
-            )
-        # Workers that yield the same, and data that begin again, show in the first ones.
-        if len(self._fingerprints) < _REMEMBERED:
-            self._fingerprints.add(fingerprint)
+    def flush(self) -> Step | None:
+        """Add what waits for further batches to be joined with, None where nothing does.
+
+        Returns:
+            What was added.
+        """
+        return self._taker.flush() if self._taker.waiting else None
+
+    @property
+    def places(self) -> int | None:
+        """What tells the positions that were samples from those of another run, None where samples are whole."""
+        return None if self._places is None else self._places.digest
+
+    @property
+    def positions(self) -> int:
+        """Samples of the loader that have gone by, over all passes, with those that wait to be joined."""
+        if self._places is not None:
+            return self._brought.counted.samples
+        return self._accumulator.state.positions + self._taker.waiting
 
     def check(self, loader: Iterable[Any]) -> None:
         """Refuse a loader whose order precomputed features without identifiers do not have.
@@ -285,13 +309,13 @@ class Comparison:
         """From here on come the samples seen before, in other minibatches: they are not new samples."""
         self._accumulator.start_pass()
         self._brought.start_pass()
-        self._fingerprints.clear()
+        self._looked_at.start_pass()
 
     def reset(self) -> None:
         """Forget everything that was added."""
-        self._accumulator.reset()
-        self._brought.start_pass()
-        self._fingerprints.clear()
+        self._taker.reset()
+        self._brought.reset()
+        self._looked_at.start_pass()
         self._ran = False
 
     # What was added up
@@ -328,28 +352,23 @@ class Comparison:
     @property
     def types(self) -> dict[str, str]:
         """The class of each model, by its name."""
-        kinds = {name: type(unwrap(model)).__qualname__ for name, model in self.models.items()}
-        return {name: kinds.get(name, Precomputed.__qualname__) for name in self._names}
-
-    @property
-    def identities(self) -> dict[str, Any]:
-        """What tells its models and precomputed features from others."""
-        rows = {name: of_rows(one.arrays, one.sample_ids) for name, one in self._brought.entries.items()}
-        return {**{name: of_model(model) for name, model in self.models.items()}, **rows}
+        return types_of(self.entries)
 
     def compute(self) -> CKAResult:
-        """The result so far; nothing changes.
+        """The result so far; nothing changes. What waits to be joined is one more minibatch of fewer samples.
 
         Raises:
             TooFewSamplesError: no minibatch had the 4 samples an HSIC estimate needs.
             NonFiniteError: NaN or infinity in a layer; `.partial` is the result of all others.
         """
-        return finished(self.state, self.types, {**self.settings, **self.provenance})
+        self._accumulator.state = self.state
+        return finished(self._taker.with_rest(), self.types, {**self.settings, **self.provenance})
 
     def state_dict(self) -> dict[str, Any]:
         """All that was added, as numbers, text and float64 tensors: copies, safe to save and to send."""
         self._accumulator.state = self.state
-        return {**self._accumulator.state_dict(), "row": self._brought.row}
+        own = {"counted": list(self._brought.counted), "waiting": self._taker.state_list()}
+        return {**self._accumulator.state_dict(), **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Become what :meth:`state_dict` gave, whatever was added here before.
@@ -357,104 +376,26 @@ class Comparison:
         Raises:
             OptionError: it is from a comparison with other options, or from something else.
         """
-        row = whole("row", state.get("row", 0) if isinstance(state, Mapping) else 0, 0) or 0
+        own = state if isinstance(state, Mapping) else {}
+        counted = Counted(*(whole("counted", number, 0) for number in own.get("counted", ())))
+        waiting = checked_batches(own.get("waiting", []))
         self._accumulator.load_state_dict(state)
         self._brought.start_pass()
-        self._brought.row = row
+        self._brought.counted = counted
+        self._taker.waiting_batches = waiting
 
     def sync(self, group: dist.ProcessGroup | None = None) -> None:
-        """Become the sum of the comparisons of all ranks of a process group; see :meth:`CKAAccumulator.sync`."""
+        """Become the sum of the comparisons of all ranks of a process group; see :meth:`CKAAccumulator.sync`.
+
+        What waits to be joined becomes a minibatch of fewer samples.
+        """
+        self.flush()
         self._accumulator.state = self.state
         self._accumulator.sync(group)
 
     def unsync(self) -> None:
         """Undo `sync`."""
         self._accumulator.unsync()
-
-
-def finished(state: State, types: Mapping[str, str], settings: Mapping[str, Any]) -> CKAResult:
-    """The result of a run, with warnings about the order and repetition of samples.
-
-    Args:
-        state: what it added up.
-        types: the class of each model by its name, "" for one model without a name.
-        settings: further provenance, plain JSON values.
-    """
-    class_order.warn_of_order(state)
-    if state.repeats is not None:
-        warn(state.repeats)
-    if state.empty:
-        warn(
-            f"{state.empty} batches without samples were skipped: None, an empty list, or tensors without rows, as "
-            "from a collate_fn that drops every sample of a batch"
-        )
-    same = max((state.first_batches.count(first) for first in state.first_batches), default=0)
-    if same > 1:
-        warn(
-            f"{same} ranks have the same first batch, so that their samples count that often: give the loader a "
-            "DistributedSampler, name the ranks with different samples by group=, or run each rank alone with "
-            "distributed=False"
-        )
-    models = {name or "model": kind for name, kind in types.items()}
-    return result_of(state, {"models": models, **settings}, tuple(name for name in types if name))
-
-
-def named_models(model: Any) -> dict[str, Any]:
-    """The models by name, "" for one without; features that somebody brings are each a `Precomputed`.
-
-    Raises:
-        OptionError: an empty mapping, a name that is not text, or features without a name.
-    """
-    if not isinstance(model, Mapping):
-        if is_features(model):
-            raise OptionError("precomputed features need a name: pass a mapping, such as {'V4': array}")
-        return {"": model}
-    if not model:
-        raise OptionError("the mapping of models is empty: name at least one model")
-    for name in model:
-        if not isinstance(name, str) or not name:
-            raise OptionError(f"the name of a model is {name!r}: names are text, such as {{'epoch {name}': model}}")
-    found: dict[str, Any] = {}
-    for name, it in model.items():
-        try:
-            found[name] = Precomputed(it) if is_features(it) and not isinstance(it, Precomputed) else it
-        except OptionError as error:
-            raise OptionError(f"{name!r}: {error}") from error
-    return found
-
-
-def per_model(option: Any, models: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """An option for each model, given once for all or as a mapping from model name."""
-    if not isinstance(option, Mapping):
-        return dict.fromkeys(models, option)
-    unknown = [key for key in option if key not in models]
-    if unknown:
-        raise OptionError(f"{name}= names the models {unknown}, and the models are {list(models)}")
-    return {key: option.get(key) for key in models}
-
-
-def _each_where_it_matches(models: Mapping[str, nn.Module], layers: Any) -> dict[str, Any]:
-    """One choice for several models: an entry has to match in one of them, and each needs a match."""
-    if layers is None or isinstance(layers, str | type) or callable(layers):
-        return dict.fromkeys(models, layers)
-    chosen: dict[str, list[Any]] = {name: [] for name in models}
-    for entry in layers:
-        failure: LayerError | None = None
-        matched = False
-        for name, model in models.items():
-            try:
-                select_layers(model, [entry])
-            except LayerError as error:
-                failure = failure or error
-            else:
-                matched = True
-                chosen[name].append(entry)
-        if not matched and failure is not None:
-            raise failure
-    for name, entries in chosen.items():
-        if not entries:
-            raise LayerError(f"none of layers={list(layers)!r} matches a layer of the model {name!r}")
-    return chosen
 
 
 def _label(name: str, layer: str) -> str:
@@ -464,16 +405,16 @@ def _label(name: str, layer: str) -> str:
 class _Labelled:
     """`CKAAccumulator.observe` for one of several models."""
 
-    def __init__(self, name: str, accumulator: CKAAccumulator) -> None:
+    def __init__(self, name: str, taker: Joined) -> None:
         self._name = name
-        self._accumulator = accumulator
+        self._taker = taker
 
     def __call__(self, layer: str, activation: Tensor) -> None:
-        self._accumulator.observe(_label(self._name, layer), activation)
+        self._taker.observe(_label(self._name, layer), activation)
 
     def slot(self, layer: str) -> Callable[[Tensor], None] | None:
         """What takes the features of one layer, see :meth:`CKAAccumulator.slot`."""
-        return self._accumulator.slot(_label(self._name, layer))
+        return self._taker.slot(_label(self._name, layer))
 
 
 def _leave(guests: Sequence[AbstractContextManager[object]]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from cka_hooks.errors import BatchError, ModelError, OptionError
+from cka_hooks.errors import BatchError, ModelError, OptionError, SampleCountError
 from cka_hooks.recording.layers import check_model
 from cka_hooks.run import replay
 from cka_hooks.run.comparison import Comparison
@@ -41,16 +41,24 @@ def added_up_in_turn(
         ModelError: something is neither a model nor a function, or a function returned something else.
         OptionError: the loader is an iterator, which can be iterated only once.
         BatchError: the loader brings other batches for another model.
-        SampleCountError: a batch had different numbers of samples in two models.
+        SampleCountError: a batch had different numbers of samples, or other positions, in two models.
     """
     replayed = Replayed(loader)
     steps: dict[str, list[Step | None]] = {}
     states: dict[str, State] = {}
     types: dict[str, str] = {}
+    places: dict[str, int | None] = {}
     settings: dict[str, Any] = {}
     for name, model in _built(models):
         steps[name] = []
         comparison = run(name, model, replayed.rewind(name), _kept_on_cpu(steps[name]))
+        places[name] = comparison.places
+        first = next(iter(places))
+        if places[name] != places[first]:
+            raise SampleCountError(
+                f"layers of the model {name!r} have other positions than those of {first!r}, or other padding: "
+                'per="position" compares layers with the same ones. layers= chooses these'
+            )
         states[name] = comparison.state.to("cpu")
         types |= comparison.types
         settings = comparison.settings

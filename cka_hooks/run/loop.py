@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any, cast
 
 from cka_hooks.errors import OptionError, TooFewSamplesError
+from cka_hooks.hsic import MIN_SAMPLES
 from cka_hooks.options import Options
 from cka_hooks.progress import progress_bar
 from cka_hooks.recording import batches
@@ -15,13 +16,15 @@ from cka_hooks.run import replay
 from cka_hooks.run.checkpoint import Keeper, undisturbed
 from cka_hooks.run.comparison import Comparison
 from cka_hooks.run.ranks import Ranks
-from cka_hooks.similarity.estimate import largest_stderr
+from cka_hooks.similarity.estimate import largest_stderr, too_few
 from cka_hooks.similarity.state import State, Step
 
 # With `tolerance`, the first look at the standard errors is after this many minibatches (a look at the third
 # one covers too little: it stops where the spread happens to be small), the next ones at this ratio.
 FIRST_LOOK = 30
 LOOK_RATIO = 1.25
+# Batches below 4 samples after which a loader that does not tell their size is taken to have no others.
+_TRIED = 8
 # How far a rank is: in the first pass over its loader, through with it, through with all passes.
 LOOKING, LOOKED, DONE = range(3)
 
@@ -63,11 +66,13 @@ class Loop:
             if options.max_samples is not None:
                 self._share = ranks.share(options.max_samples, equal=self._collective)
         self._before = 0
+        self._tried = 0
+        self._small_after: int | None = None
 
     @property
     def _seen(self) -> int:
         """Samples of this pass."""
-        return self._comparison.state.positions - self._before
+        return self._comparison.positions - self._before
 
     def over(self, loader: Iterable[Any], *, progress: bool, name: str = "cka") -> State:
         """Every batch, until the loader or one of the bounds ends it.
@@ -109,6 +114,7 @@ class Loop:
     def _passes(self, loader: Iterable[Any], sampler: Any, shuffle: int) -> bool:
         """All passes over the loader; whether small standard errors ended them."""
         own = replay.own_samples(loader)
+        self._small_after = small_after(loader) if self._alone else None
         repeats = replay.repeats_samples(loader) if self._ranks is not None else None
         if repeats is not None:
             self._comparison.state.repeats = repeats
@@ -120,6 +126,10 @@ class Loop:
                 self._start(epoch)
             if self._batches(stream, own, epoch):
                 return True
+            with undisturbed(self._keeper.path is not None):
+                rest = self._comparison.flush()
+            if rest is not None:
+                self._on_step(rest)
             if self._share is None or self._seen < self._share:
                 self._comparison.end_pass()
             if self._alone and not epoch and not self._seen:
@@ -172,7 +182,15 @@ class Loop:
         with undisturbed(self._keeper.path is not None):
             self._on_step(self._comparison.step())
             self._keeper.seen()
+        self._refuse_small()
         return self._seen - seen
+
+    def _refuse_small(self) -> None:
+        """Do not go over a whole loader whose batches are all too small for an estimate."""
+        state = self._comparison.state
+        self._tried += 1
+        if self._tried == self._small_after and not state.minibatches and self._options.join_batches is None:
+            raise too_few(state)
 
     def _look_is_due(self) -> bool:
         minibatches = self._comparison.state.minibatches
@@ -217,6 +235,25 @@ class Loop:
             raise OptionError("its numbers of samples are not numbers")
         self._comparison.load_state_dict(state["comparison"])
         self._before, self._next_look = before, next_look
+
+
+def small_after(loader: Iterable[Any]) -> int | None:
+    """After how many batches below 4 samples it is known, or likely, that all are; None where some are not.
+
+    Example:
+        >>> import torch
+        >>> small_after(torch.utils.data.DataLoader(torch.zeros(9, 3), batch_size=3))
+        1
+        >>> small_after([torch.zeros(1, 3), torch.zeros(4, 3)]) is None
+        True
+    """
+    size = getattr(loader, "batch_size", None)
+    if isinstance(size, int):
+        return 1 if size < MIN_SAMPLES else None
+    if isinstance(loader, Sequence):
+        counts = [batches.sample_count(batch) for batch in loader]
+        return 1 if all(count is not None and count < MIN_SAMPLES for count in counts) else None
+    return _TRIED
 
 
 def _length(loader: Iterable[Any], epochs: int, max_samples: int | None) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -127,21 +127,35 @@ class Precomputed:
             yield layer, as_features(gathered(array, rows), layer or "precomputed features", counts=True)
 
 
+class Counted(NamedTuple):
+    """What was added: batches, samples of the loader over all passes, and of this pass.
+
+    Without precomputed features, and where a sample of the loader is one of the run, nothing is counted here.
+    """
+
+    batches: int = 0
+    samples: int = 0
+    row: int = 0
+
+
 class Brought:
     """All precomputed features of a run: which rows belong to a batch.
 
     Args:
         entries: by name.
         sample_ids: see :func:`cka_hooks.compare`.
+        counts: count samples of the loader though there is no entry.
 
     Attributes:
-        row: rows of this pass that are used, of entries without identifiers.
+        counted: so far.
 
     Raises:
         OptionError: identifiers without `sample_ids`, or with a kind of it that there is not.
     """
 
-    def __init__(self, entries: Mapping[str, Precomputed], sample_ids: SampleIds | None) -> None:
+    def __init__(
+        self, entries: Mapping[str, Precomputed], sample_ids: SampleIds | None, *, counts: bool = False
+    ) -> None:
         if sample_ids is not None and (isinstance(sample_ids, bool) or not _is_key(sample_ids)):
             raise OptionError(
                 f"sample_ids={sample_ids!r}: it is a key of the batch, or a function of the batch that returns the "
@@ -156,7 +170,8 @@ class Brought:
         self.entries = dict(entries)
         self._key = sample_ids
         self._aligned = any(one.sample_ids is not None for one in entries.values())
-        self.row = 0
+        self._counts = counts or bool(entries)
+        self.counted = Counted()
         self._seen: set[Identifier] = set()
         self._pending: tuple[int, list[Identifier]] = (0, [])
         self._lengths: set[int] | None = None
@@ -202,10 +217,10 @@ class Brought:
         """
         for name, one in self.entries.items():
             ends = self._lengths or {one.samples}
-            if one.sample_ids is None and self.row not in ends:
+            if one.sample_ids is None and self.counted.row not in ends:
                 raise SampleCountError(
-                    f"the loader brought {self.row} samples and {name!r} has {one.samples} rows, which are then "
-                    "those of other samples: give them identifiers, cka_hooks.Precomputed(array, sample_ids=ids)"
+                    f"the loader brought {self.counted.row} samples and {name!r} has {one.samples} rows, which are "
+                    "then those of other samples: give them identifiers, cka_hooks.Precomputed(array, sample_ids=ids)"
                 )
 
     def look_at(self, batch: Any, limit: int | None) -> None:
@@ -218,7 +233,7 @@ class Brought:
         Raises:
             BatchError: no identifiers in the batch.
         """
-        if self.entries:
+        if self._counts:
             samples = sample_count(batch) or 0
             self._pending = samples if limit is None else min(samples, limit), []
             if self._aligned and self._key is not None and limit != 0:
@@ -263,24 +278,30 @@ class Brought:
     def _rows(self, one: Precomputed, ids: list[Identifier], samples: int) -> Sequence[int] | slice:
         if one.sample_ids is not None:
             return one.rows_of(ids)
-        if self.row + samples > one.samples:
+        if self.counted.row + samples > one.samples:
             raise SampleCountError(
                 f"it has {one.samples} rows and the loader brings more samples: give a row for each, or identifiers, "
                 "cka_hooks.Precomputed(array, sample_ids=ids)"
             )
-        return slice(self.row, self.row + samples)
+        return slice(self.counted.row, self.counted.row + samples)
 
     def step(self) -> None:
         """The batch was counted."""
         samples, ids = self._pending
-        self.row += samples
+        batches, total, row = self.counted
+        self.counted = Counted(batches + 1, total + samples, row + samples)
         self._seen.update(ids)
         self._pending = 0, []
 
     def start_pass(self) -> None:
         """From here on come the samples seen before."""
-        self.row = 0
+        self.counted = self.counted._replace(row=0)
         self._seen.clear()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.start_pass()
+        self.counted = Counted()
 
 
 class _Ordered:

@@ -74,6 +74,8 @@ class CKAAccumulator:
             your own depend on the size, and take each batch as it comes.
         features: how an activation becomes a row of features, see :func:`cka_hooks.features.feature_rows`.
         seed: of whatever is drawn at random.
+        per: "position" where what you observe has a row for each token or pixel: batches are not split, since a
+            minibatch holds whole inputs, and there are no p-values.
         keep_minibatches: keep each minibatch's values, O(minibatches * layers^2), for `CKAResult.difference`.
 
     Attributes:
@@ -105,6 +107,7 @@ class CKAAccumulator:
         minibatch: int | None = None,
         features: Reduction | str = "flatten",
         seed: int = 0,
+        per: str = "sample",
         keep_minibatches: bool = False,
     ) -> None:
         check_reduction(features)
@@ -116,12 +119,13 @@ class CKAAccumulator:
             minibatch=minibatch,
             features=features,
             seed=seed,
+            per=per,
             keep_minibatches=keep_minibatches,
         )
         self._estimator: Estimator = estimator
         self._kernel = as_kernel(kernel, bandwidth=self._options.bandwidth, sigma=self._options.sigma)
         size_matters = estimator == "biased" or callable(kernel) or (kernel == "rbf" and sigma is None)
-        self._split_by_default = minibatch is None and not size_matters
+        self._split_by_default = minibatch is None and not size_matters and per == "sample"
         # The Gram matrices of the batch that is under way, for each group of equal minibatches.
         self._groups: list[Batch] = []
         self.reset()
@@ -140,6 +144,8 @@ class CKAAccumulator:
         settings = self._options.spelled(*_OWN_OPTIONS)
         if self._split_by_default:
             settings["minibatch"] = f"at most {LARGEST_BY_DEFAULT}"
+        if self._options.per != "sample":
+            settings["per"] = self._options.per
         return settings
 
     @property

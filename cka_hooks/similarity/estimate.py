@@ -106,6 +106,16 @@ def degenerate(state: State) -> dict[str, str]:
     return found
 
 
+def too_few(state: State) -> TooFewSamplesError:
+    """The error where no minibatch had the samples that an HSIC estimate needs."""
+    return TooFewSamplesError(
+        f"an HSIC estimate needs at least {MIN_SAMPLES} samples in a minibatch, and "
+        + (f"the largest batch had {state.largest}" if state.largest else "nothing was observed")
+        + ": use a larger batch_size in the loader, or compare(..., join_batches=32, features='mean'), which joins "
+        "the pooled features of consecutive batches"
+    )
+
+
 def result_of(state: State, settings: Mapping[str, Any], models: tuple[str, ...] = ()) -> CKAResult:
     """The result of a run, on the CPU.
 
@@ -120,11 +130,7 @@ def result_of(state: State, settings: Mapping[str, Any], models: tuple[str, ...]
         LayerError: no layer ran in every minibatch.
     """
     if not state.minibatches:
-        raise TooFewSamplesError(
-            f"an HSIC estimate needs at least {MIN_SAMPLES} samples in a minibatch, and "
-            + (f"the largest batch had {state.largest}" if state.largest else "nothing was observed")
-            + ": use a larger batch_size in the loader"
-        )
+        raise too_few(state)
     state = state.to("cpu")
     bad = {
         layer: int(number)
@@ -174,7 +180,8 @@ def _result(
         if layer not in undefined_layers
     }
     _warn(state, influence)
-    null = null_moments(state) if settings.get("estimator") == "unbiased" else None
+    has_null = settings.get("estimator") == "unbiased" and settings.get("per", "sample") == "sample"
+    null = null_moments(state) if has_null else None
     variance, skewness = (
         (None, None) if null is None else (chosen(it).masked_fill(undefined, torch.nan) for it in null)
     )

@@ -1,0 +1,106 @@
+"""Tokens and pixels as samples: which positions of a batch count, the same ones for every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cka_hooks.features import kept_of
+from cka_hooks.options import Options
+from cka_hooks.recording.outputs import NotRecordable
+
+
+class Positions:
+    """Chooses the positions of each batch, and takes them out of every activation that has them.
+
+    The first layer with positions decides how many a sample has, and which of them are padding. Several recorders
+    share one of these, so that layers of several models have the same positions.
+
+    Args:
+        count: how many are drawn of each batch, None for all that are no padding.
+        seed: of the draw, which depends on nothing else but the number of the batch.
+
+    Attributes:
+        is_shared: whether somebody else starts each batch.
+        number: of the batch, counted from 0.
+        digest: of the shapes and numbers of positions of all batches: equal where those are.
+    """
+
+    def __init__(self, count: int | None, seed: int) -> None:
+        self._count = count
+        self._seed = seed
+        self.is_shared = False
+        self.number = 0
+        self.digest = 0
+        self.start(0)
+
+    def start(self, number: int) -> None:
+        """A batch begins."""
+        self.number = number
+        self._label = ""
+        self._shape: tuple[int, ...] | None = None
+        self._sources: frozenset[int] = frozenset()
+        self._places: tuple[Tensor, ...] | None = None
+
+    def rows(
+        self, label: str, tokens: Tensor, masks: Sequence[tuple[Tensor, Sequence[int]]], sources: frozenset[int]
+    ) -> Tensor:
+        """The chosen positions of an activation, (m, 1, C).
+
+        Args:
+            label: of the layer.
+            tokens: (n, *positions, C).
+            masks: of padding, each with the dimensions of `tokens` that it speaks of.
+            sources: what tells these masks from others.
+
+        Raises:
+            NotRecordable: it has other positions than the first layer of the batch.
+        """
+        shape = tuple(tokens.shape[:-1])
+        if len(shape) < 2:
+            raise NotRecordable('has no positions, and per="position" compares these')
+        if self._shape is None:
+            self._label, self._shape, self._sources = label, shape, sources
+            self._places = self._chosen(kept_of(tokens, masks), shape)
+        elif shape != self._shape:
+            raise NotRecordable(
+                f"has other positions than {self._label!r}, {_by(shape)} against {_by(self._shape)} in each sample: "
+                'per="position" compares layers with the same ones. layers= chooses these'
+            )
+        elif not sources <= self._sources:
+            raise NotRecordable(f"has a mask of padding that {self._label!r} does not have: mask= names it for both")
+        if self._places is None:
+            return tokens.reshape(-1, 1, tokens.shape[-1])
+        if self._places[0].device != tokens.device:
+            self._places = tuple(place.to(tokens.device, non_blocking=True) for place in self._places)
+        return tokens[self._places].unsqueeze(1)
+
+    def _chosen(self, kept: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor, ...] | None:
+        """The number of the sample and of the position along each dimension, in order; None for all."""
+        total = torch.Size(shape).numel()
+        chosen = torch.arange(total) if kept is None else kept.cpu().flatten().nonzero().squeeze(1)
+        self.digest = hash((self.digest, shape, len(chosen)))
+        if self._count is not None and self._count < len(chosen):
+            generator = torch.Generator().manual_seed((self._seed * 1_000_003 + self.number) % (1 << 63))
+            drawn = torch.randperm(len(chosen), generator=generator)[: self._count]
+            chosen = chosen[drawn.sort().values]
+        return None if len(chosen) == total else torch.unravel_index(chosen, shape)
+
+
+def positions_of(per: Any, positions: Any, seed: Any) -> Positions | None:
+    """What chooses positions, None where samples are those of the batch. What is shared stays what it is.
+
+    Raises:
+        OptionError: an option has a value that it cannot have.
+    """
+    if isinstance(positions, Positions):
+        return positions
+    options = Options(per=per, positions=positions, seed=seed)
+    return Positions(options.positions, options.seed) if options.per == "position" else None
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape[1:]))

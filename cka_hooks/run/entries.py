@@ -1,0 +1,84 @@
+"""The entries of the mapping that `compare` takes, and what is chosen for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from cka_hooks.errors import LayerError, OptionError
+from cka_hooks.recording.layers import select_layers, unwrap
+from cka_hooks.run.identity import of_model, of_rows
+from cka_hooks.run.precomputed import Precomputed, is_features
+
+
+def named_models(model: Any) -> dict[str, Any]:
+    """The models by name, "" for one without; features that somebody brings are each a `Precomputed`.
+
+    Raises:
+        OptionError: an empty mapping, a name that is not text, or features without a name.
+    """
+    if not isinstance(model, Mapping):
+        if is_features(model):
+            raise OptionError("precomputed features need a name: pass a mapping, such as {'V4': array}")
+        return {"": model}
+    if not model:
+        raise OptionError("the mapping of models is empty: name at least one model")
+    for name in model:
+        if not isinstance(name, str) or not name:
+            raise OptionError(f"the name of a model is {name!r}: names are text, such as {{'epoch {name}': model}}")
+    found: dict[str, Any] = {}
+    for name, it in model.items():
+        try:
+            found[name] = Precomputed(it) if is_features(it) and not isinstance(it, Precomputed) else it
+        except OptionError as error:
+            raise OptionError(f"{name!r}: {error}") from error
+    return found
+
+
+def per_model(option: Any, models: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An option for each model, given once for all or as a mapping from model name."""
+    if not isinstance(option, Mapping):
+        return dict.fromkeys(models, option)
+    unknown = [key for key in option if key not in models]
+    if unknown:
+        raise OptionError(f"{name}= names the models {unknown}, and the models are {list(models)}")
+    return {key: option.get(key) for key in models}
+
+
+def each_where_it_matches(models: Mapping[str, nn.Module], layers: Any) -> dict[str, Any]:
+    """One choice for several models: an entry has to match in one of them, and each needs a match."""
+    if layers is None or isinstance(layers, str | type) or callable(layers):
+        return dict.fromkeys(models, layers)
+    chosen: dict[str, list[Any]] = {name: [] for name in models}
+    for entry in layers:
+        failure: LayerError | None = None
+        matched = False
+        for name, model in models.items():
+            try:
+                select_layers(model, [entry])
+            except LayerError as error:
+                failure = failure or error
+            else:
+                matched = True
+                chosen[name].append(entry)
+        if not matched and failure is not None:
+            raise failure
+    for name, entries in chosen.items():
+        if not entries:
+            raise LayerError(f"none of layers={list(layers)!r} matches a layer of the model {name!r}")
+    return chosen
+
+
+def types_of(entries: Mapping[str, Any]) -> dict[str, str]:
+    """The class of each model, and of features, by name."""
+    return {name: type(unwrap(it) if isinstance(it, nn.Module) else it).__qualname__ for name, it in entries.items()}
+
+
+def identities_of(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells models and precomputed features from others, by name."""
+    return {
+        name: of_rows(it.arrays, it.sample_ids) if isinstance(it, Precomputed) else of_model(it)
+        for name, it in entries.items()
+    }
