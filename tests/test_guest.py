@@ -160,7 +160,7 @@ def test_calls_in_other_threads_only_are_left_out_with_the_reason() -> None:
         model.forward = lambda x: x
         model(inputs()[0])
     assert set(recorder.skipped) == {"0", "2"}
-    assert "ran in another thread" in recorder.skipped["0"]
+    assert "ran in a different thread" in recorder.skipped["0"]
     assert "nn.DataParallel" in recorder.skipped["0"]
 
 
