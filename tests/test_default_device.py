@@ -100,11 +100,34 @@ def compared(models: Any, loader: Any, **options: Any) -> Callable[[Path], Any]:
     return lambda folder: cka_hooks.compare(models, loader, progress=False, **options)
 
 
+class Sliced:
+    """As an h5py dataset: rows come as slices, and as NumPy arrays."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows = rows.numpy()
+        self.shape, self.dtype = self.rows.shape, self.rows.dtype
+
+    def __getitem__(self, rows: slice) -> Any:
+        return self.rows[rows]
+
+
+IDENTIFIED = [(batch, range(16 * i, 16 * i + 16)) for i, batch in enumerate(BATCHES)]
+IDENTIFIED = [(batch, [f"image {i}" for i in reversed(names)]) for batch, names in IDENTIFIED]
+BROUGHT = cka_hooks.Precomputed(Sliced(torch.cat(BATCHES)), sample_ids=[f"image {i}" for i in range(160)])
+
+
+def masks(batch: dict[str, torch.Tensor]) -> Any:
+    return batch["attention_mask"].numpy()
+
+
 USES: dict[str, Callable[[Path], Any]] = {
     "one model": compared(NET, BATCHES),
     "several": compared({"net": NET, "teacher": TEACHER}, BATCHES, minibatch=5, keep_minibatches=True, epochs=2),
     "one after another": compared({"net": lambda: NET, "teacher": lambda: TEACHER}, BATCHES),
     "padding": compared(MASKED, PADDED, features="mean"),
+    "padding as arrays": compared(MASKED, PADDED, features="mean", mask=masks),
+    "arrays": compared(NET, [batch.numpy() for batch in BATCHES]),
+    "identifiers": compared({"net": NET, "V4": BROUGHT}, IDENTIFIED, sample_ids=lambda batch: batch[1]),
     "tolerance": compared(NET, BATCHES * 4, tolerance=1.0, kernel="rbf"),
     "biased": compared(NET, BATCHES, estimator="biased", max_samples=40),
     "features of others": compared({"net": NET, "V4": torch.cat(BATCHES)}, BATCHES),

@@ -319,7 +319,7 @@ def arguments(
 
 def _as_tensor(item: Any, _: str = "") -> Tensor | None:
     is_numeric = isinstance(item, np.ndarray) and item.dtype.kind in "bifc"
-    return torch.tensor(np.ascontiguousarray(item)) if is_numeric else None
+    return torch.tensor(np.ascontiguousarray(item), device="cpu") if is_numeric else None
 
 
 def keeps_labels(model: nn.Module | None, key: str, keywords: Mapping[str, Any]) -> bool:

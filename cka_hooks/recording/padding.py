@@ -277,7 +277,7 @@ def _listed(labels: list[str]) -> str:
 
 
 def _checked(mask: Any, samples: int | None) -> Tensor:
-    found = torch.as_tensor(mask) if isinstance(mask, np.ndarray) else mask
+    found = torch.as_tensor(mask, device="cpu") if isinstance(mask, np.ndarray) else mask
     fits = isinstance(found, Tensor) and found.ndim == 2 and samples in (None, found.shape[0])
     if not fits:
         what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__qualname__
@@ -360,7 +360,7 @@ def _frames_of(module: nn.Module, length: int, how: Mapping[str, bool]) -> int |
     """How many frames a speech model makes of so many numbers of a recording, None where it cannot say."""
     try:
         frames: Any = module._get_feat_extract_output_lengths  # noqa: SLF001
-        return int(frames(torch.tensor(length), **how))
+        return int(frames(torch.tensor(length, device="cpu"), **how))
     except (AttributeError, TypeError, ValueError, RuntimeError):
         return None
 

@@ -339,8 +339,8 @@ def gathered(array: Any, rows: Sequence[int] | slice) -> Any:
         if end == len(order) or rows[order[end]] != rows[order[end - 1]] + 1:
             parts.append(as_features(array[rows[order[start]] : rows[order[end - 1]] + 1], "a row", counts=True))
             start = end
-    back = torch.empty(len(order), dtype=torch.int64)
-    back[torch.tensor(order)] = torch.arange(len(order))
+    back = torch.empty(len(order), dtype=torch.int64, device="cpu")
+    back[torch.tensor(order, device="cpu")] = torch.arange(len(order), device="cpu")
     joined = torch.cat(parts)
     return joined[back.to(joined.device)]
 
