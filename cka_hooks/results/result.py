@@ -24,7 +24,7 @@ from cka_hooks.names import matching
 from cka_hooks.null import pearson3_tail
 from cka_hooks.results.checks import checked
 from cka_hooks.results.choice import chosen, known, known_model, model_of, pair_of, patterns_of
-from cka_hooks.results.uncertainty import Difference, paired_difference, t_quantile, why_unknown
+from cka_hooks.results.uncertainty import Difference, holm, paired_difference, t_quantile, why_unknown
 
 if TYPE_CHECKING:
     import pandas
@@ -203,13 +203,19 @@ class CKAResult:
         """Why this result has no p-values; None where it has."""
         return None if self.null_variance is not None else why_unknown(self.settings, self.passes)
 
-    def pvalue(self) -> torch.Tensor:
+    def pvalue(self, *, family_wise: bool = False) -> torch.Tensor:
         """Probability of a CKA at least as large if the two layers were unrelated: one-sided, for each entry alone.
 
         Unrelated means that the samples of one layer could be permuted within every minibatch. Under such
         permutations the unbiased estimate has mean 0 and a variance and a skewness that are known exactly; the tail
         is that of the Pearson type III distribution with these three. Nearly all layers that see the same inputs are
         related. A value above 0.05 says that the two cannot be told from unrelated ones with these samples.
+
+        Args:
+            family_wise: adjust for the number of pairs of different layers in this result (Holm 1979): with 0.05 as
+                the level, the probability that any pair of unrelated layers is below it is at most 0.05, however the
+                pairs depend on one another. Cut the pairs of interest out first, with :meth:`select` or
+                :meth:`between`: fewer pairs cost less.
 
         Returns:
             (R, C) float64; NaN where CKA is undefined. All NaN, with a warning that says why, where the null is not
@@ -225,7 +231,8 @@ class CKAResult:
             warn(f"there are no p-values: {self.null_unknown}")
             return torch.full_like(self.matrix, math.nan)
         z = (self.matrix / self.null_stderr).masked_fill(self.null_variance == 0, math.nan)
-        return pearson3_tail(z, self.null_skewness)
+        alone = pearson3_tail(z, self.null_skewness)
+        return holm(alone, self.rows, self.columns) if family_wise else alone
 
     def difference(self, first: tuple[str, str], second: tuple[str, str]) -> Difference:
         """CKA of the pair ``first`` minus CKA of the pair ``second``, with a paired standard error.

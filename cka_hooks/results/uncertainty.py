@@ -6,7 +6,7 @@ Tensors only: what labels a result has, and which of its entries are meant, ``re
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,36 @@ def _linearised(hsic: torch.Tensor, i: int, j: int) -> tuple[float, torch.Tensor
     cross = hsic[:, i, j] / math.sqrt(total_i) / math.sqrt(total_j)
     theta = float(cross.sum())
     return theta, cross - theta / 2 * (own_i / total_i + own_j / total_j)
+
+
+def holm(alone: torch.Tensor, rows: Sequence[str], columns: Sequence[str]) -> torch.Tensor:
+    """P-values of which the smallest of m pairs counts m times, the next one m - 1 times, and so on (Holm 1979).
+
+    Args:
+        alone: (R, C) p-values of each entry, NaN where there is none.
+        rows: R labels.
+        columns: C labels; a pair that is there twice counts once, and a layer with itself not at all.
+
+    Returns:
+        (R, C), as they were where a layer is paired with itself.
+
+    Example:
+        >>> alone = torch.tensor([[0.01, 0.04, 0.3]], dtype=torch.float64)
+        >>> [round(p, 3) for p in holm(alone, "a", "bcd")[0].tolist()]
+        [0.03, 0.08, 0.3]
+    """
+    entries: dict[frozenset[str], list[tuple[int, int]]] = {}
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            if row != column and not alone[i, j].isnan():
+                entries.setdefault(frozenset((row, column)), []).append((i, j))
+    adjusted, before = alone.clone(), 0.0
+    ordered = sorted((float(alone[places[0]]), places) for places in entries.values())
+    for number, (value, places) in enumerate(ordered):
+        before = max(before, min(1.0, (len(ordered) - number) * value))
+        for place in places:
+            adjusted[place] = before
+    return adjusted
 
 
 def why_unknown(settings: Mapping[str, Any], passes: int) -> str:
