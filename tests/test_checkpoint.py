@@ -492,9 +492,16 @@ def test_a_signed_file_with_other_content_is_refused(tmp_path: Path, good: bytes
         lambda content: content["place"].pop("now"),
         lambda content: content["place"].update(fingerprint=3),
         lambda content: content["settings"].update(models=torch.zeros(2)),
+        # NumPy believes a position, and reads beyond its memory.
+        lambda content: content["place"]["now"]["numpy"].__setitem__(2, 2**30),
+        lambda content: content["place"]["start"]["numpy"].__setitem__(2, -1),
+        # Counts below 0 would count samples twice.
+        lambda content: content["run"]["comparison"]["state"].update(samples=-8),
+        lambda content: content["run"]["comparison"]["state"].update(minibatches=-1),
+        lambda content: content["run"].update(before=-8),
     ],
 )
-def test_what_an_attack_found_in_signed_files_is_refused(tmp_path: Path, good: bytes, forge) -> None:
+def test_what_attacks_found_in_signed_files_is_refused(tmp_path: Path, good: bytes, forge) -> None:
     path = tmp_path / "run.ckpt"
     path.write_bytes(good)
     content = files.read(path)
