@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,6 +83,17 @@ def check_model(model: object) -> nn.Module:
                 "the model first, `with torch.no_grad(): model(batch)`"
             )
     return model
+
+
+def refuse_weights(named: Mapping[str, object]) -> None:
+    """Refuse a ``state_dict`` in place of models by name: nobody calls features of their own "fc.weight".
+
+    Raises:
+        ModelError: it is one.
+    """
+    are_tensors = all(isinstance(it, torch.Tensor) for it in named.values())
+    if are_tensors and any(name.rpartition(".")[2] in ("weight", "bias") for name in named):
+        check_model(next(iter(named.values())))
 
 
 def _not_a_model(found: object) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from cka_hooks.errors import LayerError, OptionError
-from cka_hooks.recording.layers import select_layers, unwrap
+from cka_hooks.recording.layers import refuse_weights, select_layers, unwrap
 from cka_hooks.run.identity import of_model, of_rows
 from cka_hooks.run.precomputed import Precomputed, is_features
 
@@ -18,6 +18,7 @@ def named_models(model: Any) -> dict[str, Any]:
 
     Raises:
         OptionError: an empty mapping, a name that is not text, or features without a name.
+        ModelError: a ``state_dict``.
     """
     if not isinstance(model, Mapping):
         if is_features(model):
@@ -28,6 +29,7 @@ def named_models(model: Any) -> dict[str, Any]:
     for name in model:
         if not isinstance(name, str) or not name:
             raise OptionError(f"the name of a model is {name!r}: names are text, such as {{'epoch {name}': model}}")
+    refuse_weights(model)
     found: dict[str, Any] = {}
     for name, it in model.items():
         try:
