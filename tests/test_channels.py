@@ -108,6 +108,25 @@ def test_timm(name: str) -> None:
         check(model, batches, layers, over(1, 2) if "swin" in name else over(2, 3))
 
 
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("maxvit_rmlp_pico_rw_256", ["stages.0", "stages.1.blocks.0.conv", "stages.1.blocks.1"]),
+        ("maxxvit_rmlp_nano_rw_256", ["stages.0.blocks.0", "stages.1"]),
+        ("gcvit_xxtiny", ["stages.0", "stages.1"]),
+    ],
+)
+def test_blocks_of_timm_with_windows(name: str, layers: list[str]) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, img_size=64).eval()
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.rand(8, 3, 64, 64, generator=generator) * torch.rand(8, 3, 1, 1, generator=generator)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="nothing says which dimension")
+        check(model, [batch], layers, over(2, 3))
+
+
 def test_convnext_of_transformers() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.ConvNextConfig(
@@ -169,6 +188,27 @@ def test_signals_with_as_many_channels_as_steps() -> None:
     with pytest.warns(cka_hooks.CKAWarning, match=r"'0' \(8, 7, 7\).*tokens as \(n, T, C\)"):
         check(model, batches, ["0"], over(1))
     check(model, batches, ["0"], over(2), channel_dim=1)
+
+
+class Patches(nn.Module):
+    """Pools and patches whose input nothing is known of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unfold = nn.Unfold(2, stride=2)
+        self.pool = nn.AvgPool1d(2)
+        self.mix = nn.Linear(2, 4)
+        self.over_features = nn.AvgPool1d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = self.pool(self.unfold(x) * 2)
+        return self.over_features(self.mix(patches[:, :, :2]))
+
+
+def test_pools_and_patches_have_their_channels_in_front() -> None:
+    check(Patches(), images(height=6, width=4), ["unfold", "pool"], over(2))
+    # What is known of the input comes first.
+    check(Patches(), images(height=6, width=4), ["mix", "over_features"], over(1))
 
 
 class Folds(nn.Conv2d):

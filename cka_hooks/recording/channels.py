@@ -71,6 +71,8 @@ class Channels:
         dim = declared_dim(module, tensor.shape)
         if dim is None and args and isinstance(args[0], Tensor):
             dim = self._kept_dim(module, args[0], tensor)
+        if dim is None and _puts_second(module, tensor.ndim):
+            dim = 1
         if dim is not None:
             self._known[id(tensor)] = tensor
             self._dims[id(tensor)] = dim
@@ -132,20 +134,28 @@ class Channels:
             more = f" and {len(self._guessed) - 5} more" if len(self._guessed) > 5 else ""
             warn(
                 f"nothing says which dimension has the channels of {some}{more}: images are taken as (n, C, ...) and "
-                "tokens as (n, T, C). Pass channel_dim= to name it, for all layers (channel_dim=1) or some of them "
+                "tokens as (n, T, C). channel_dim= names it, for all layers (channel_dim=1) or some of them "
                 "(channel_dim={'stages.*': 1})"
             )
 
 
 def matters(module: nn.Module) -> bool:
     """Whether what a module returns tells where the channels are."""
-    is_known = isinstance(module, tuple(kind for kind, _, _ in _DECLARED)) or _is_transparent(module)
+    kinds = (*(kind for kind, _, _ in _DECLARED), nn.Fold, nn.Unfold)
+    is_known = isinstance(module, kinds) or _is_transparent(module)
     return is_known or any(kind.__name__ in (*_BY_NAME, "Permute") for kind in type(module).__mro__)
 
 
 def _is_transparent(module: nn.Module) -> bool:
     folder, _, file = type(module).__module__.rpartition(".")
     return isinstance(module, nn.Identity) or (folder == "torch.nn.modules" and file in _TRANSPARENT)
+
+
+def _puts_second(module: nn.Module, rank: int) -> bool:
+    """Whether a module is a pool over all dimensions behind the second, or makes patches: these are (n, C, ...)."""
+    folder, _, file = type(module).__module__.rpartition(".")
+    is_pool = folder == "torch.nn.modules" and file == "pooling" and type(module).__name__.endswith(f"{rank - 2}d")
+    return is_pool or isinstance(module, nn.Fold | nn.Unfold)
 
 
 def declared_dim(module: nn.Module, shape: Sequence[int]) -> int | None:
