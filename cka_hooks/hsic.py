@@ -19,6 +19,10 @@ MIN_SAMPLES = 4
 CENTRING_NOISE = (16 * torch.finfo(torch.float64).eps) ** 2
 
 
+# Samples in which features are looked at one by one.
+_LOOKED_AT = 32
+
+
 def resolution(dtype: torch.dtype) -> float:
     """Of tr(X X'): samples whose centred trace is not above it do not differ by more than rounding can make them.
 
@@ -27,6 +31,28 @@ def resolution(dtype: torch.dtype) -> float:
     """
     eps = torch.finfo(dtype).eps
     return (eps if dtype.itemsize == 1 else 8 * eps) ** 2
+
+
+def features_differ(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether some feature differs between samples by more than rounding can make it: () bool.
+
+    The sum over all features, which :func:`resolution` is for, is that of the largest ones where a few are a thousand
+    times the others, as the massive activations of language models are (Sun et al. 2024). Here every feature is
+    measured against its own size, or that of half of the features where this is larger: what is left of numbers that
+    cancel has the rounding of these.
+
+    Args:
+        rows: (n, P, C) features, of which the first samples are looked at.
+        dtype: of the activation.
+    """
+    some = rows[:_LOOKED_AT].detach().flatten(1)
+    some = some if some.dtype is torch.float64 else some.float()
+    if not some.numel():
+        return some.new_zeros((), dtype=torch.bool)
+    variance, mean = torch.var_mean(some, dim=0, correction=0)
+    size = variance + mean.square()
+    usual = torch.where(size > 0, size, torch.nan).nanmedian()
+    return (variance > resolution(dtype) * torch.maximum(size, usual)).any()
 
 
 def centre(grams: Tensor, estimator: Estimator = "unbiased") -> Tensor:

@@ -241,14 +241,22 @@ def _is_degenerate(centred: float, raw: float, dtype: torch.dtype) -> bool:
     return centred <= (8 * torch.finfo(dtype).eps) ** 2 * raw
 
 
+def _features_differ(activation: torch.Tensor, features: Callable[[torch.Tensor], Array]) -> bool:
+    """Whether a feature's variance is above (8 eps)^2 times its mean square, or times the median one if larger."""
+    x = features(activation[:32])
+    squares = (x**2).mean(0)
+    usual = np.median(squares[squares > 0]) if (squares > 0).any() else np.inf
+    return bool((x.var(0) > (8 * torch.finfo(activation.dtype).eps) ** 2 * np.maximum(squares, usual)).any())
+
+
 def degenerate(activations: Sequence[torch.Tensor], features: Callable[[torch.Tensor], Array] = flatten) -> bool:
     """Whether the samples of a layer do not differ: sum_b tr(H K_b H) <= (8 eps)^2 sum_b tr(K_b).
 
     K_b is the linear Gram matrix of minibatch b (whatever kernel is compared) and eps that of the
-    activations' own dtype.
+    activations' own dtype. That no single feature differs in the first minibatch is the other condition.
     """
     centred, raw = np.sum([traces(activation, features) for activation in activations], axis=0)
-    return _is_degenerate(centred, raw, activations[0].dtype)
+    return _is_degenerate(centred, raw, activations[0].dtype) and not _features_differ(activations[0], features)
 
 
 # Recording
@@ -458,9 +466,10 @@ def grams_of_model(
     """
     gram = KERNELS[kernel] if isinstance(kernel, str) else kernel
 
-    def take(activation: torch.Tensor) -> list[tuple[Array, tuple[float, float], torch.dtype]]:
+    def take(activation: torch.Tensor) -> list[tuple[Array, tuple[float, float], torch.dtype, bool]]:
         parts = [activation[part] for part in minibatch_slices(len(activation), minibatch)]
-        return [(gram(features(part)), traces(part, features), part.dtype) for part in parts]
+        differ = _features_differ(activation, features)
+        return [(gram(features(part)), traces(part, features), part.dtype, differ) for part in parts]
 
     labels, observed = _observe(model, batches, take, layers, call)
     minibatches = [
@@ -472,7 +481,7 @@ def grams_of_model(
     flags = []
     for layer in range(len(labels)):
         centred, raw = np.sum([entries[layer][1] for entries in minibatches], axis=0)
-        flags.append(_is_degenerate(centred, raw, minibatches[0][layer][2]))
+        flags.append(_is_degenerate(centred, raw, minibatches[0][layer][2]) and not minibatches[0][layer][3])
     return labels, grams, np.array(flags)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import oracle
 import pytest
 import torch
 from torch import Tensor
 
+import cka_hooks
 from cka_hooks import CKAAccumulator
 from cka_hooks.features import memory_order
 from cka_hooks.hsic import centre
@@ -259,6 +262,39 @@ def test_equal_samples_are_degenerate_and_rounding_is_no_difference(
     if value:
         assert set(result.degenerate) == expected
         assert result["x", "live"] != result["x", "live"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("massive", [[7], [7, 300]])
+def test_a_few_massive_features_hide_no_others(dtype: torch.dtype, massive: list[int], path: str) -> None:
+    """As in language models: float64 of the same numbers says what CKA is."""
+    generator = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(2, 64, 4096, generator=generator)
+    size = 2000 if dtype.itemsize == 2 else 3e8
+    x[:, massive] = size
+    noise[:, massive] = 0
+    one, two = x.to(dtype), (x + noise).to(dtype)
+    expected = oracle.cka_minibatch([[oracle.linear_gram(it.double().numpy()) for it in (one, two)]])[0, 1]
+    assert 0.4 < expected < 0.6
+    assert cka_hooks.cka(one, two) == pytest.approx(expected, abs=1e-5)
+    assert 1 - float(cka_hooks.cka_loss(one, two)) == pytest.approx(expected, abs=1e-5)
+    cka = CKAAccumulator(minibatch=32)
+    for _ in range(2):
+        cka.update({"one": one, "two": two})
+    result = cka.compute()
+    assert not result.degenerate
+    grams = [
+        [oracle.linear_gram(it[part].double().numpy()) for it in (one, two)] for part in (slice(32), slice(32, 64))
+    ]
+    assert result["one", "two"] == pytest.approx(oracle.cka_minibatch(grams)[0, 1], abs=1e-5)
+    # Nothing else differs: what rounding made of the massive ones is no difference.
+    same = torch.ones(64, 100, dtype=dtype)
+    same[:, 3] = 2000
+    same[::2, 3] *= 1 + torch.finfo(dtype).eps
+    cka.reset()
+    cka.update({"same": same, "one": one})
+    assert list(cka.compute().degenerate) == ["same"]
+    assert math.isnan(cka_hooks.cka(same, one))
 
 
 def test_no_features_is_degenerate() -> None:

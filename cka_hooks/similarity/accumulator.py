@@ -14,7 +14,7 @@ from cka_hooks import memory
 from cka_hooks.arrays import Features, as_features
 from cka_hooks.errors import LayerError, OptionError, OutOfMemoryError, SampleCountError
 from cka_hooks.features import Reduction, check_reduction, feature_rows
-from cka_hooks.hsic import MIN_SAMPLES, Estimator
+from cka_hooks.hsic import MIN_SAMPLES, Estimator, features_differ
 from cka_hooks.options import Options
 from cka_hooks.precision import without_gradients
 from cka_hooks.results.result import CKAResult
@@ -40,10 +40,19 @@ _OWN_OPTIONS = (
 
 
 class _Observed(NamedTuple):
-    """What is known of one layer of the batch that is under way."""
+    """What is known of one layer of the batch that is under way; in its first one, whether its features differ."""
 
     samples: int
     dtype: torch.dtype
+    differ: Tensor | None
+
+
+def _with_differ(minibatches: Minibatches, differ: Mapping[str, Tensor]) -> Minibatches:
+    """The same, with whether features differ, of layers of which that was asked."""
+    if not differ:
+        return minibatches
+    known = [differ.get(label, it).to(it) for label, it in zip(minibatches.layers, minibatches.differ, strict=True)]
+    return minibatches._replace(differ=torch.stack(known))
 
 
 class CKAAccumulator:
@@ -243,7 +252,9 @@ class CKAAccumulator:
                 if not group.shelve(layer, some, count):
                     group.put(layer, self._grams(layer, some, count))
                 start += count * size
-        self._pending[layer] = _Observed(samples, dtype or rows.dtype)
+            dtype = dtype or rows.dtype
+            differ = None if layer in self.state.dtypes else features_differ(rows, dtype)
+        self._pending[layer] = _Observed(samples, dtype, differ)
 
     def _grams(self, layer: str, rows: Tensor, minibatches: int) -> Grams:
         """Gram matrices of one layer, in smaller pieces where memory does not suffice for all of them at once."""
@@ -297,11 +308,9 @@ class CKAAccumulator:
                     Minibatches.of(layers, group.grams(layers), self._estimator)
                     for group in self._groups[: len(split)]
                 ]
-                dtypes = {
-                    layer: str(of_one.dtype).removeprefix("torch.")
-                    for layer, of_one in pending.items()
-                    if layer not in self.state.dtypes
-                }
+                asked = {layer: of_one.differ for layer, of_one in pending.items() if of_one.differ is not None}
+                groups[:1] = [_with_differ(group, asked) for group in groups[:1]]
+                dtypes = {layer: str(pending[layer].dtype).removeprefix("torch.") for layer in asked}
                 step = Step(first.samples, sum(count * size for count, size in split), groups, dtypes)
                 self.state.add(step, keep=self._options.keep_minibatches)
         except memory.EXHAUSTED as error:

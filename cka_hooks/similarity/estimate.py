@@ -99,7 +99,8 @@ def degenerate(state: State) -> dict[str, str]:
     """Layers for which CKA is undefined, and why; of a state on the CPU."""
     found = {}
     for i, layer in enumerate(state.layers):
-        if not state.spread[i] > resolution(getattr(torch, state.dtypes[layer])) * state.size[i]:
+        level = resolution(getattr(torch, state.dtypes[layer])) * state.size[i]
+        if not (state.spread[i] > level or (state.differ[i] > 0 and state.spread[i] > 0)):
             found[layer] = "its samples do not differ, so that CKA is undefined"
         elif not state.moments[0, i, i] > 0:
             found[layer] = "the estimate of its own HSIC is not above 0, so that CKA is undefined"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cka_hooks.arrays import Features, as_features
 from cka_hooks.features import memory_order
-from cka_hooks.hsic import CENTRING_NOISE, Estimator, centre, resolution
+from cka_hooks.hsic import CENTRING_NOISE, Estimator, centre, features_differ, resolution
 from cka_hooks.options import Options
 from cka_hooks.precision import accumulation_device
 from cka_hooks.similarity.kernels import Kernel, as_kernel
@@ -74,5 +74,6 @@ def _unit(features: Tensor, kernel: Kernel, estimator: Estimator) -> tuple[Tenso
     centred = centre(grams.values[0], estimator)
     square, (spread, size) = centred.square().sum(), grams.traces()
     noise = CENTRING_NOISE * grams.values.square().sum()
-    defined = ~((square <= noise) | (spread[0] <= resolution(features.dtype) * size[0]))
+    differ = (spread[0] > resolution(features.dtype) * size[0]) | features_differ(rows, features.dtype)
+    defined = (square > noise) & differ
     return centred * torch.where(defined, square, 1).rsqrt(), defined

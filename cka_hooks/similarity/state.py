@@ -41,6 +41,7 @@ class Minibatches(NamedTuple):
         finite: (l, m) bool, whether the layer was finite; its vectors are 0 where it was not.
         parts: (l, m, n) parts of the layer's own HSIC that each sample has.
         cubes: (l, m, 2) see :func:`cka_hooks.null.null_numbers`; 0 for the biased estimator.
+        differ: (l,) 1 where :func:`cka_hooks.hsic.features_differ`, 0 where that is not so or was not asked.
     """
 
     layers: tuple[str, ...]
@@ -50,6 +51,7 @@ class Minibatches(NamedTuple):
     finite: Tensor
     parts: Tensor
     cubes: Tensor
+    differ: Tensor
 
     @classmethod
     def of(cls, layers: tuple[str, ...], grams: Grams | Sequence[Grams], estimator: Estimator) -> Minibatches:
@@ -63,7 +65,7 @@ class Minibatches(NamedTuple):
         if isinstance(grams, Grams) and estimator == "unbiased" and fused.centres(grams):
             made = fused.centred(grams)
             if made is not None:
-                return cls(layers, *made)
+                return cls(layers, *made, *[made[0].new_zeros(len(layers))])
         first = grams if isinstance(grams, Grams) else grams[0]
         device = first.values.device
         m, n, _ = first.values.shape[-3:]
@@ -86,7 +88,7 @@ class Minibatches(NamedTuple):
             if packed is not vectors:
                 packed[low : low + step] = vectors
         assert packed is not None
-        return cls(layers, packed, *(torch.cat(parts) for parts in zip(*rest, strict=True)))
+        return cls(layers, packed, *map(torch.cat, zip(*rest, strict=True)), *[packed.new_zeros(len(layers))])
 
     @classmethod
     def joined(cls, parts: Sequence[Minibatches]) -> Minibatches:
@@ -215,6 +217,7 @@ class State:
         moments: (4, L, L) sums of h_ij, of h_ij^2, of h_ij h_ii and of h_ii h_jj.
         spread: (L,) sum of the traces of the centred linear Gram matrices.
         size: (L,) sum of the traces of the linear Gram matrices.
+        differ: (L,) in how many first minibatches some feature differed by more than rounding can make it.
         bad: (L,) number of the first minibatch in which the layer was not finite, infinity for none.
         peak: (2, L) the largest part of the sum of h_ii that one sample has, and its position in the run.
         kept: (m, L, L) the h_ij of every minibatch, where they are kept.
@@ -245,6 +248,7 @@ class State:
     moments: Tensor = _tensor(Combine.SUM, lambda _, hsic: moments_of(hsic), lead=(4,), axes=2)
     spread: Tensor = _tensor(Combine.SUM, lambda it, _: torch.where(it.finite, it.spread, 0).sum(1), axes=1)
     size: Tensor = _tensor(Combine.SUM, lambda it, _: torch.where(it.finite, it.size, 0).sum(1), axes=1)
+    differ: Tensor = _tensor(Combine.SUM, lambda it, _: it.differ, axes=1)
     bad: Tensor = _tensor(Combine.FIRST, _bad, axes=1, fill=math.inf, counted_from="minibatches")
     peak: Tensor = _tensor(Combine.LARGEST, _peak, lead=(2,), axes=1, counted_from="positions")
     null: Tensor = _tensor(Combine.SUM, _null, lead=(2,), axes=2)

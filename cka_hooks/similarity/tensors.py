@@ -11,7 +11,7 @@ from torch import Tensor
 from cka_hooks.arrays import Features, as_features
 from cka_hooks.errors import NonFiniteError, OptionError, SampleCountError, TooFewSamplesError
 from cka_hooks.features import memory_order
-from cka_hooks.hsic import CENTRING_NOISE, MIN_SAMPLES, Estimator, centre, pack, resolution
+from cka_hooks.hsic import CENTRING_NOISE, MIN_SAMPLES, Estimator, centre, features_differ, pack, resolution
 from cka_hooks.options import Options, whole
 from cka_hooks.precision import accumulation_device, without_gradients
 from cka_hooks.similarity.kernels import Kernel, as_kernel
@@ -188,7 +188,8 @@ class _Side:
         if self.features is None:
             spread, size, rounding = self._gram()
             self.own = float(self.packed.square().sum())
-        self.degenerate = not (spread > resolution(tensor.dtype) * size and self.own * len(self._rows) > rounding)
+        differ = spread > resolution(tensor.dtype) * size or bool(features_differ(self._rows, tensor.dtype))
+        self.degenerate = not (differ and self.own * len(self._rows) > rounding)
 
     def _gram(self) -> tuple[float, float, float]:
         grams = self._kernel(self._rows, 1)
