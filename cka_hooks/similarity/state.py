@@ -27,7 +27,6 @@ from cka_hooks.similarity.products.grams import Grams
 # Numbers of the (layers, minibatches, n, n) stack that are centred at a time: 32 MB, and 8 MB on a CPU, whose
 # allocator would ask the system for anew what is larger.
 _CENTRED_AT_A_TIME = 1 << 22
-_CENTRED_AT_A_TIME_ON_CPU = 1 << 20
 
 
 class Minibatches(NamedTuple):
@@ -71,8 +70,7 @@ class Minibatches(NamedTuple):
         m, n, _ = first.values.shape[-3:]
         packed: Tensor | None = None
         rest: list[tuple[Tensor, ...]] = []
-        at_a_time = _CENTRED_AT_A_TIME_ON_CPU if device.type == "cpu" else _CENTRED_AT_A_TIME
-        step = max(1, at_a_time // (m * n * n))
+        step = max(1, _CENTRED_AT_A_TIME // (4 if device.type == "cpu" else 1) // (m * n * n))
         for low in range(0, len(layers), step):
             stacked = _stacked(grams, slice(low, low + step), device)
             spread, size = stacked.traces()
