@@ -532,3 +532,42 @@ def test_files_that_are_not_read(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.zeros((5, 2)))
     with pytest.raises(OptionError, match="has one array without a name"):
         Precomputed.load(f"{tmp_path / 'x.npy'}::a")
+
+
+# Names of samples
+
+
+@pytest.mark.parametrize("ids", [NAMES, list(range(100, 100 + SAMPLES))])
+@pytest.mark.parametrize("options", [{}, {"join_batches": 20}, {"minibatch": 7}, {"epochs": 2}])
+def test_influence_names_samples_by_identifier(tmp_path: Path, ids: list[Any], options: dict[str, Any]) -> None:
+    array = features(5)
+    array[17] *= 100
+    given = Precomputed(array, sample_ids=ids)
+    result = compare({"V4": given}, named(ids), layers=["2"], sample_ids="id", **options)
+    assert result.influence["V4"].identifier == ids[17]
+    assert f"({ids[17]!r}) alone accounts" in result.summary()
+    result.save(tmp_path / "cka.json")
+    assert cka_hooks.CKAResult.load(tmp_path / "cka.json") == result
+    # Without anything that is aligned, too.
+    alone = compare({}, named(ids), sample_ids="id", **options)
+    found = alone.influence["net/0"]
+    assert found.identifier in ids
+    assert compare({"V4": array}, loader()).influence["V4"].identifier is None
+
+
+def test_identifiers_are_kept_in_a_checkpoint_and_over_models_in_turn(tmp_path: Path) -> None:
+    array = features(5)
+    array[17] *= 100
+    given = Precomputed(array, sample_ids=NAMES)
+
+    def run(stop_at: int | None) -> cka_hooks.CKAResult:
+        path = tmp_path / "run.ckpt"
+        return compare({"V4": given}, named(), sample_ids="id", forward=OfInput(stop_at), checkpoint=path)
+
+    with pytest.raises(Stop):
+        run(5)
+    assert run(None).influence["V4"].identifier == "image17"
+    turn = cka_hooks.compare({"net": net, "V4": given}, named(), sample_ids="id", progress=False)
+    assert turn.influence["V4"].identifier == "image17"
+    with pytest.raises(BatchError, match="gives 11 identifiers for a batch of 12"):
+        compare({}, named(), sample_ids=lambda batch: batch["id"][1:], forward=OfInput())

@@ -6,7 +6,7 @@ The file is one JSON object with one key to a line, in plain ASCII:
     rows, columns            labels
     matrix, stderr           lists of rows; null where undefined
     minibatch_hsic           null, or (B, L, L) nested lists
-    influence                {layer: {"share": number, "sample": index}}
+    influence                {layer: {"share": number, "sample": index}}, and "identifier" where samples have them
     sha256                   of the other keys, so that an edited number does not pass for a measured one
 
 The other keys are the other fields of :class:`CKAResult`. A field that has a default may be missing: the file is of a
@@ -189,7 +189,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, Influence):
-        return {"share": None if math.isnan(value.share) else value.share, "sample": value.sample}
+        named = {} if value.identifier is None else {"identifier": value.identifier}
+        return {"share": None if math.isnan(value.share) else value.share, "sample": value.sample, **named}
     return value
 
 
@@ -226,12 +227,15 @@ def _reasons(name: str, value: Any) -> dict[str, str]:
 def _influences(name: str, value: Any) -> dict[str, Influence]:
     found = {}
     for layer, item in _object(name, value).items():
-        if not (isinstance(item, dict) and item.keys() == {"share", "sample"}):
+        if not (isinstance(item, dict) and item.keys() - {"identifier"} == {"share", "sample"}):
             raise ValueError(f"{name} is not {{layer: {{share, sample}}}}")
         share, sample = item["share"], item["sample"]
         if type(sample) is not int or not 0 <= sample <= (1 << 53) or not (share is None or type(share) is float):
             raise ValueError(f"{name} is not {{layer: {{share, sample}}}} with a number and a position")
-        found[layer] = Influence(math.nan if share is None else share, sample)
+        identifier = item.get("identifier")
+        if type(identifier) not in (int, str, type(None)):
+            raise ValueError(f"{name} has an identifier that is neither a whole number nor text")
+        found[layer] = Influence(math.nan if share is None else share, sample, identifier)
     return found
 
 

@@ -42,10 +42,17 @@ class Influence:
             Near 2 / samples where samples are alike, 1 where everything hangs on one; above 0.25 (20 / samples in
             runs of fewer than 80 samples) the run warns.
         sample: which sample that is, its 0-based position in the run, counted on through all passes.
+        identifier: what identifies it, where the run had `sample_ids`.
     """
 
     share: float
     sample: int
+    identifier: int | str | None = None
+
+    @property
+    def spelled(self) -> str:
+        """The sample in words."""
+        return f"sample {self.sample}" + ("" if self.identifier is None else f" ({self.identifier!r})")
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)

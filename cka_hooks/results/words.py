@@ -292,10 +292,10 @@ def _left_out(result: CKAResult) -> Iterator[str]:
     shares = [(value.share, label) for label, value in result.influence.items() if value.share > SHARE]
     if shares:
         share, label = max(shares)
-        sample = result.influence[label].sample
+        sample = result.influence[label].spelled
         others = f", and more than half in {_count(len(shares) - 1, 'other layer')}" if len(shares) > 1 else ""
         yield (
-            f"One sample decides much: sample {sample} alone accounts for {share:.0%} of HSIC(layer, layer) of "
+            f"One sample decides much: {sample} alone accounts for {share:.0%} of HSIC(layer, layer) of "
             f"{label}{others}."
         )
 

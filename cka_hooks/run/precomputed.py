@@ -168,9 +168,10 @@ class Brought:
                     "of the batch or a function of it"
                 )
         self.entries = dict(entries)
-        self._key = sample_ids
+        # Where positions are samples, identifiers are of something else.
+        self._key = None if counts else sample_ids
         self._aligned = any(one.sample_ids is not None for one in entries.values())
-        self._counts = counts or bool(entries)
+        self._counts = counts or bool(entries) or sample_ids is not None
         self.counted = Counted()
         self._seen: set[Identifier] = set()
         self._pending: tuple[int, list[Identifier]] = (0, [])
@@ -235,9 +236,8 @@ class Brought:
         """
         if self._counts:
             samples = sample_count(batch) or 0
-            self._pending = samples if limit is None else min(samples, limit), []
-            if self._aligned and self._key is not None and limit != 0:
-                self._pending = 0, ids_of(batch, self._key)[:limit]
+            ids = [] if self._key is None or limit == 0 else ids_of(batch, self._key)[:limit]
+            self._pending = samples if limit is None else min(samples, limit), ids
 
     def features(self, samples: int) -> Iterator[tuple[str, Tensor]]:
         """What belongs to the batch that was looked at: the label of each layer, and its features.
@@ -249,20 +249,24 @@ class Brought:
             BatchError: too few identifiers, or one of them twice.
             SampleCountError: no row for a sample.
         """
-        if not self.entries:
-            return
         likely, ids = self._pending
-        samples = samples or len(ids) or likely
-        if self._aligned and len(ids) != samples:
+        if self._key is not None:
+            self._pending = samples, ids
+            samples = samples or len(ids)
+        if self._key is not None and len(ids) != samples:
             raise BatchError(
                 f"sample_ids={self._key!r} gives {len(ids)} identifiers for a batch of {samples} samples"
             )
+        if not self.entries:
+            return
+        samples = samples or likely
         if not samples:
             raise BatchError(
                 "nothing says how many samples a batch has: give identifiers, with "
                 "Precomputed(array, sample_ids=ids) and sample_ids="
             )
-        if twice := [*repeated(ids), *(identifier for identifier in ids if identifier in self._seen)]:
+        twice = [*repeated(ids), *(one for one in ids if one in self._seen)] if self._aligned else []
+        if twice:
             raise BatchError(
                 f"the loader brought samples twice in one pass: {_first(twice)}. They would count twice: sample "
                 "without replacement, or give each sample an identifier of its own"
@@ -285,13 +289,19 @@ class Brought:
             )
         return slice(self.counted.row, self.counted.row + samples)
 
-    def step(self) -> None:
-        """The batch was counted."""
+    def step(self) -> list[Identifier]:
+        """The batch was counted.
+
+        Returns:
+            The identifiers of its samples, where there are any.
+        """
         samples, ids = self._pending
         batches, total, row = self.counted
         self.counted = Counted(batches + 1, total + samples, row + samples)
-        self._seen.update(ids)
+        if self._aligned:
+            self._seen.update(ids)
         self._pending = 0, []
+        return ids
 
     def start_pass(self) -> None:
         """From here on come the samples seen before."""

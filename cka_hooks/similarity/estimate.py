@@ -176,7 +176,11 @@ def _result(
     own = state.moments[0].diagonal()
     shares = (state.peak[0] * (state.minibatches / max(state.first_minibatches, 1)) / own).clamp_max(1.0)
     influence = {
-        layer: Influence(share=float(shares[position[layer]]), sample=int(state.peak[1, position[layer]]))
+        layer: Influence(
+            share=float(shares[position[layer]]),
+            sample=(sample := int(state.peak[1, position[layer]])),
+            identifier=state.identifier_of(sample),
+        )
         for layer in layers
         if layer not in undefined_layers
     }
@@ -224,6 +228,6 @@ def _warn(state: State, influence: Mapping[str, Influence]) -> None:
     if heavy:
         layer, found = max(heavy.items(), key=lambda item: item[1].share)
         warn(
-            f"one sample decides much of {len(heavy)} layer(s): sample {found.sample} of the run alone accounts for "
+            f"one sample decides much of {len(heavy)} layer(s): {found.spelled} of the run alone accounts for "
             f"{found.share:.0%} of HSIC(layer, layer) of {layer!r}; look at it, and see `result.influence`"
         )

@@ -9,6 +9,7 @@ give the function that makes it of a few minibatches.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -238,6 +239,7 @@ class State:
         neighbours: pairs of consecutive samples of a batch whose classes are known.
         equal_neighbours: such pairs of one class.
         first_batches: fingerprint of the first batch of each rank.
+        identifiers: of all samples in order, as JSON, where the run has them.
         repeats: why samples may have been counted twice.
         stopped: why the run ended before its loader did.
     """
@@ -268,6 +270,7 @@ class State:
     neighbours: int = _value(Combine.SUM, 0)
     equal_neighbours: int = _value(Combine.SUM, 0)
     first_batches: list[str] = _value(Combine.CONCATENATED, list)
+    identifiers: list[str] = _value(Combine.CONCATENATED, list)
     repeats: str | None = _value(Combine.FIRST, None)
     stopped: str | None = _value(Combine.FIRST, None)
 
@@ -275,6 +278,13 @@ class State:
     def positions(self) -> int:
         """Samples that have gone by, counted or not."""
         return self.samples + self.left_out
+
+    def identifier_of(self, position: int) -> int | str | None:
+        """What identifies the sample at a position, None where nothing does."""
+        if position >= len(self.identifiers):
+            return None
+        found: int | str = json.loads(self.identifiers[position])
+        return found
 
     def add(self, step: Step, *, keep: bool) -> None:
         """Add a batch: as a whole, since all that may fail comes before the first change."""
@@ -461,7 +471,7 @@ def _combined(declared: _Declared, mine: Any, theirs: Any, offset: int) -> Any:
             moved = torch.stack([theirs[0], theirs[1] + offset])
             return torch.where(theirs[0] > mine[0], moved, mine)
         return max(mine, theirs)
-    return mine + theirs
+    return mine + theirs if theirs else mine
 
 
 def _copied(value: Any) -> Any:
