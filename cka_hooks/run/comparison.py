@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -260,8 +259,7 @@ class Comparison:
             What was added.
         """
         step = self._taker.step()
-        if ids := self._brought.step():
-            self._accumulator.state.merge(State(identifiers=list(map(json.dumps, ids))))
+        self._brought.step(self._accumulator.state)
         self._looked_at.step(self._accumulator.state)
         self._ran = True
         return step

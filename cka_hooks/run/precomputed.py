@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -16,6 +17,7 @@ from cka_hooks.errors import BatchError, OptionError, SampleCountError
 from cka_hooks.recording.batches import fields_of, sample_count
 from cka_hooks.run import replay
 from cka_hooks.run.feature_files import opened
+from cka_hooks.similarity.state import State
 
 Identifier: TypeAlias = int | str
 # A key of the batch, or what returns the identifiers of its samples.
@@ -289,19 +291,16 @@ class Brought:
             )
         return slice(self.counted.row, self.counted.row + samples)
 
-    def step(self) -> list[Identifier]:
-        """The batch was counted.
-
-        Returns:
-            The identifiers of its samples, where there are any.
-        """
+    def step(self, state: State) -> None:
+        """The batch was counted: the identifiers of its samples, where there are any, are noted in the state."""
         samples, ids = self._pending
         batches, total, row = self.counted
         self.counted = Counted(batches + 1, total + samples, row + samples)
         if self._aligned:
             self._seen.update(ids)
         self._pending = 0, []
-        return ids
+        if ids:
+            state.merge(State(identifiers=list(map(json.dumps, ids))))
 
     def start_pass(self) -> None:
         """From here on come the samples seen before."""
