@@ -8,6 +8,7 @@ Sampling Techniques, ch. 6), and needs only the second moments that the state ha
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -179,7 +180,7 @@ def _result(
         layer: Influence(
             share=float(shares[position[layer]]),
             sample=(sample := int(state.peak[1, position[layer]])),
-            identifier=state.identifier_of(sample),
+            identifier=json.loads(state.identifiers[sample]) if sample < len(state.identifiers) else None,
         )
         for layer in layers
         if layer not in undefined_layers

@@ -9,7 +9,6 @@ give the function that makes it of a few minibatches.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -279,13 +278,6 @@ class State:
         """Samples that have gone by, counted or not."""
         return self.samples + self.left_out
 
-    def identifier_of(self, position: int) -> int | str | None:
-        """What identifies the sample at a position, None where nothing does."""
-        if position >= len(self.identifiers):
-            return None
-        found: int | str = json.loads(self.identifiers[position])
-        return found
-
     def add(self, step: Step, *, keep: bool) -> None:
         """Add a batch: as a whole, since all that may fail comes before the first change."""
         parts: list[State] = []
@@ -439,11 +431,10 @@ class State:
             or len(set(layers)) < len(layers)
         ):
             raise OptionError("the state's layers are not a list of different labels")
-        blank = cls()
         values: dict[str, Any] = {}
         for name, declared in DECLARED.items():
             value = state[name]
-            _check(name, value, declared, getattr(blank, name), layers)
+            _check(name, value, declared, getattr(cls(), name), layers)
             if declared.combine is Combine.CONCATENATED and declared.axes:
                 values[name] = [value.clone()] if len(value) else []
             else:
