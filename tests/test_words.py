@@ -126,7 +126,8 @@ def test_what_was_left_out_is_grouped_by_reason_and_thinned():
 def test_a_sample_that_decides_is_named():
     influence = {"conv1": Influence(0.2, 1), "conv2": Influence(0.7, 41), "fc": Influence(math.nan, 0)}
     text = summary(dataclasses.replace(CKAResult.example(), influence=influence))
-    assert "One sample decides much: sample 41 alone accounts for 70% of HSIC(layer, layer) of conv2." in text
+    told = "One sample decides much: sample 41 of the run alone accounts for 70% of HSIC(layer, layer) of conv2."
+    assert told in text
     assert "decides" not in summary(CKAResult.example())
 
 

@@ -52,7 +52,7 @@ class Influence:
     @property
     def spelled(self) -> str:
         """The sample in words."""
-        return f"sample {self.sample}" + ("" if self.identifier is None else f" ({self.identifier!r})")
+        return f"sample {self.sample} of the run" + ("" if self.identifier is None else f" ({self.identifier!r})")
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)

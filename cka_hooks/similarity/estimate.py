@@ -229,6 +229,6 @@ def _warn(state: State, influence: Mapping[str, Influence]) -> None:
     if heavy:
         layer, found = max(heavy.items(), key=lambda item: item[1].share)
         warn(
-            f"one sample decides much of {len(heavy)} layer(s): {found.spelled} of the run alone accounts for "
+            f"one sample decides much of {len(heavy)} layer(s): {found.spelled} alone accounts for "
             f"{found.share:.0%} of HSIC(layer, layer) of {layer!r}; look at it, and see `result.influence`"
         )
