@@ -481,3 +481,13 @@ def test_pixels_are_samples(nets, tmp_path, capsys):
     result = CKAResult.load(tmp_path / "out" / "cka.json")
     assert (result.samples, result.minibatches) == (240, 4)
     assert result.layers == ("0", "1")
+
+
+def test_the_dimension_with_the_channels_is_named(nets, tmp_path):
+    photos(tmp_path / "photos")
+    words = ["run", "--model", f"{nets}:of_pixels", "--data", str(tmp_path / "photos"), "--batch-size", "6"]
+    assert main([*words, "--features", "mean", "--channel-dim", "1", "--out", str(tmp_path / "named")]) == 0
+    assert main([*words, "--features", "mean", "--channel-dim", "-1", "--out", str(tmp_path / "last")]) == 0
+    named, last = (CKAResult.load(tmp_path / name / "cka.json") for name in ("named", "last"))
+    assert (named.settings["channel_dim"], last.settings["channel_dim"]) == (1, -1)
+    assert named["0", "1"] != last["0", "1"]

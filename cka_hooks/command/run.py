@@ -65,6 +65,8 @@ def words(parser: argparse.ArgumentParser) -> None:
         help="names or globs (* stops at dots, ** crosses them); default: every leaf module that runs")  # fmt: skip
     what.add_argument("--features", default="flatten", metavar="F",
         help="flatten, mean over positions, token, token:K or last; default: %(default)s")  # fmt: skip
+    what.add_argument("--channel-dim", type=int, metavar="D",
+        help="the dimension with the channels, for --features mean; default: what the kinds of modules say")  # fmt: skip
     sample_ids_word(what)
     what.add_argument("--per", default="sample", choices=("sample", "position"),
         help="position compares tokens or pixels, each batch a minibatch; default: %(default)s")  # fmt: skip
@@ -132,6 +134,7 @@ def run(arguments: argparse.Namespace) -> int:
         for name in (
             "layers",
             "features",
+            "channel_dim",
             "sample_ids",
             "join_batches",
             "per",
