@@ -66,7 +66,7 @@ def words(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--features", default="flatten", metavar="F",
         help="flatten, mean over positions, token, token:K or last; default: %(default)s")  # fmt: skip
     what.add_argument("--channel-dim", type=int, metavar="D",
-        help="the dimension with the channels, for --features mean; default: what the kinds of modules say")  # fmt: skip
+        help="the dimension with the channels; default: as the kinds of modules say")  # fmt: skip
     sample_ids_word(what)
     what.add_argument("--per", default="sample", choices=("sample", "position"),
         help="position compares tokens or pixels, each batch a minibatch; default: %(default)s")  # fmt: skip

@@ -20,7 +20,7 @@ except ImportError as error:
     raise missing("transformers", "transformers") from error
 
 
-class CKACallback(TrainingCKA, TrainerCallback):
+class CKACallback(TrainingCKA, TrainerCallback):  # type: ignore[misc]
     """CKA of a network with its initial weights, with the previous time, and with other networks.
 
     ``trainer.log`` gets a number for each layer, and so do all of `report_to`; TensorBoard and Weights & Biases get a
