@@ -193,7 +193,7 @@ class WithPosition(nn.Module):
 
 def test_no_batch_dimension() -> None:
     batches = [torch.randn(8, 5, 6) for _ in range(3)]
-    with pytest.raises(cka_hooks.LayerError, match=r"'position' \(Embedding\).*shape \(5, 6\)"):
+    with pytest.raises(cka_hooks.LayerError, match=r"'position' \(Embedding\).*of \(5, 6\)"):
         compare(WithPosition(), batches, layers=["position", "fc"], progress=False)
     result = compare(WithPosition(), batches, progress=False)
     assert result.layers == ("fc",)
