@@ -480,6 +480,27 @@ def test_a_model_that_shuffles_its_samples_inside(n: int) -> None:
         assert "another order than those of the batch" in result.skipped["shuffled"]
 
 
+def test_noise_of_a_position_is_no_other_sample() -> None:
+    """Where samples are black, or a ReLU leaves zeros, a slice may be equal to that of another one."""
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(1, 16, 3, padding=1)
+            self.act = nn.ReLU()
+            self.last = nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x + 0.7 * torch.randn_like(x))
+            return self.last(self.act(x - 1.5).mean((2, 3)))
+
+    for n in (8, 64, 300):
+        batches = [torch.zeros(n, 1, 32, 32) for _ in range(3)]
+        for batch in batches:
+            batch[:, :, 12:20, 12:20] = torch.rand(n, 1, 8, 8)
+        assert cka_hooks.compare(Noisy(), batches, progress=False).layers == ("first", "act", "last")
+
+
 def test_a_layer_whose_samples_are_all_the_same() -> None:
     class Constant(nn.Module):
         def __init__(self) -> None:

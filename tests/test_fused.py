@@ -21,6 +21,7 @@ from torch._subclasses import FakeTensorMode
 
 import cka_hooks
 from cka_hooks import CKAAccumulator
+from cka_hooks.similarity import products
 from cka_hooks.similarity.products import batch, fused
 
 CHECKS = Path(__file__).parent / "fused_checks.py"
@@ -331,6 +332,8 @@ def test_without_triton_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_failed", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setitem(sys.modules, "cka_hooks.similarity.products.fused_kernels", None)
+    # Where another test has imported it.
+    monkeypatch.delattr(products, "fused_kernels", raising=False)
     monkeypatch.setattr(fused, "_kernels", fused._kernels.__wrapped__)
     with pytest.warns(cka_hooks.CKAWarning, match="Triton cannot be used here"):
         assert not fused._runs_on.__wrapped__(0)

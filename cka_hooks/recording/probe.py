@@ -55,6 +55,7 @@ class Look:
 
     Attributes:
         samples: how many.
+        positions: which of them are looked at.
         seen: what each layer showed, the first call of each label.
         drew: whether the model drew random numbers.
         problem: what ended it early, None where it ran through.
@@ -64,7 +65,7 @@ class Look:
         self.samples = samples
         self.seen: dict[str, Glance] = {}
         self.problem: str | None = None
-        self._positions = list(positions)
+        self.positions = list(positions)
         try:
             run(batch, self._take)
         except Exception as error:
@@ -77,7 +78,7 @@ class Look:
         if label in self.seen:
             return
         slices = {
-            dim: _numbers(activation, dim, self._positions)
+            dim: _numbers(activation, dim, self.positions)
             for dim, size in enumerate(activation.shape)
             if size == self.samples
         }
@@ -222,7 +223,11 @@ def _by_order(label: str, whole: Look, turned: Look, problem: str | None) -> int
 
 
 def _shuffled(label: str, whole: Look, turned: Look, dim: int | str | None) -> bool:
-    """Whether some slices are those of other samples, to the last digits, and not those of their own."""
+    """Whether several slices are those of other samples, to the last digits.
+
+    Slices that look like others of the same pass do not count, such as zeros, and neither do slices at the same
+    position: random numbers are the same there, and where a sample is black they are all there is.
+    """
     before, after = whole.seen.get(label), turned.seen.get(label)
     if before is None or after is None or not isinstance(dim, int):
         return False
@@ -231,8 +236,12 @@ def _shuffled(label: str, whole: Look, turned: Look, dim: int | str | None) -> b
     a, b = before.slices[dim].nan_to_num(), after.slices[dim].nan_to_num()
     if a.shape != b.shape:
         return False
-    same = torch.cdist(b, a) <= 8 * before.eps * a.norm(dim=1).max()
-    return bool((same.any(1) & ~same.diagonal()).any())
+    nearly = 8 * before.eps * a.norm(dim=1).max()
+    at, was_at = (torch.tensor(look.positions, device="cpu") for look in (turned, whole))
+    others = (torch.cdist(b, a) <= nearly) & (at[:, None] != was_at)
+    others.fill_diagonal_(False)
+    others &= (torch.cdist(a, a) <= nearly).sum(0) == 1
+    return int(others.any(1).sum()) >= min(4, len(a) // 2)
 
 
 def _unknown(problem: str | None) -> str:
