@@ -431,10 +431,10 @@ class State:
             or len(set(layers)) < len(layers)
         ):
             raise OptionError("the state's layers are not a list of different labels")
-        values: dict[str, Any] = {}
+        blank, values = cls(), dict[str, Any]()
         for name, declared in DECLARED.items():
             value = state[name]
-            _check(name, value, declared, getattr(cls(), name), layers)
+            _check(name, value, declared, getattr(blank, name), layers)
             if declared.combine is Combine.CONCATENATED and declared.axes:
                 values[name] = [value.clone()] if len(value) else []
             else:
