@@ -147,15 +147,19 @@ def matters(module: nn.Module) -> bool:
 
 
 def _is_transparent(module: nn.Module) -> bool:
-    folder, _, file = type(module).__module__.rpartition(".")
-    return isinstance(module, nn.Identity) or (folder == "torch.nn.modules" and file in _TRANSPARENT)
+    return isinstance(module, nn.Identity) or _torch_file(module) in _TRANSPARENT
 
 
 def _puts_second(module: nn.Module, rank: int) -> bool:
     """Whether a module is a pool over all dimensions behind the second, or makes patches: these are (n, C, ...)."""
-    folder, _, file = type(module).__module__.rpartition(".")
-    is_pool = folder == "torch.nn.modules" and file == "pooling" and type(module).__name__.endswith(f"{rank - 2}d")
+    is_pool = _torch_file(module) == "pooling" and type(module).__name__.endswith(f"{rank - 2}d")
     return is_pool or isinstance(module, nn.Fold | nn.Unfold)
+
+
+def _torch_file(module: nn.Module) -> str:
+    """The file of torch.nn that has the class of a module, "" for a class from elsewhere."""
+    folder, _, file = type(module).__module__.rpartition(".")
+    return file if folder == "torch.nn.modules" else ""
 
 
 def declared_dim(module: nn.Module, shape: Sequence[int]) -> int | None:
