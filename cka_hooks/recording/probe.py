@@ -2,7 +2,8 @@
 
 A size that coincides decides nothing. First a few samples of the batch run, then one fewer of them, in another order.
 A dimension has the samples if its size follows and its slices are those of the same samples. Where that cannot be
-done, or two dimensions follow, the whole batch runs as it is and in reversed order.
+done, two dimensions follow, or the model draws random numbers, with which it may shuffle its samples, the whole batch
+runs as it is and in reversed order.
 """
 
 from __future__ import annotations
