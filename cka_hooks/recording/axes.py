@@ -1,4 +1,4 @@
-"""Which dimension of an activation has the samples: named, known, or confirmed by a probe."""
+"""Find the dimension of an activation that holds the samples: named, known, or confirmed by a probe."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ NAMED, KNOWN, PROBED = "named", "known", "confirmed by a probe"
 
 
 class SampleDimension:
-    """Which dimension has the samples: named, known from the kinds of all modules, or confirmed by a probe.
+    """Finds the dimension with the samples: named, known from the kinds of all modules, or confirmed by a probe.
 
     Args:
         names: the model's modules.
         batch_dim: the dimension for every layer and for the batch itself, or a mapping from layer pattern to it.
 
     Attributes:
-        samples: in the batch that is under way, None where nothing says it.
-        found: label -> the dimension that a probe confirmed, None where there is none, or why it is not known.
-        is_settled: whether that was found out, or needs not be.
-        evidence: label -> how the dimension was found, of layers that have one.
+        samples: number of samples in the current batch, None if nothing says it.
+        found: for each label, the dimension that a probe confirmed, None if there is none, or why it is not known.
+        is_settled: whether this has been found out, or need not be.
+        evidence: for each label with a dimension, how that was found.
     """
 
     def __init__(self, names: Mapping[str, nn.Module], batch_dim: int | Mapping[str, int] | None) -> None:
@@ -60,19 +60,19 @@ class SampleDimension:
         self.evidence: dict[str, str] = {}
 
     def samples_of(self, given: Given) -> int | None:
-        """How many samples a batch has; None where the first layer says it, by the dimension named for all."""
+        """The number of samples in a batch; None if the first layer says it, by the dimension named for all."""
         return given.shape[0] if given.shape and not self._everywhere else None
 
     def start(self, samples: int | None) -> None:
-        """A forward pass of that many samples."""
+        """Begin a forward pass of that many samples."""
         self.samples = samples
 
     def settle_plain(self, model: nn.Module, rank: int) -> None:
-        """Nothing has to be found out where the kinds of all modules say it, of an (n, ...) batch of that rank."""
+        """Skip the probe if the kinds of all modules already say it, for an (n, ...) batch of this rank."""
         self._is_plain = self.is_settled = plain_rank(model, rank) is not None
 
     def of(self, name: str, label: str, shape: tuple[int, ...]) -> int:
-        """The dimension of `shape` that has the samples.
+        """The dimension of `shape` that holds the samples.
 
         Raises:
             NotRecordable: there is none, or it is not known.
@@ -122,15 +122,15 @@ class SampleDimension:
         )
 
     def is_second(self, module: nn.Module, place: Place) -> bool:
-        """Whether PyTorch's documentation of a module puts the samples in dimension 1."""
+        """Whether PyTorch's documentation of the module puts the samples in dimension 1."""
         if place == "further output":
-            # Hidden states are (layers, n, d) whatever batch_first says; attention weights are (n, ...) always.
+            # Hidden states are (layers, n, d) whatever batch_first says. Attention weights are always (n, ...).
             return isinstance(module, nn.RNNBase)
         return id(module) in self._second
 
     @contextmanager
     def watched(self, take: Take) -> Iterator[None]:
-        """Inside, what modules with ``batch_first=False`` are given is shown to a probe, too."""
+        """Show the inputs of modules with ``batch_first=False`` to a probe, too, while the block runs."""
 
         def look(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tensor = next(tensors_in((args, kwargs)), None)
@@ -147,17 +147,17 @@ class SampleDimension:
             yield
 
     def confirm(self, probe: Probe, shape: tuple[int, ...], *, always: bool) -> None:
-        """Find out by a probe what nothing names; see :meth:`cka_hooks.recording.probe.Probe.sample_dimensions`.
+        """Find out with a probe what nothing names; see :meth:`cka_hooks.recording.probe.Probe.sample_dimensions`.
 
         Args:
-            shape: of the batch, samples first.
+            shape: shape of the batch, samples first.
 
         Raises:
-            BatchError: a module with ``batch_first=False`` gets its samples in dimension 0: either the loader or the
-                module is not what its user thinks.
+            BatchError: a module with ``batch_first=False`` gets its samples in dimension 0, so either the loader or
+                the module is not what its user thinks.
         """
         self.found, problem = probe.sample_dimensions(always=always)
-        # Where the model cannot run on the whole batch, the next one may do.
+        # If the model cannot run on the whole batch, it may run on the next one.
         self.is_settled = problem is None
         for name, seen in self._inputs.items():
             if self.found.get(_input_of(name)) == 0:
@@ -181,15 +181,15 @@ def _wants_second(module: nn.Module) -> bool:
 
 
 def _parts(module: nn.Module) -> list[nn.Module]:
-    """A module with the samples in dimension 1, and what is in it and does not say otherwise."""
+    """A module with the samples in dimension 1, and the modules in it that do not say otherwise."""
     return [part for part in module.modules() if getattr(part, "batch_first", False) is False]
 
 
 def plain_rank(module: nn.Module, rank: int) -> int | None:
-    """How many dimensions a module makes of an (n, ...) tensor of `rank`, None unless it surely keeps the samples.
+    """The rank of a module's output for an (n, ...) tensor of `rank`; None unless it surely keeps the samples.
 
-    Known are torch's convolutions, linear layers, norms, pools, activations, dropouts and ``Flatten``, and a
-    ``Sequential`` of them. In the ``forward`` of any other module anything may happen in between.
+    This covers torch's convolutions, linear layers, norms, pools, activations, dropouts and ``Flatten``, and a
+    ``Sequential`` of them. In the ``forward`` of any other module, anything may happen in between.
     """
     kind = type(module)
     if kind is nn.Sequential:
@@ -204,7 +204,7 @@ def plain_rank(module: nn.Module, rank: int) -> int | None:
     if isinstance(module, nn.Embedding):
         return rank + 1
     if isinstance(module, _SPATIAL):
-        # These take one sample without a batch, too, and then dimension 0 has something else.
+        # These also take one sample without a batch, and then dimension 0 holds something else.
         spatial = int(kind.__name__[-2])
         return rank if rank == spatial + 2 or (rank == 2 and isinstance(module, nn.BatchNorm1d)) else None
     return rank if isinstance(module, _ELEMENTWISE) else None

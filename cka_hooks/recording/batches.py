@@ -1,4 +1,4 @@
-"""What a loader yields: how the model is called with it, how many samples it has, which of it is padding."""
+"""Read a loader's batches: how to call the model, how many samples there are, and which positions are padding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cka_hooks.recording.outputs import tensors_in
 
 Forward = Callable[[nn.Module, Any], Any]
 
-# Keys of a batch that are targets, not inputs: with them some models compute a loss that nobody needs.
+# Keys of a batch that are targets, not inputs. Given these, some models compute a loss that nobody needs.
 LABELS = frozenset(
     {"label", "labels", "label_ids", "target", "targets", "next_sentence_label", "start_positions", "end_positions"}
 )
@@ -28,11 +28,11 @@ LABELS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How the batches of a run are read. The first one decides: a short one may look like something else.
+    """How to read the batches of a run. The first batch decides, since a short one may look like something else.
 
     Attributes:
-        listed: where a list with one entry a sample stands, as detectors take it: "batch" itself, "input", its first
-            entry, or None where tensors have a dimension with the samples.
+        listed: where to find a list with one entry per sample, as detectors take it: "batch" if the batch is that
+            list, "input" if its first entry is, None if samples are a dimension of tensors.
     """
 
     listed: str | None = None
@@ -46,12 +46,12 @@ class Form:
         return cls("input" if inside else None)
 
     def input_of(self, batch: Any) -> Any:
-        """What a model is called with: of a tuple or list the first entry, of a mapping the mapping itself."""
+        """The model's input: the first entry of a tuple or list, a mapping itself."""
         is_pair = isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence) and self.listed != "batch"
         return batch[0] if is_pair and batch else batch
 
     def shape(self, batch: Any) -> tuple[int, ...]:
-        """The shape of the first tensor of a batch, (n,) of n listed samples, () where nothing has one."""
+        """The shape of the first tensor of a batch, (n,) for n listed samples, () if nothing has a shape."""
         value = self.input_of(batch)
         if self.listed is not None and isinstance(value, Sequence):
             return (len(value),)
@@ -63,11 +63,11 @@ class Given(NamedTuple):
 
     Attributes:
         parts: what `call` takes, and what can be cut to fewer samples.
-        batch: what masks are read off.
-        form: of the batch.
-        shape: of its first tensor.
-        value: what the model itself is called with, where nobody's own function comes between; else None.
-        call: calls the model, None where only its user does.
+        batch: where to read masks from.
+        form: form of the batch.
+        shape: shape of its first tensor.
+        value: the model's input, None if a function of the user's comes in between.
+        call: calls the model; None if only the user calls it.
     """
 
     parts: Any
@@ -79,7 +79,7 @@ class Given(NamedTuple):
 
     @classmethod
     def of_call(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
-        """What somebody else calls a model with."""
+        """A batch made of the arguments of somebody else's call."""
         seen = kwargs if not args else (*args, kwargs) if kwargs else args
         value = args[0] if len(args) == 1 and not kwargs else None
         return cls(
@@ -93,9 +93,9 @@ class Given(NamedTuple):
 
 
 def is_sample_list(value: Any, *, is_input: bool = False) -> bool:
-    """Whether a list has one entry a sample: unbatched images (C, H, W), dicts with the same keys, texts, objects.
+    """Whether a list has one entry per sample: images (C, H, W), dicts with the same keys, texts or objects.
 
-    One or two entries are taken for an input and its target, or for two views of the samples.
+    A list of one or two entries is taken as an input and its target, or as two views of the samples.
     """
     if not isinstance(value, tuple | list) or not value or isinstance(value, PackedSequence):
         return False
@@ -105,7 +105,7 @@ def is_sample_list(value: Any, *, is_input: bool = False) -> bool:
     if isinstance(first, Tensor):
         if not all(isinstance(item, Tensor) and item.ndim == 3 and item.shape[0] in (1, 3, 4) for item in value):
             return False
-        # A tuple inside of a batch is not torch's default collation, which makes lists of views.
+        # A tuple inside a batch does not come from torch's default collation, which makes lists of views.
         return len(value) > 2 or (is_input and (isinstance(value, tuple) or len(value) == 1))
     if isinstance(first, Mapping):
         alike = all(isinstance(item, Mapping) and item.keys() == first.keys() for item in value)
@@ -116,7 +116,7 @@ def is_sample_list(value: Any, *, is_input: bool = False) -> bool:
 
 
 def leading_shape(*values: Any) -> tuple[int, ...]:
-    """The shape of the first tensor that has one in a call's arguments, (n,) of n entries or graphs, else ()."""
+    """The shape of the first tensor in a call's arguments, (n,) for n entries or graphs, () if there is none."""
     for value in values:
         shape: tuple[int, ...] = ()
         if isinstance(value, Tensor | np.ndarray):
@@ -137,7 +137,7 @@ def leading_shape(*values: Any) -> tuple[int, ...]:
 
 
 def fields_of(value: Any) -> dict[str, Any] | None:
-    """What a mapping, a dataclass or an object of a class for batches has in it, None where it is something else."""
+    """The fields of a mapping, a dataclass or an object of a class for batches; None for anything else."""
     if isinstance(value, Mapping):
         return {str(key): item for key, item in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -152,15 +152,15 @@ def _vars(value: Any) -> Iterable[Any]:
 
 
 def sample_count(batch: Any, form: Form | None = None) -> int | None:
-    """The number of samples in a batch, None where nothing says it."""
+    """The number of samples in a batch; None if nothing says it."""
     shape = (form or Form.of(batch)).shape(batch)
     return shape[0] if shape else None
 
 
 def is_empty(batch: Any) -> bool:
-    """Whether a batch has no samples: None, nothing, or a first tensor without rows.
+    """Whether a batch has no samples: None, an empty container, or a first tensor without rows.
 
-    A ``collate_fn`` that drops bad samples yields such batches. They are to be skipped.
+    A ``collate_fn`` that drops bad samples yields such batches. A run skips them.
     """
     if batch is None:
         return True
@@ -171,7 +171,7 @@ def is_empty(batch: Any) -> bool:
 
 
 def check_loader(loader: Any) -> None:
-    """Refuse what is iterable and yields no batches.
+    """Refuse an iterable that does not yield batches.
 
     Raises:
         OptionError: it is a data set, a sampler, or one batch.
@@ -202,7 +202,7 @@ def check_loader(loader: Any) -> None:
 
 
 def _is_pair(value: Any) -> bool:
-    """Whether a tuple or list is an input and its classes, and not two batches."""
+    """Whether a tuple or list is an input with its classes, rather than two batches."""
     if not isinstance(value, tuple | list) or len(value) != 2 or not all(isinstance(item, Tensor) for item in value):
         return False
     first, second = value
@@ -213,9 +213,9 @@ def _is_pair(value: Any) -> bool:
 
 
 def mapped(value: Any, change: Callable[[Any, str], Any], key: str = "") -> Any:
-    """A batch in which every item is `change(item, key)`; what that returns None for is gone into, or stays.
+    """Replace every item of a batch by `change(item, key)`. Where that is None, go into the item, or leave it.
 
-    The key is that of the innermost mapping or object, "" outside of any. Mappings, named tuples, dataclasses and
+    The key is the one of the innermost mapping or object, "" outside of any. Mappings, named tuples, dataclasses and
     objects of classes for batches keep their types.
     """
     changed = change(value, key)
@@ -239,7 +239,7 @@ def mapped(value: Any, change: Callable[[Any, str], Any], key: str = "") -> Any:
 
 
 def _rebuilt(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
-    """A mapping of the same type where that type can be made from a dict, else a dict."""
+    """A mapping of the same type if that type can be made from a dict, else a dict."""
     try:
         return type(value)(items)  # type: ignore[call-arg]
     except (TypeError, ValueError):
@@ -247,9 +247,9 @@ def _rebuilt(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
 
 
 def to_device(value: Any, device: torch.device | None) -> Any:
-    """A batch with every tensor on `device`, moved without waiting for it; the same objects where they are there.
+    """Move every tensor of a batch to `device`, without waiting. Tensors already there stay the same objects.
 
-    Graphs and other objects with a method ``to`` are moved by it.
+    Graphs and other objects with a method ``to`` are moved with it.
     """
 
     def moved(item: Any, _: str) -> Any:
@@ -268,10 +268,10 @@ def _is_container(value: Any) -> bool:
 
 
 def cut(value: Any, samples: int, index: Sequence[int]) -> Any:
-    """A copy of a batch of `samples` with those of its samples that `index` names, in that order.
+    """Copy a batch of `samples`, keeping the samples that `index` names, in that order.
 
-    Cut are tensors and arrays whose dimension 0 has that size, lists with one entry a sample, packed sequences and
-    batches of graphs. Everything else is copied.
+    This cuts tensors and arrays whose dimension 0 has that size, lists with one entry per sample, packed sequences
+    and batches of graphs. Everything else is copied whole.
     """
 
     def chosen(item: Any, _: str) -> Any:
@@ -298,14 +298,14 @@ def cut(value: Any, samples: int, index: Sequence[int]) -> Any:
 def arguments(
     batch: Any, model: nn.Module | None = None, form: Form | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """How a model is called with a batch: positional and keyword arguments.
+    """The positional and keyword arguments for calling a model with a batch.
 
-    A mapping or dataclass is passed as keywords, without what only a loss needs; of a tuple or list the first
-    entry is the input; anything else is the input itself. A list with one entry a sample, as detectors take it, is
-    one input. NumPy arrays become tensors.
+    A mapping or dataclass is passed as keywords, without the keys that only a loss needs. Of a tuple or list, the
+    first entry is the input. Anything else is the input itself. A list with one entry per sample, as detectors take
+    it, is one input. NumPy arrays become tensors.
 
-    Labels are kept where the model's ``forward`` has a parameter of that name, or takes any keyword. Of the models of
-    transformers, only encoder-decoders without a decoder's input get them: they make it from the labels.
+    Labels are kept if the model's ``forward`` has a parameter of that name or takes any keyword. Among the models of
+    transformers, only encoder-decoders without a decoder input get them, since they make it from the labels.
     """
     form = Form.of(batch) if form is None else form
     value = mapped(form.input_of(batch), _as_tensor)
@@ -323,7 +323,7 @@ def _as_tensor(item: Any, _: str = "") -> Tensor | None:
 
 
 def keeps_labels(model: nn.Module | None, key: str, keywords: Mapping[str, Any]) -> bool:
-    """Whether a model is given its labels."""
+    """Whether to give a model its labels."""
     if model is None:
         return False
     try:
@@ -340,7 +340,7 @@ def keeps_labels(model: nn.Module | None, key: str, keywords: Mapping[str, Any])
 
 
 def targets(batch: Any, form: Form | None = None) -> Tensor | None:
-    """The class of each sample, where the batch says it: the second of a pair, or the labels of a mapping."""
+    """The class of each sample, if the batch has it: the second entry of a pair, or the labels of a mapping."""
     form = Form.of(batch) if form is None else form
     found = None
     if isinstance(batch, Mapping):
@@ -354,7 +354,7 @@ def targets(batch: Any, form: Form | None = None) -> Tensor | None:
 
 
 def device_of(model: nn.Module) -> torch.device | None:
-    """Where a model wants its input: the device of its first parameter or buffer, None for a model without."""
+    """The device that a model expects its input on: that of its first parameter or buffer; None without any."""
     for tensor in chain(model.parameters(), model.buffers()):
         if tensor.device.type != "meta":
             return tensor.device
@@ -364,10 +364,10 @@ def device_of(model: nn.Module) -> torch.device | None:
 def call(
     model: nn.Module, batch: Any, forward: Forward | None = None, form: Form | None = None, number: int | None = None
 ) -> Any:
-    """Run the model on a batch, moved to the model's device, by `forward(model, batch)` where that is given.
+    """Move a batch to the model's device and run the model on it, with `forward(model, batch)` if given.
 
     Args:
-        number: of the batch, counted from 0, for messages.
+        number: number of the batch, counted from 0, for messages.
 
     Raises:
         BatchError: the model cannot be called with the batch; the cause is chained.
@@ -400,11 +400,11 @@ def call(
 
 
 def _explain(error: Exception, model: nn.Module, batch: Any, which: str, *, is_own: bool = False) -> None:
-    """Raise a :class:`BatchError` with what to do, where an error of the model is due to the batch.
+    """Raise a :class:`BatchError` that says what to do, if the model's error is due to the batch.
 
     Args:
         batch: what the model was called with.
-        is_own: whether by the user's own function, of which only devices and dtypes are known.
+        is_own: whether the user's own function called it. Only devices and dtypes are then known.
     """
     if isinstance(error, CKAError):
         return
@@ -419,7 +419,7 @@ def _explain(error: Exception, model: nn.Module, batch: Any, which: str, *, is_o
 
 
 def _about_tensors(error: Exception, model: nn.Module, batch: Any) -> str | None:
-    """What to do about the device or the dtype of a batch's tensors, None where that is not the matter."""
+    """Advice about the device or dtype of a batch's tensors; None if neither is the problem."""
     text = str(error)
     weights = next((p for p in model.parameters() if p.is_floating_point()), None)
     if weights is None or not isinstance(error, RuntimeError):
@@ -449,7 +449,7 @@ def _about_tensors(error: Exception, model: nn.Module, batch: Any) -> str | None
 
 
 def _about_kind(error: Exception, batch: Any) -> str | None:
-    """What to do where a model was called with something else than a tensor, None where that is not the matter."""
+    """Advice for a model that was called with something other than a tensor; None if that is not the problem."""
     if not isinstance(error, TypeError | AttributeError):
         return None
     value = batch[0] if isinstance(batch, tuple | list) and batch else batch

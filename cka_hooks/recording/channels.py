@@ -1,4 +1,4 @@
-"""Which dimension of an activation has the channels: named, or known from the kinds of modules that just ran."""
+"""Find the dimension of an activation that holds the channels: named, or known from the modules that just ran."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cka_hooks.errors import warn
 from cka_hooks.names import PerLayer
 from cka_hooks.recording.outputs import tensors_in
 
-# Kinds, the dimension in which they put their channels, and the attribute with the number of these.
+# Kinds of modules, the dimension in which they put their channels, and the attribute with the number of channels.
 _DECLARED: tuple[tuple[type[nn.Module], int, str], ...] = (
     (nn.modules.conv._ConvNd, 1, "out_channels"),
     (nn.modules.batchnorm._NormBase, 1, "num_features"),
@@ -23,7 +23,7 @@ _DECLARED: tuple[tuple[type[nn.Module], int, str], ...] = (
     (nn.LayerNorm, -1, "normalized_shape"),
     (nn.RMSNorm, -1, "normalized_shape"),
 )
-# Classes of torchvision, timm and transformers without a base class of torch's, or that put channels elsewhere.
+# Classes of torchvision, timm and transformers that have no base class in torch, or put channels elsewhere.
 _BY_NAME = {
     "Conv1D": (-1, "nf"),
     "FrozenBatchNorm2d": (1, "weight"),
@@ -36,16 +36,16 @@ _TRANSPARENT = frozenset({"activation", "dropout", "padding", "pixelshuffle", "p
 
 
 class Channels:
-    """Finds the dimension with the channels of activations that are averaged, or of which one position is taken.
+    """Finds the dimension with the channels, for activations that are averaged or reduced to one position.
 
-    Known is what a module of a known kind returned, if it has as many channels there as the module declares, and what
-    torch's activations, dropouts and pools made of that very tensor. What comes behind such a module counts as known
-    if it has as many channels in the same place and has not as many in the other. Everything else is taken as
-    (n, T, C) or (n, C, ...), and a warning says so once where it matters.
+    The dimension is known for the output of a module of a known kind, if it has as many channels there as the module
+    declares, and for what torch's activations, dropouts and pools make of that very tensor. What comes after such a
+    module counts as known if it has as many channels in the same place, and a different number in the other.
+    Everything else is taken as (n, T, C) or (n, C, ...), with one warning if it matters.
 
     Args:
         names: the model's modules.
-        channel_dim: the dimension, as the layer returns it, for every layer, or a mapping from layer pattern to it.
+        channel_dim: the dimension in the layer's output, for every layer, or a mapping from layer pattern to it.
     """
 
     def __init__(self, names: Mapping[str, nn.Module], channel_dim: int | Mapping[str, int] | None) -> None:
@@ -56,15 +56,16 @@ class Channels:
         self.restart()
 
     def restart(self) -> None:
-        """A forward pass begins. What was found in one holds for all others."""
+        """Begin a forward pass. What one pass has found holds for all others."""
         self._follows = not self._found
-        # By number of dimensions, since tokens made of images say nothing about images: dimension and channels.
+        # Keyed by number of dimensions, since tokens made of images say nothing about images. Values: dimension,
+        # channels.
         self._last: dict[int, tuple[int, int]] = {}
         self._known: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
         self._dims: dict[int, int] = {}
 
     def pass_through(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """A module has run."""
+        """Learn from a module that has run."""
         tensor = next(tensors_in(output), None) if self._follows else None
         if tensor is None or tensor.ndim < 3:
             return
@@ -79,7 +80,7 @@ class Channels:
             self._last[tensor.ndim] = dim, tensor.shape[dim]
 
     def _kept_dim(self, module: nn.Module, given: Tensor, returned: Tensor) -> int | None:
-        """Where the channels are in what a module made of a tensor in which they are known."""
+        """Where the channels are in a module's output, if they are known in its input."""
         dim = self._known_dim(given)
         if dim is None or given.ndim != returned.ndim:
             return None
@@ -92,13 +93,13 @@ class Channels:
         return self._dims[id(tensor)] if self._known.get(id(tensor)) is tensor else None
 
     def of(self, name: str, label: str, activation: Tensor, batch_dim: int) -> int | None:
-        """The dimension with the channels; None for (n, d), which has nothing else.
+        """The dimension with the channels; None for (n, d), which has no other.
 
         Args:
-            name: of the module.
-            label: of the layer.
-            activation: as the module returned it.
-            batch_dim: where its samples are.
+            name: name of the module.
+            label: label of the layer.
+            activation: the module's output.
+            batch_dim: the dimension with its samples.
         """
         rank = activation.ndim
         if rank < 3:
@@ -127,7 +128,7 @@ class Channels:
         return usual
 
     def warn(self) -> None:
-        """Say once which layers were taken for usual ones."""
+        """Warn once about layers whose channels were assumed to be in the usual place."""
         if self._guessed and not self._has_warned:
             self._has_warned = True
             some = ", ".join(f"{label!r} {shape}" for label, shape in list(self._guessed.items())[:5])
@@ -140,7 +141,7 @@ class Channels:
 
 
 def matters(module: nn.Module) -> bool:
-    """Whether what a module returns tells where the channels are."""
+    """Whether a module's output shows where the channels are."""
     kinds = (*(kind for kind, _, _ in _DECLARED), nn.Fold, nn.Unfold)
     is_known = isinstance(module, kinds) or _is_transparent(module)
     return is_known or any(kind.__name__ in (*_BY_NAME, "Permute") for kind in type(module).__mro__)
@@ -151,19 +152,19 @@ def _is_transparent(module: nn.Module) -> bool:
 
 
 def _puts_second(module: nn.Module, rank: int) -> bool:
-    """Whether a module is a pool over all dimensions behind the second, or makes patches: these are (n, C, ...)."""
+    """Whether the module pools over all dimensions after the second, or makes patches. Both return (n, C, ...)."""
     is_pool = _torch_file(module) == "pooling" and type(module).__name__.endswith(f"{rank - 2}d")
     return is_pool or isinstance(module, nn.Fold | nn.Unfold)
 
 
 def _torch_file(module: nn.Module) -> str:
-    """The file of torch.nn that has the class of a module, "" for a class from elsewhere."""
+    """The file of torch.nn that defines a module's class, "" for a class from elsewhere."""
     folder, _, file = type(module).__module__.rpartition(".")
     return file if folder == "torch.nn.modules" else ""
 
 
 def declared_dim(module: nn.Module, shape: Sequence[int]) -> int | None:
-    """The dimension in which the kind of a module puts its channels, if that has as many as the module declares."""
+    """The dimension in which a kind of module puts its channels, if it holds as many as the module declares."""
     named = [_BY_NAME[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _BY_NAME]
     kinds = [(dim, attribute) for kind, dim, attribute in _DECLARED if isinstance(module, kind)]
     for dim, attribute in (*named, *kinds)[:1]:

@@ -1,4 +1,4 @@
-"""`LayerRecorder.describe`: which layers there are, and which ones a run would spend its time on."""
+"""`LayerRecorder.describe`: a table of the layers, and of what each would cost in a run."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ _HEADER = ("layer", "type", "calls", "output", "features", "cost")
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer of a model, as one forward pass showed it.
+    """One layer of a model, as seen in one forward pass.
 
     Attributes:
-        layer: its label, ``name#2`` for the second call.
+        layer: label of the layer, ``name#2`` for the second call.
         type: class name of its module.
         calls: how often the module ran in the forward pass.
-        shape: of what is recorded, after the reduction that `features` asks for, samples in front.
-        features: numbers in it per sample.
-        cost: share of the Gram matrices' cost, which is in proportion to the features.
+        shape: shape of the recorded activation, after the reduction that `features` asks for, samples in front.
+        features: number of features per sample.
+        cost: share of the cost of all Gram matrices, which grows with the number of features.
     """
 
     layer: str
@@ -35,8 +35,8 @@ class Description:
 
     Attributes:
         rows: the layers that would be compared.
-        samples: in the batch that it was made from.
-        skipped: layers that would be left out -> reason.
+        samples: number of samples in the batch.
+        skipped: for each layer that would be left out, the reason.
     """
 
     rows: tuple[LayerRow, ...]
@@ -45,13 +45,13 @@ class Description:
 
     @property
     def features(self) -> int:
-        """Features of all layers together, per sample."""
+        """Number of features per sample in all layers together."""
         return sum(row.features for row in self.rows)
 
     def __str__(self) -> str:
         cells = [_HEADER, *(_cells(row) for row in self.rows)]
         widths = [max(len(line[i]) for line in cells) for i in range(len(_HEADER))]
-        # What has to give where it is too much: long names lose their beginning, long types their end.
+        # What gives way where the table is too wide: long names lose their beginning, long types their end.
         widths[1] = min(widths[1], 16)
         widths[3] = min(widths[3], 18)
         spare = WIDTH - sum(widths[1:]) - 2 * (len(_HEADER) - 1)
@@ -79,7 +79,7 @@ def _fitted(cell: str, width: int, column: int) -> str:
 
 
 def _short(number: int) -> str:
-    """Four digits at most: 802,816 is 803 k."""
+    """A number in at most four digits: 802,816 is 803 k."""
     for factor, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
         if number >= factor * 0.9995:
             value = number / factor
@@ -93,7 +93,7 @@ def described(
     calls: dict[str, int],
     skipped: dict[str, str],
 ) -> Description:
-    """The table of recorded shapes, by label in order of execution."""
+    """The table of recorded shapes, given by label in order of execution."""
     features = {}
     for layer, shape in shapes.items():
         features[layer] = 1

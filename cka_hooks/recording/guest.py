@@ -1,7 +1,7 @@
-"""Running somebody's model as a guest: afterwards it, and torch's random state, are as they were.
+"""Run somebody's model as a guest: afterwards the model and torch's random state are as they were.
 
-Everything here is undone by a method that may be called twice, so that Ctrl-C in the middle of it loses nothing:
-``try: undo() finally: undo()``.
+Everything here is undone by a method that may be called twice, so that Ctrl-C in the middle loses nothing: ``try:
+undo() finally: undo()``.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from cka_hooks.errors import ModelError, warn
 from cka_hooks.recording.layers import wrapped_attribute
 
-# Who measures: the thread, and the ids of the modules.
+# Who is measuring: the thread, and the ids of the modules.
 _claims: dict[object, tuple[int, frozenset[int]]] = {}
-# Who wants compiled code to run uncompiled, and the switch that makes it.
+# Who needs compiled code to run uncompiled, and the switch for it.
 _lock = threading.Lock()
 _eager: set[object] = set()
 _stance: list[Any] = []
-# Modules by class name that leave parts out at random, and the attribute with the rate of them.
+# Modules by class name that drop parts at random, and the attribute with the rate.
 _RANDOM = {"DropPath": "drop_prob", "StochasticDepth": "p"}
 
 
 def runnable(model: nn.Module) -> nn.Module:
-    """The module to call: without wrappers that synchronise ranks, spread over devices or run compiled code.
+    """The module to call, without wrappers that synchronise ranks, use several devices or run compiled code.
 
     ``FullyShardedDataParallel`` stays, since its parameters are whole only while it runs.
     """
@@ -39,22 +39,22 @@ def runnable(model: nn.Module) -> nn.Module:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a forward pass of the model needs all ranks that hold its parts: FSDP, tensor parallel."""
+    """Whether a forward pass needs all ranks that hold parts of the model: FSDP, tensor parallel."""
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters()) or any(
         type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
     )
 
 
 def claim(owner: object, model: nn.Module) -> None:
-    """Measure a model in this thread, until :func:`release`; a thread may do so several times.
+    """Reserve a model for this thread, until :func:`release`. One thread may do so several times.
 
     Raises:
-        ModelError: another thread measures it, or a part of it.
+        ModelError: another thread is measuring the model or a part of it.
     """
     modules = frozenset(map(id, model.modules()))
     own = threading.get_ident()
     before = _claims.get(owner)
-    # First the claim, then the look: of two threads at the same time, at least one sees the other.
+    # Claim first, then look: of two threads at the same time, at least one sees the other.
     _claims[owner] = own, modules
     alive = {thread.ident: thread.name for thread in threading.enumerate()}
     for thread, claimed in (before or (own, modules), *_claims.copy().values()):
@@ -69,21 +69,21 @@ def claim(owner: object, model: nn.Module) -> None:
 
 
 def release(owner: object) -> None:
-    """The end of a :func:`claim`; nothing where there is none."""
+    """End a :func:`claim`. Does nothing if there is none."""
     _claims.pop(owner, None)
 
 
 def run_eagerly(owner: object) -> None:
-    """Compiled code runs uncompiled from here on, since hooks do not fire in it, until `run_compiled`."""
+    """Make compiled code run uncompiled until `run_compiled`, since hooks do not fire in compiled code."""
     with _lock:
         _eager.add(owner)
-        # Whoever compiled something has imported this module; importing it for others takes seconds.
+        # A program that compiled something has imported this module. For others, the import would take seconds.
         if "torch._dynamo" in sys.modules and not _stance:
             _stance.append(torch.compiler.set_stance("force_eager"))
 
 
 def run_compiled(owner: object) -> None:
-    """The end of `run_eagerly`: compiled code runs again when the last of all owners is done, in whatever order."""
+    """End `run_eagerly`. Compiled code runs again when the last owner is done, in whatever order."""
     with _lock:
         _eager.discard(owner)
         if not _eager and _stance:
@@ -92,7 +92,7 @@ def run_compiled(owner: object) -> None:
 
 
 def remove_hooks(module: nn.Module, *owners: object) -> None:
-    """Remove every forward hook that is a method of one of them, also one whose registration was interrupted."""
+    """Remove every forward hook that is a method of an owner, even if its registration was interrupted."""
     for hooks, marks in (
         (module._forward_hooks, module._forward_hooks_with_kwargs),
         (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
@@ -104,7 +104,7 @@ def remove_hooks(module: nn.Module, *owners: object) -> None:
 
 
 def varies_in_train_mode(module: nn.Module) -> bool:
-    """Whether what a module returns in train mode depends on chance, or on the other samples of the batch."""
+    """Whether a module's output in train mode depends on chance or on the other samples of the batch."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.RReLU):
         return True
     rate = _RANDOM.get(type(module).__name__)
@@ -116,7 +116,7 @@ def varies_in_train_mode(module: nn.Module) -> bool:
 
 
 def warned_of_train_mode(varying: Mapping[str, nn.Module]) -> bool:
-    """Warn where one of these modules is in train mode, and say so."""
+    """Warn if one of these modules is in train mode, and return whether it is."""
     names = [name for name, module in varying.items() if module.training]
     if names:
         warn(
@@ -128,13 +128,13 @@ def warned_of_train_mode(varying: Mapping[str, nn.Module]) -> bool:
 
 
 def untouched(model: nn.Module) -> AbstractContextManager[None]:
-    """Eval mode inside, and after it every mode, and every buffer to the bit, as before.
+    """Put the model in eval mode, and afterwards restore every mode, and every buffer to the bit.
 
-    The flags are set one by one and not by ``eval()``, which some modules override to do more. A buffer that was None
-    is None again.
+    This sets flags one by one instead of calling ``eval()``, which some modules override to do more. A buffer that
+    was None is None again.
 
     Raises:
-        ModelError: another thread measures the model.
+        ModelError: another thread is measuring the model.
     """
     return _Untouched(model)
 
@@ -183,16 +183,16 @@ def _write_back(buffer: Tensor, copy: Tensor, version: int) -> None:
     if buffer._version != version:
         buffer.detach().copy_(copy)
     elif buffer.layout is torch.strided and 0 not in buffer.stride():
-        # What a module wrote through `.data` counts as no version, and neither does this. (Expanded tensors cannot be
+        # A write through `.data` does not count as a version, and neither does this. (Expanded tensors cannot be
         # written to.)
         buffer.data.copy_(copy)
 
 
 class RandomStream:
-    """Torch's random state for code that runs in turns with the caller's: neither sees the other's draws.
+    """A random stream for code that takes turns with the caller: neither sees the other's draws.
 
-    Inside ``with`` the stream continues where the last block left it (at first: from the caller's state), and
-    after it the caller's state is as before, on the CPU and on every device in use.
+    Inside ``with``, the stream continues where the last block left it, at first from the caller's state. Afterwards
+    the caller's state is as before, on the CPU and on every device in use.
     """
 
     def __init__(self) -> None:

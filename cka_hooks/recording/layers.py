@@ -1,4 +1,4 @@
-"""Names, globs, types and predicates to an ordered choice of modules. Knows nothing of tensors."""
+"""Turn names, globs, types and predicates into an ordered choice of modules. No tensors here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Layers = Layer | Sequence[Layer] | None
 
 # The label of the model itself, whose name in `named_modules()` is empty.
 ROOT = "(model)"
-# Wrappers whose attribute prefix is not part of a user's names, and the attribute that holds the model.
+# Wrappers whose prefix is not part of the names that a user writes, and the attribute that holds the model.
 _WRAPPERS = {
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
     "torch.nn.parallel.data_parallel.DataParallel": "module",
@@ -29,13 +29,13 @@ _WRAPPERS = {
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper": "_checkpoint_wrapped_module",
 }
 _UNFLATTEN = "torch.export.unflatten(program) is an nn.Module whose layers can be hooked"
-# Containers that are never called themselves.
+# Containers, which are never called themselves.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _CALL = re.compile(r"^(?P<pattern>.*?)(?:#(?P<call>[1-9]\d*))?$", re.DOTALL)
 
 
 def wrapped_attribute(module: nn.Module) -> str | None:
-    """The attribute under which a wrapper holds the module that it wraps, None where it is not a wrapper."""
+    """The attribute under which a wrapper holds its module; None if this is not a wrapper."""
     for cls in type(module).__mro__:
         attribute = _WRAPPERS.get(f"{cls.__module__}.{cls.__qualname__}")
         if attribute is not None:
@@ -44,18 +44,18 @@ def wrapped_attribute(module: nn.Module) -> str | None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside ``DistributedDataParallel``, ``torch.compile`` and their like."""
+    """The user's own module inside ``DistributedDataParallel``, ``torch.compile`` and the like."""
     while (attribute := wrapped_attribute(model)) is not None:
         model = getattr(model, attribute)
     return model
 
 
 def check_model(model: object) -> nn.Module:
-    """`model` itself if forward hooks can see into it.
+    """Return `model` if forward hooks can see into it.
 
     Raises:
-        ModelError: it is not an ``nn.Module``, or a kind whose submodules Python does not call, or has lazy modules
-            that never ran.
+        ModelError: it is not an ``nn.Module``, it is of a kind whose submodules Python does not call, or it has lazy
+            modules that never ran.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected an nn.Module, found {_not_a_model(model)}")
@@ -79,17 +79,17 @@ def check_model(model: object) -> nn.Module:
             )
         if any(is_lazy(tensor) for tensor in (*module.parameters(False), *module.buffers(False))):
             raise ModelError(
-                f"{where} is a {type(module).__name__}, whose shapes its first input decides: run one batch through "
+                f"{where} is a {type(module).__name__}, whose first input sets its shapes: run one batch through "
                 "the model first, `with torch.no_grad(): model(batch)`"
             )
     return model
 
 
 def refuse_weights(named: Mapping[str, object]) -> None:
-    """Refuse a ``state_dict`` in place of models by name: nobody calls features of their own "fc.weight".
+    """Refuse a ``state_dict`` where models by name are expected: nobody names their own features "fc.weight".
 
     Raises:
-        ModelError: it is one.
+        ModelError: this is a ``state_dict``.
     """
     are_tensors = all(isinstance(it, torch.Tensor) for it in named.values())
     if are_tensors and any(name.rpartition(".")[2] in ("weight", "bias") for name in named):
@@ -111,7 +111,7 @@ def _not_a_model(found: object) -> str:
 
 
 def _is_exported(module: nn.Module) -> bool:
-    """Whether it is a graph of operators; the graphs of ``torch.fx.symbolic_trace`` call modules."""
+    """Whether this is a graph of operators. Graphs of ``torch.fx.symbolic_trace`` call modules, so they are not."""
     graph = getattr(module, "graph", None)
     if not isinstance(module, torch.fx.GraphModule) or not isinstance(graph, torch.fx.Graph):
         return False
@@ -120,10 +120,10 @@ def _is_exported(module: nn.Module) -> bool:
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module that could be a layer, under the names its user knows, in order of definition.
+    """Every module that could be a layer, under the names that the user knows, in order of definition.
 
-    Without the ``module.`` and ``_orig_mod.`` that wrappers put before a name, and without parametrizations. A
-    module that stands under several names stands here under each of them.
+    The names come without the ``module.`` and ``_orig_mod.`` of wrappers, and parametrizations are left out. A module
+    that has several names is listed under each of them.
     """
     names: dict[str, nn.Module] = {}
 
@@ -148,14 +148,14 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 @dataclass(frozen=True)
 class Selection:
-    """One chosen module.
+    """A chosen module.
 
     Attributes:
-        name: its name, the first one where it has several and none was asked for.
+        name: its name; the first one if it has several and none was asked for.
         module: the module.
-        calls: numbers of the calls that are layers, counted from 1; None for all of them.
-        part: which part of the output or input is the layer, as the path after the colon; "" for the default.
-        named: whether the user asked for this very layer by name, so that leaving it out is an error.
+        calls: which calls are layers, counted from 1; None for all of them.
+        part: which part of the output or input is the layer: the path after the colon, "" for the default.
+        named: whether the user asked for this layer by name, so that leaving it out is an error.
         also: other names of the same module that were asked for.
     """
 
@@ -167,23 +167,23 @@ class Selection:
     also: tuple[str, ...] = ()
 
     def label(self, call: int, name: str | None = None) -> str:
-        """``name#2:part``: what one call of the layer is called."""
+        """The label of one call of the layer, such as ``name#2:part``."""
         return (name or self.name) + (f"#{call}" if call > 1 else "") + (f":{self.part}" if self.part else "")
 
 
 def select_layers(model: nn.Module, layers: Layers = None) -> list[Selection]:
-    """The modules that `layers` choose, in order of definition; all that can be called for None.
+    """The modules that `layers` choose, in order of definition. None chooses all modules that can be called.
 
     Args:
         model: the model, wrapped or not.
         layers: None; a name as ``named_modules()`` prints it; a glob, in which ``*`` and ``?`` stop at dots and
             ``**`` does not; a module type; a predicate ``(name, module) -> bool`` or ``(module) -> bool``; or a
             sequence of these. An exact name wins over a glob. ``name#2`` is the second call of a module in one
-            forward pass, ``name:0``, ``name:key`` or ``name:input`` a part of what it returned or was given.
+            forward pass. ``name:0``, ``name:key`` and ``name:input`` are parts of what it returned or was given.
 
     Raises:
-        LayerError: an entry that matches no module, with the closest names there are.
-        OptionError: an entry of another type.
+        LayerError: an entry matches no module. The message has the closest names.
+        OptionError: an entry is of another type.
     """
     candidates = named_layers(model)
     if layers is None:
@@ -203,21 +203,21 @@ def select_layers(model: nn.Module, layers: Layers = None) -> list[Selection]:
         raise LayerError("layers is empty: name at least one layer, or pass None for every leaf module that runs")
     found: dict[tuple[int, frozenset[int] | None, str], Selection] = {}
     for entry in entries:
-        matches = _matches(entry, candidates)
-        if not matches:
+        chosen = _chosen_by(entry, candidates)
+        if not chosen:
             raise LayerError(_no_match(entry, candidates))
-        for match in matches:
-            key = (id(match.module), match.calls, match.part)
+        for choice in chosen:
+            key = (id(choice.module), choice.calls, choice.part)
             before = found.get(key)
-            if before is None or (match.named and not before.named):
-                found[key] = match
-            elif match.named and match.name != before.name:
-                found[key] = replace(before, also=(*before.also, match.name))
+            if before is None or (choice.named and not before.named):
+                found[key] = choice
+            elif choice.named and choice.name != before.name:
+                found[key] = replace(before, also=(*before.also, choice.name))
     order = {name: i for i, name in enumerate(candidates)}
     return sorted(found.values(), key=lambda selection: order[selection.name])
 
 
-def _matches(entry: Any, candidates: dict[str, nn.Module]) -> list[Selection]:
+def _chosen_by(entry: Any, candidates: dict[str, nn.Module]) -> list[Selection]:
     if isinstance(entry, str):
         return _by_name(entry, candidates)
     if isinstance(entry, nn.Module):
@@ -257,7 +257,7 @@ def _predicate(entry: Callable[..., bool]) -> Callable[[str, nn.Module], bool]:
 def _first_names(
     candidates: dict[str, nn.Module], keep: Callable[[str, nn.Module], bool], **how: Any
 ) -> list[Selection]:
-    """Modules that pass, each once, under the first of its names that passes."""
+    """The modules that pass, each once, under the first of its names that passes."""
     found: dict[int, Selection] = {}
     for name, module in candidates.items():
         if id(module) not in found and keep(name, module):
@@ -297,7 +297,7 @@ def _by_name(entry: str, candidates: dict[str, nn.Module]) -> list[Selection]:
 
 
 def _splits(entry: str) -> list[tuple[str, str]]:
-    """A name may hold colons itself: the longest name first, the rest is the path of a part."""
+    """Split a name from the path of a part. Names may hold colons themselves, so the longest name comes first."""
     pieces = entry.split(":")
     return [(":".join(pieces[:i]), ":".join(pieces[i:])) for i in range(len(pieces), 0, -1)]
 

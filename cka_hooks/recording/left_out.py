@@ -1,4 +1,4 @@
-"""Why layers that were chosen are not in a result: what a recorder knows without a forward hook of theirs."""
+"""Say why chosen layers are not in a result, where no forward hook of theirs has run to say it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cka_hooks.recording.routes import Tap
 
 
 def twice_named(taps: Iterable[Tap]) -> dict[str, str]:
-    """Further names of modules that were asked for under several ones: label -> reason."""
+    """Further names of modules that were asked for under several names, and the reason for leaving them out."""
     return {
         selection.label(1, other): f"is the same module as {selection.name!r}"
         for tap in taps
@@ -22,12 +22,12 @@ def twice_named(taps: Iterable[Tap]) -> dict[str, str]:
 
 
 def silent(taps: Mapping[int, Tap], names: Mapping[str, nn.Module], *, by_default: bool) -> dict[str, str]:
-    """Layers that did not run in the forward passes so far: label -> reason.
+    """Layers that have not run in any forward pass so far, and the reason for each.
 
     Args:
-        taps: id of a module -> its tap.
+        taps: a tap for each module, by the module's id.
         names: the model's modules.
-        by_default: whether nobody asked for these layers: then what contains others is not expected to run.
+        by_default: whether nobody asked for these layers. Modules that contain others are then not expected to run.
     """
     skipped = {}
     for tap in taps.values():

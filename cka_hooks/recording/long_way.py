@@ -1,4 +1,4 @@
-"""The long way of an activation, where nothing is known yet: names, the axis with the samples, reasons, warnings."""
+"""The way of an activation about which nothing is known yet: find its names, axis, reasons and warnings."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from cka_hooks.recording.routes import LONG_WAY, Consumer, Pass, Route, slots_of
 
 
 class LongWay:
-    """From what a module returned to the consumer, and to an open route for the next time.
+    """Takes a module's output to the consumer, and opens a route for the next one.
 
     Args:
         names: the model's modules.
         now: the forward pass.
-        reductions: what becomes of activations.
+        reductions: reduces the activations.
         batch_dim: see :class:`cka_hooks.LayerRecorder`.
-        detach: whether activations lose their graph.
+        detach: whether to detach activations from their graph.
 
     Attributes:
-        dimension: knows which dimension has the samples.
-        shapes: label -> the shape of one sample when the layer was first recorded.
-        recorded: label -> its module, of layers that were recorded.
-        left_out: label -> why the layer was not recorded.
+        dimension: knows which dimension holds the samples.
+        shapes: for each label, the shape of one sample when the layer was first recorded.
+        recorded: for each label that was recorded, its module.
+        left_out: for each label that was not, the reason.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class LongWay:
 
     @property
     def consumer(self) -> Consumer | None:
-        """What activations are handed to."""
+        """Where activations are handed to."""
         return self._consumer
 
     @consumer.setter
@@ -63,26 +63,26 @@ class LongWay:
         self._slot = slots_of(consumer) if self._detaches else None
 
     def restart(self, samples: int | None) -> None:
-        """A forward pass of that many samples begins."""
+        """Begin a forward pass of that many samples."""
         self.dimension.start(samples)
         self._reductions.restart()
         self._has_routes = self._reductions.has_routes
         self._let_routes()
 
     def _let_routes(self) -> None:
-        """Let routes be taken where nothing in this pass needs more of a look."""
+        """Let activations take routes, unless something in this pass needs a closer look."""
         self._now.samples = (self.dimension.samples or LONG_WAY) if self._has_routes else LONG_WAY
 
     def follow(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """A hook: a module ran that tells where channels are."""
+        """Hook of a module that shows where channels are."""
         if self._now.concerns():
             self._reductions.follow(module, args, output)
 
     def go(self, route: Route, given: Any) -> None:
-        """What a module returned, or its arguments and keyword arguments, to the consumer.
+        """Take a module's output, or its arguments and keyword arguments, to the consumer.
 
         Raises:
-            LayerError: the layer was asked for by name, and cannot be recorded.
+            LayerError: the layer was asked for by name and cannot be recorded.
         """
         selection, label = route.selection, route.label
         try:
@@ -104,7 +104,7 @@ class LongWay:
         self._reductions.decide(route, activation)
         route.product = self._slot(label) if self._slot is not None else None
         route.open(given, activation)
-        # A dimension that is given for the batch, too, tells how many samples there are.
+        # A dimension that is given for the batch as well says how many samples there are.
         self._let_routes()
         self.hand_over(route, activation)
 
@@ -118,7 +118,7 @@ class LongWay:
         self.left_out.setdefault(route.label, reason)
 
     def hand_over(self, route: Route, activation: Tensor) -> None:
-        """An activation, whose axis with the samples the route knows, to the consumer."""
+        """Hand an activation to the consumer. The route knows its axis with the samples."""
         if self._detaches:
             activation = activation.detach()
         if route.label not in self.shapes:

@@ -1,4 +1,4 @@
-"""What a layer returned, or was given, to the one tensor that is its activation."""
+"""Find the one tensor in a layer's output or input that is its activation."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ INPUT = "input"
 
 
 class NotRecordable(Exception):
-    """Why a value has no activation in it; what becomes of it is the recorder's to say."""
+    """Why a value holds no activation. The recorder decides what to do about it."""
 
 
 def activation_of(value: Any, part: str = "") -> Tensor:
-    """The tensor at `part` of a value, or the first floating-point tensor in it; never another one.
+    """The tensor at `part` of a value; without `part`, the first floating-point tensor in it. Never another one.
 
     Args:
         value: a tensor, or tuples, lists, mappings and dataclasses of them, nested.
-        part: indices, keys and attributes with colons between them; negative indices count from the end.
+        part: indices, keys and attributes separated by colons. Negative indices count from the end.
 
     Raises:
-        NotRecordable: nothing stands at `part`, or what stands there is no floating-point tensor.
+        NotRecordable: there is nothing at `part`, or nothing that is a floating-point tensor.
     """
     found = value
     for step in part.split(":") if part else ():
@@ -36,24 +36,24 @@ def activation_of(value: Any, part: str = "") -> Tensor:
         if problem is None and isinstance(leaf, Tensor):
             return local(leaf)
         reason = reason or problem
-        # Numbers of items stand before what a layer computed. Behind a packed sequence stand a recurrent layer's
-        # states, behind a nested tensor attention weights, and these are not the layer's output.
+        # Integer tensors come before what a layer computed. After a packed sequence come a recurrent layer's states,
+        # and after a nested tensor attention weights; these are not the layer's output.
         if isinstance(leaf, PackedSequence) or leaf.is_nested or leaf.is_quantized or leaf.is_complex():
             break
     raise NotRecordable(reason or f"returned no tensor but {_kind(found)}")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """A distributed tensor as the whole tensor that it is a part of, any other as it is."""
+    """The whole tensor of which a distributed tensor is a part; any other tensor as it is."""
     gather = getattr(tensor, "full_tensor", None)
     return gather() if gather is not None else tensor
 
 
 def input_of(args: Sequence[Any], kwargs: Mapping[str, Any], part: str) -> Tensor:
-    """The tensor at `part` of a call's arguments: "" the first one, else an index or keyword and further.
+    """The tensor at `part` of a call's arguments: the first one for "", else an index or keyword and more steps.
 
     Raises:
-        NotRecordable: nothing stands there.
+        NotRecordable: there is nothing at `part`.
     """
     first = part.split(":")[0]
     if first and not first.lstrip("-").isdigit():
@@ -102,15 +102,15 @@ def leaves_in(value: Any) -> Iterator[Tensor | PackedSequence]:
 
 def _unusable(tensor: Tensor | PackedSequence) -> str | None:
     if isinstance(tensor, PackedSequence):
-        # One row per step of all samples together, sorted by length: no dimension of it is the batch.
-        return "returned a packed sequence: choose a layer behind pad_packed_sequence"
+        # It has one row per step of all samples together, sorted by length, so no dimension is the batch.
+        return "returned a packed sequence: choose a layer after pad_packed_sequence"
     if tensor.is_nested:
         return (
             "a nested tensor, whose samples differ in their number of features (nn.TransformerEncoder makes them of "
             "padded batches unless built with enable_nested_tensor=False; its use_nested_tensor = False stops it)"
         )
     if tensor.is_quantized:
-        return "a quantised tensor: dequantise it, or choose a layer behind it"
+        return "a quantised tensor: dequantise it, or choose a layer after it"
     if tensor.layout is not torch.strided:
         return f"a sparse tensor ({tensor.layout})"
     if tensor.is_complex():

@@ -1,8 +1,8 @@
-"""Which positions of which layers are padding: a mask of the batch is put only where it is known to belong.
+"""Find out which positions of which layers are padding: a mask is used only where it is known to belong.
 
-That a layer has as many positions as a mask decides nothing: a picture may have as many as its caption. Some samples
-of the first batch run once more, with less positions of what the mask speaks of, and the dimensions that follow have
-its positions.
+A layer that has as many positions as a mask need not belong to it: a picture may have as many as its caption. So some
+samples of the first batch run once more, with fewer positions of what the mask describes. The dimensions that follow
+have its positions.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ from cka_hooks.recording.probe import Glance, Probe, is_same
 
 MaskOf = Callable[[Any], Tensor | None]
 MaskOption = MaskOf | Mapping[str, MaskOf | None] | None
-# The key of a batch, or the user's function.
+# A key of the batch, or the user's function.
 Source = str | MaskOf
 
 MASK, DECODER_MASK, LABELS = "attention_mask", "decoder_attention_mask", "labels"
-# Labels that losses leave out.
+# The value of labels that losses leave out.
 _IGNORED = -100
 _FRAMES = "_get_feature_vector_attention_mask"
 
 
 class _Fit(NamedTuple):
-    """The dimensions of a layer that have a mask's positions, and what makes the mask one of these positions."""
+    """The dimensions of a layer with a mask's positions, and how to turn the mask into one of these positions."""
 
     dims: tuple[int, ...]
     frames: Callable[[int, Tensor], Tensor] | None = None
 
 
-# A layer with other positions, and one that nothing of what the mask speaks of has reached.
+# A layer with other positions, and one that does not depend on what the mask describes.
 _OTHER, _APART = _Fit(()), _Fit((-1,))
 
 
 class Padding:
-    """Finds the masks of each batch, and which one is of the positions of which layer.
+    """Finds the masks of each batch, and which mask belongs to the positions of which layer.
 
     Args:
         names: the model's modules.
-        mask: a function of the batch that returns its mask (n, T), nonzero where a position counts, or a mapping from
-            layer pattern to such a function, or to None for no mask. None: what the batch has under the names that
-            transformers gives them.
+        mask: a function of the batch that returns its mask (n, T), nonzero where a position counts; or a mapping from
+            layer pattern to such a function, or to None for no mask. None: the masks that the batch has under the
+            names that transformers uses.
 
     Raises:
-        OptionError: `mask` is something else.
+        OptionError: `mask` is anything else.
     """
 
     def __init__(self, names: Mapping[str, nn.Module], mask: MaskOption) -> None:
@@ -82,10 +82,10 @@ class Padding:
     # The masks of a batch
 
     def start(self, batch: Any, form: batches.Form, samples: int | None) -> None:
-        """A forward pass of a batch begins.
+        """Begin a forward pass of a batch.
 
         Raises:
-            BatchError: what `mask` returned is not a mask of the batch.
+            BatchError: `mask` did not return a mask of the batch.
         """
         self._found, self._framed, self._zeros = {}, {}, None
         for function in self._given.values:
@@ -107,19 +107,19 @@ class Padding:
 
     @property
     def needs_probe(self) -> bool:
-        """Whether the batch has a mask of which it is not known yet whose it is."""
+        """Whether the batch has a mask whose layers are not known yet."""
         return not self._probed.issuperset(self._found)
 
     @property
     def is_due(self) -> bool:
-        """Whether the warning about padding that is kept as data is still to come."""
+        """Whether the warning about padding that is kept as data may still come."""
         return "kept" not in self._warned and self.has_zeros
 
     @property
     def has_zeros(self) -> bool:
-        """Whether a mask of the batch has zeros. One on an accelerator is looked at in the first pass only.
+        """Whether a mask of the batch has zeros. A mask on an accelerator is read in the first pass only.
 
-        That waits for the device, as the probe before the first pass does.
+        Reading it waits for the device, as the probe before the first pass does.
         """
         if self._zeros is None:
             seen = (mask for mask in self._found.values() if self._is_first or mask.device.type == "cpu")
@@ -129,22 +129,22 @@ class Padding:
     # Which layer has which
 
     def confirm(self, probe: Probe, samples: int) -> None:
-        """Find out by a probe which dimensions of which layers have the positions of the batch's masks.
+        """Find out with a probe which dimensions of which layers have the positions of the batch's masks.
 
         Args:
-            probe: of the batch.
-            samples: in the batch.
+            probe: probe of the batch.
+            samples: number of samples in the batch.
         """
         for source, mask in self._found.items():
             length = mask.shape[1]
-            # A step of a recording is many of its numbers.
+            # One step of a recording stands for many of its numbers.
             less = length - (max(1, length // 4) if self._frames else 1)
             if source not in self._probed and len(mask) == samples and less > 0:
                 self._fits |= self._fits_of(source, probe, length, less)
         self._probed.update(self._found)
 
     def _fits_of(self, source: Source, probe: Probe, length: int, less: int) -> dict[tuple[str, Source], _Fit]:
-        """What a mask is to each layer; nothing where that is not known, as for layers behind an error."""
+        """How a mask fits each layer. Empty if that is not known, as for layers after an error."""
         few = probe.first.samples
         whole: list[dict[tuple[str, Source], _Fit]] = []
         broken: list[dict[tuple[str, Source], _Fit]] = []
@@ -163,7 +163,7 @@ class Padding:
                     broken.append(followed)
             if whole:
                 break
-        # Of two parts of the batch that may each be what the mask speaks of, neither is known to be.
+        # If two parts of the batch may be what the mask describes, neither is known to be.
         return found[0] if len(found := whole or broken) == 1 else {}
 
     def _fit(self, label: str, before: Glance, after: Glance, length: int, less: int) -> _Fit:
@@ -184,12 +184,12 @@ class Padding:
         return _APART if is_same(before, after) else _OTHER
 
     def of(self, name: str, label: str, shape: tuple[int, ...]) -> list[tuple[Tensor, tuple[int, ...]]]:
-        """The masks of a layer, each with the dimensions whose positions it speaks of.
+        """The masks of a layer, each with the dimensions whose positions it describes.
 
         Args:
-            name: of the module.
-            label: of the layer.
-            shape: of its activation, as the module returned it.
+            name: name of the module.
+            label: label of the layer.
+            shape: shape of the module's output.
         """
         if len(shape) < 3 or not self._found:
             return []
@@ -199,7 +199,7 @@ class Padding:
             mask: Tensor | None = self._found[source]
             assert mask is not None
             if callable(source) and (fit is None or (self._is_named and fit in (_OTHER, _APART))):
-                # Nobody but the user can know.
+                # Only the user can know.
                 fit = _Fit(tuple(dim for dim, size in enumerate(shape) if dim > 0 and size == mask.shape[1]))
             if fit is _APART:
                 continue
@@ -228,10 +228,10 @@ class Padding:
             self._framed[source, size] = frames(size, (self._found[source] != 0).long())
         return self._framed[source, size]
 
-    # What is said
+    # Warnings
 
     def keeps(self, label: str, name: str, shape: tuple[int, ...]) -> None:
-        """A layer keeps all of its positions as data. What was not confirmed may be padded where sizes are alike."""
+        """Note that a layer keeps all positions as data. An unconfirmed one may be padded if sizes are alike."""
         for source in self._sources(name) if self.is_due and len(shape) > 2 else ():
             fit, length = self._fits.get((label, source)), self._found[source].shape[1]
             lengths = {length, *(_frames_of(module, length, {}) for module in self._frames.values())}
@@ -239,10 +239,10 @@ class Padding:
                 self._kept.append(label)
 
     def warn(self, *, reduces: bool) -> None:
-        """Say once at the end of a pass where padding counts as data.
+        """At the end of a pass, warn once about padding that counts as data.
 
         Args:
-            reduces: whether positions of a layer are averaged or chosen.
+            reduces: whether any layer averages or chooses positions.
         """
         if self._kept:
             self._warn_once(
@@ -282,14 +282,14 @@ def _checked(mask: Any, samples: int | None) -> Tensor:
     if not fits:
         what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__qualname__
         raise BatchError(
-            f"mask= returned {what} for a batch of {samples} samples: expected (n, T), bool or int, nonzero where a "
+            f"mask= returned {what} for a batch of {samples} samples, expected (n, T), bool or int, nonzero where a "
             "position counts"
         )
     return found
 
 
 def _keywords(batch: Any, form: batches.Form) -> dict[str, Any]:
-    """What a batch says by name."""
+    """The fields that a batch has by name."""
     fields = batches.fields_of(form.input_of(batch))
     if fields is None and isinstance(batch, tuple) and batch and isinstance(batch[-1], Mapping):
         fields = batches.fields_of(batch[-1])
@@ -297,10 +297,10 @@ def _keywords(batch: Any, form: batches.Form) -> dict[str, Any]:
 
 
 def _tries(batch: Any, samples: int, length: int, source: Source, mask: Tensor) -> Iterator[list[set[int]]]:
-    """What a mask may speak of, by numbers of items that have as many positions: first what is likely.
+    """Sets of items that a mask may describe, by number, the likely ones first. All have as many positions as it.
 
-    Tokens and recordings are (n, T). If the model cannot run with less of these, or they decide nothing, they belong
-    to something else of that length.
+    Tokens and recordings are (n, T). If the model cannot run with fewer of these, or they decide nothing, the mask
+    belongs to something else of that length.
     """
     first, others, is_alone = set(), [], True
     for number, (key, item) in enumerate(_items(batch, samples, length)):
@@ -323,8 +323,8 @@ def _tries(batch: Any, samples: int, length: int, source: Source, mask: Tensor) 
 
 
 def _is_mask(key: str, item: Tensor, mask: Tensor) -> bool:
-    """Whether an item is the mask itself, or its opposite."""
-    # Tokens are 0 where they are padding, too.
+    """Whether an item is the mask itself or its inverse."""
+    # Tokens may be 0 at padding, too.
     is_alike = len(item.unique()) <= 2 and any(
         torch.equal(one, mask.to(item.device) != 0) for one in (item != 0, item == 0)
     )
@@ -332,12 +332,12 @@ def _is_mask(key: str, item: Tensor, mask: Tensor) -> bool:
 
 
 def _items(batch: Any, samples: int, length: int) -> list[tuple[str, Tensor]]:
-    """The keys and values of what has (n, T, ...) of a batch."""
+    """The keys and values of all (n, T, ...) items of a batch."""
     found: list[tuple[str, Tensor]] = []
 
     def look(item: Any, key: str) -> None:
         if isinstance(item, Tensor | np.ndarray) and tuple(item.shape[:2]) == (samples, length):
-            # An array would become a tensor on the default device.
+            # Without a device, an array would become a tensor on the default device.
             found.append((key, item if isinstance(item, Tensor) else torch.as_tensor(item, device="cpu")))
 
     batches.mapped(batch, look)
@@ -345,7 +345,7 @@ def _items(batch: Any, samples: int, length: int) -> list[tuple[str, Tensor]]:
 
 
 def _shortened(batch: Any, samples: int, length: int, less: int, chosen: set[int]) -> Any:
-    """A batch with less positions of the chosen ones of its `_items`."""
+    """A batch with fewer positions in the chosen ones of its `_items`."""
     number = count()
 
     def shorter(item: Any, key: str) -> Any:
@@ -357,7 +357,7 @@ def _shortened(batch: Any, samples: int, length: int, less: int, chosen: set[int
 
 
 def _frames_of(module: nn.Module, length: int, how: Mapping[str, bool]) -> int | None:
-    """How many frames a speech model makes of so many numbers of a recording, None where it cannot say."""
+    """How many frames a speech model makes of a recording of this length; None if it does not say."""
     try:
         frames: Any = module._get_feat_extract_output_lengths  # noqa: SLF001
         return int(frames(torch.tensor(length, device="cpu"), **how))
@@ -366,7 +366,7 @@ def _frames_of(module: nn.Module, length: int, how: Mapping[str, bool]) -> int |
 
 
 def _suspect(batch: Any, form: batches.Form, keywords: Mapping[str, Any]) -> str | None:
-    """What to say of something in the batch that looks like a mask which nobody used, None where nothing does."""
+    """What to say about an unused item that looks like a mask; None if there is none."""
     first = form.input_of(batch)
     shape = tuple(first.shape[:2]) if isinstance(first, Tensor) and first.ndim >= 2 else None
     entries = enumerate(batch) if isinstance(batch, tuple | list) and form.listed is None else ()

@@ -1,4 +1,4 @@
-"""Tokens and pixels as samples: which positions of a batch count, the same ones for every layer."""
+"""Use tokens and pixels as samples: choose the positions of a batch that count, the same for every layer."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from cka_hooks.recording.outputs import NotRecordable
 class Positions:
     """Chooses the positions of each batch, and takes them out of every activation that has them.
 
-    The first layer with positions decides how many a sample has, and which of them are padding. Several recorders
-    share one of these, so that layers of several models have the same positions.
+    The first layer with positions decides how many a sample has, and which of them are padding. Several recorders can
+    share one instance, so that layers of several models use the same positions.
 
     Args:
-        count: how many are drawn of each batch, None for all that are no padding.
-        seed: of the draw, which depends on nothing else but the number of the batch.
+        count: how many positions to draw from each batch; None for all that are not padding.
+        seed: seed of the draw, which depends on nothing else but the number of the batch.
 
     Attributes:
         is_shared: whether somebody else starts each batch.
-        number: of the batch, counted from 0.
-        digest: of the shapes and numbers of positions of all batches: equal where those are.
+        number: number of the batch, counted from 0.
+        digest: digest of the shapes and numbers of positions of all batches, equal if these are.
     """
 
     def __init__(self, count: int | None, seed: int) -> None:
@@ -38,7 +38,7 @@ class Positions:
         self.start(0)
 
     def start(self, number: int) -> None:
-        """A batch begins."""
+        """Begin a batch."""
         self.number = number
         self._label = ""
         self._shape: tuple[int, ...] | None = None
@@ -51,13 +51,13 @@ class Positions:
         """The chosen positions of an activation, (m, 1, C).
 
         Args:
-            label: of the layer.
+            label: label of the layer.
             tokens: (n, *positions, C).
-            masks: of padding, each with the dimensions of `tokens` that it speaks of.
-            sources: what tells these masks from others.
+            masks: masks of padding, each with the dimensions of `tokens` that it describes.
+            sources: identifies these masks among others.
 
         Raises:
-            NotRecordable: it has other positions than the first layer of the batch.
+            NotRecordable: the layer has other positions than the first layer of the batch.
         """
         shape = tuple(tokens.shape[:-1])
         if len(shape) < 2:
@@ -79,7 +79,7 @@ class Positions:
         return tokens[self._places].unsqueeze(1)
 
     def _chosen(self, kept: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor, ...] | None:
-        """The number of the sample and of the position along each dimension, in order; None for all."""
+        """The indices of the chosen positions along each dimension, in order; None for all."""
         total = torch.Size(shape).numel()
         chosen = torch.arange(total) if kept is None else kept.cpu().flatten().nonzero().squeeze(1)
         self.digest = hash((self.digest, shape, len(chosen)))
@@ -91,10 +91,10 @@ class Positions:
 
 
 def positions_of(per: Any, positions: Any, seed: Any) -> Positions | None:
-    """What chooses positions, None where samples are those of the batch. What is shared stays what it is.
+    """The object that chooses positions; None if samples are those of the batch. A shared one is returned as it is.
 
     Raises:
-        OptionError: an option has a value that it cannot have.
+        OptionError: an option has an invalid value.
     """
     if isinstance(positions, Positions):
         return positions

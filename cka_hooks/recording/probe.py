@@ -1,9 +1,9 @@
-"""Which dimension of each layer has the samples: a batch runs smaller, and in other order, before anything counts.
+"""Confirm the dimension with the samples: run the first batch smaller and in another order before anything counts.
 
-A size that coincides decides nothing. First a few samples of the batch run, then one fewer of them, in another order.
-A dimension has the samples if its size follows and its slices are those of the same samples. Where that cannot be
-done, two dimensions follow, or the model draws random numbers, with which it may shuffle its samples, the whole batch
-runs as it is and in reversed order.
+A size that happens to match decides nothing. First a few samples of the batch run, then one fewer of them, in another
+order. A dimension holds the samples if its size follows and its slices are those of the same samples. If this cannot
+be done, if two dimensions follow, or if the model draws random numbers (with which it may shuffle its samples), the
+whole batch runs as it is and in reversed order.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from torch import Tensor
 from cka_hooks.recording.batches import cut
 from cka_hooks.recording.snapshot import Snapshot
 
-# Samples of the smaller pass. With one or two, dimensions of that size are squeezed away or are there anyway.
+# Samples in the smaller pass. With one or two, dimensions of that size may be squeezed away, or exist anyway.
 FEW = 3
-# Slices of the whole batch that are looked at, and numbers of all of them together.
+# How many slices of the whole batch to look at, and how many numbers of all of them together.
 _SLICES = 256
 _NUMBERS = 8192
-# Slices are those of the same sample where they differ by at most this share of what differs between samples.
+# Two slices are of the same sample if they differ by at most this share of the difference between samples.
 _ALIKE = 0.1
 
-# The smaller passes do not decide it.
+# Not decided by the smaller passes.
 OPEN = "open"
 
 Take = Callable[[str, Tensor, bool], None]
-# Runs the model on a batch and hands every layer's activation to a function, with whether its module's kind puts the
-# samples into dimension 1.
+# Runs the model on a batch and hands every layer's activation to a function, together with whether the kind of its
+# module puts the samples into dimension 1.
 Run = Callable[[Any, Take], None]
 
 
 class Glance(NamedTuple):
-    """What a pass showed of one layer.
+    """What one pass showed of one layer.
 
     Attributes:
-        shape: of its activation.
-        slices: (positions, numbers) of each dimension that has as many entries as the pass had samples.
+        shape: shape of its activation.
+        slices: for each dimension with as many entries as the pass had samples, (positions, numbers).
         second: whether the kind of its module puts the samples into dimension 1.
-        eps: of its dtype.
+        eps: eps of its dtype.
     """
 
     shape: tuple[int, ...]
@@ -55,11 +55,11 @@ class Look:
     """One pass over some samples of the batch.
 
     Attributes:
-        samples: how many.
-        positions: which of them are looked at.
-        seen: what each layer showed, the first call of each label.
+        samples: number of samples.
+        positions: which samples to look at.
+        seen: what each layer showed in the first call of its label.
         drew: whether the model drew random numbers.
-        problem: what ended it early, None where it ran through.
+        problem: the error that ended the pass early, None if it ran through.
     """
 
     def __init__(self, run: Run, snapshot: Snapshot, batch: Any, samples: int, positions: Sequence[int]) -> None:
@@ -87,7 +87,7 @@ class Look:
 
 
 def _numbers(activation: Tensor, dim: int, positions: Sequence[int]) -> Tensor:
-    """Some numbers of some slices, the same ones of each, as (positions, numbers) in float64 on the CPU."""
+    """Some numbers of some slices, the same in each slice, as (positions, numbers) in float64 on the CPU."""
     index = torch.tensor(positions, device=activation.device)
     rows = activation.detach().index_select(dim, index).movedim(dim, 0).reshape(len(positions), -1)
     step = max(1, rows.numel() // _NUMBERS)
@@ -95,18 +95,18 @@ def _numbers(activation: Tensor, dim: int, positions: Sequence[int]) -> Tensor:
 
 
 class Probe:
-    """Passes over parts of a batch, after each of which the model and all random states are as before.
+    """Passes over parts of a batch. After each, the model and all random states are as before.
 
     Args:
         run: runs the model on a batch.
-        snapshot: of the model.
+        snapshot: snapshot of the model.
         batch: the first batch.
-        samples: in it.
+        samples: number of samples in it.
 
     Attributes:
         few: a few samples of the batch.
-        chosen: the numbers of these.
-        first: the pass over these.
+        chosen: their numbers in the batch.
+        first: the pass over them.
     """
 
     def __init__(self, run: Run, snapshot: Snapshot, batch: Any, samples: int) -> None:
@@ -117,14 +117,14 @@ class Probe:
         self.first = self.look(self.few, count)
 
     def look(self, batch: Any, samples: int, positions: Sequence[int] | None = None) -> Look:
-        """A pass over a batch of that many samples, of which those at `positions`, or all, are looked at."""
+        """Make a pass over a batch of that many samples, and look at those at `positions`, or at all."""
         return Look(self._run, self._snapshot, batch, samples, range(samples) if positions is None else positions)
 
     def sample_dimensions(self, *, always: bool = False) -> Findings:
-        """The dimension with the samples of every layer that runs.
+        """Find the dimension with the samples of every layer that runs.
 
         Args:
-            always: make every pass, also one that is not needed: as ranks must that make each one together.
+            always: make every pass, even if it is not needed. Ranks that make each pass together must do so.
         """
         first, samples = self.first, self._samples
         order = {1: [0, 0], 2: [1, 0, 0]}.get(first.samples, [2, 0])
@@ -152,8 +152,8 @@ class Findings(NamedTuple):
     """What a probe found.
 
     Attributes:
-        dimensions: label -> the dimension with the samples, None where none has them, or why it is not known.
-        problem: why the model cannot run on the batch at all, None where it can.
+        dimensions: for each label, the dimension with the samples, None if there is none, or why it is not known.
+        problem: why the model cannot run on the batch at all, None if it can.
     """
 
     dimensions: dict[str, int | str | None]
@@ -170,7 +170,7 @@ def is_same(before: Glance, after: Glance) -> bool:
 
 
 def _by_size(label: str, first: Look, second: Look, order: list[int]) -> int | str | None:
-    """The dimension whose size and slices follow the samples, None where none does; OPEN where that does not tell."""
+    """The dimension whose size and slices follow the samples; None if none does, OPEN if this does not decide it."""
     before, after = first.seen.get(label), second.seen.get(label)
     if before is None or after is None:
         return OPEN if first.problem or second.problem else "ran for some samples and not for others"
@@ -179,7 +179,7 @@ def _by_size(label: str, first: Look, second: Look, order: list[int]) -> int | s
     sure = [dim for dim in fitting if alike[dim]]
     if len(sure) == 1:
         return sure[0]
-    # Where its samples are all the same, or have other random numbers in each pass, only the size can tell.
+    # If its samples are all the same, or get other random numbers in each pass, only the size can decide.
     silent = first.drew or second.drew or (len(fitting) == 1 and alike[fitting[0]] is None)
     if silent and len(fitting) == 1 and fitting[0] in (0, int(before.second)):
         return fitting[0]
@@ -187,7 +187,7 @@ def _by_size(label: str, first: Look, second: Look, order: list[int]) -> int | s
 
 
 def _alike(before: Glance, after: Glance, dim: int, order: Sequence[int]) -> bool | None:
-    """Whether slices of one pass are those of the same samples in the other; None where no number could tell."""
+    """Whether the slices of two passes are those of the same samples; None if the numbers cannot show it."""
     a, b = before.slices[dim], after.slices[dim]
     if a.shape[1] != b.shape[1]:
         return None
@@ -200,16 +200,16 @@ def _alike(before: Glance, after: Glance, dim: int, order: Sequence[int]) -> boo
 
 
 def _may_be_fixed(before: tuple[int, ...], after: tuple[int, ...], samples: int, fewer: int) -> bool:
-    """Whether the samples may have a dimension of their own in the whole batch only, as in ``x.view(8, -1, d)``.
+    """Whether samples may have a dimension of their own only in the whole batch, as in ``x.view(8, -1, d)``.
 
-    Windows, heads or beams that are folded into dimension 0 have none there either.
+    Windows, heads or beams that are folded into dimension 0 do not have one there either.
     """
     folded = before[1:] == after[1:] and before != after and before[0] * fewer == after[0] * samples
     return before != after and not folded and math.prod(before) * fewer == math.prod(after) * samples
 
 
 def _by_order(label: str, whole: Look, turned: Look, problem: str | None) -> int | str | None:
-    """The dimension whose slices are turned round with the samples, None where none is, or why it is not known."""
+    """The dimension whose slices are reversed along with the samples; None if none is, or why it is not known."""
     before, after = whole.seen.get(label), turned.seen.get(label)
     if before is None or after is None:
         return _unknown(problem)
@@ -220,13 +220,13 @@ def _by_order(label: str, whole: Look, turned: Look, problem: str | None) -> int
     if problem and fitting:
         return _unknown(problem)
     which = f"dimensions {sure} all" if sure else f"none of the dimensions {fitting} with the batch's size"
-    return f"{which} followed the samples when these were turned round" if fitting else None
+    return f"{which} followed the samples when these were reversed" if fitting else None
 
 
 def _shuffled(label: str, whole: Look, turned: Look, dim: int | str | None) -> bool:
     """Whether several slices are those of other samples, to the last digits.
 
-    Slices that look like others of the same pass do not count, such as zeros, and neither do slices at the same
+    Slices that look like others of the same pass, such as zeros, do not count. Neither do slices at the same
     position: random numbers are the same there, and where a sample is black they are all there is.
     """
     before, after = whole.seen.get(label), turned.seen.get(label)

@@ -1,7 +1,7 @@
-"""`LayerRecorder`: hooks on named modules, each activation handed over inside its hook, hooks off again.
+"""`LayerRecorder`: hooks on named modules that hand over each activation, and are removed afterwards.
 
-A hook runs before the next module does, so what it hands over is what the layer returned: an in-place
-operation further on (the ``ReLU(inplace=True)`` after a ``bn1``) cannot have changed it yet.
+A hook runs before the next module does, so it hands over what the layer returned. An in-place operation further on
+(the ``ReLU(inplace=True)`` after a ``bn1``) cannot have changed it yet.
 """
 
 from __future__ import annotations
@@ -33,49 +33,49 @@ from cka_hooks.recording.snapshot import Snapshot
 
 
 class LayerRecorder:
-    """Hands what named layers of a model return to a consumer, while they run.
+    """Hands the activations of named layers to a consumer while the model runs.
 
-    Inside ``with`` every forward pass of the model calls ``consumer(layer, activation)`` for each layer, in
-    order of execution. The model is not changed: its mode and gradients are its user's, its output is its
-    own, and when the block ends the hooks are gone. :meth:`stream` runs a loader and yields copies instead,
-    :meth:`describe` shows which layers there are.
+    Inside ``with``, every forward pass of the model calls ``consumer(layer, activation)`` for each layer, in order of
+    execution. The model stays as it is: its mode, its gradients and its output are not touched, and the hooks are
+    removed when the block ends. :meth:`stream` runs a loader and yields copies instead. :meth:`describe` shows which
+    layers there are.
 
-    A forward pass begins when the model is called. Where only parts of it are called, as Lightning does in its
+    A forward pass begins when the model is called. If you call only parts of it, as Lightning does in
     ``validation_step``, say so: ``with recorder.forward_pass(batch): ...``.
 
     Args:
-        model: any ``nn.Module``. Wrappers (``DistributedDataParallel``, ``DataParallel``, ``torch.compile``) are
-            looked through; compiled code runs uncompiled inside the block, since hooks do not fire in it.
-        layers: which layers, see :func:`cka_hooks.recording.layers.select_layers`. None: every leaf module that runs,
-            where a module counts as a leaf if none of its descendants ran.
-        consumer: called as ``consumer(label, activation)`` with the samples in dimension 0. The activation
-            is the layer's own tensor: whoever keeps it must copy it.
-        features: a reduction of each activation before it is handed over, or a mapping from layer pattern
-            to one; see :func:`cka_hooks.features.feature_rows`. "flatten" hands over the activation as it is.
-        batch_dim: the dimension with the samples, where it is not known: for the batch and all layers, or a
-            mapping from layer pattern to it.
-        channel_dim: the dimension with the channels, as the layer returns it, where a reduction needs it and it
-            is not known: for all layers, or a mapping from layer pattern to it.
+        model: any ``nn.Module``. The recorder looks through wrappers (``DistributedDataParallel``, ``DataParallel``,
+            ``torch.compile``). Compiled code runs uncompiled inside the block, since hooks do not fire in it.
+        layers: which layers to record, see :func:`cka_hooks.recording.layers.select_layers`. None: every leaf module
+            that runs. A module counts as a leaf if none of its descendants ran.
+        consumer: called as ``consumer(label, activation)`` with the samples in dimension 0. The activation is the
+            layer's own tensor; copy it if you want to keep it.
+        features: how to reduce each activation before it is handed over, or a mapping from layer pattern to a
+            reduction; see :func:`cka_hooks.features.feature_rows`. "flatten" hands over the activation as it is.
+        batch_dim: the dimension with the samples, if it is not known: one for the batch and all layers, or a mapping
+            from layer pattern to dimension.
+        channel_dim: the dimension with the channels in the layer's output, if a reduction needs it and it is not
+            known: one for all layers, or a mapping from layer pattern to dimension.
         mask: a function of the batch that returns the mask (n, T) of its padding, bool or int, nonzero where a
-            position counts, or a mapping from layer pattern to such functions. In a loop of your own the batch is
-            what the model was called with. None: ``attention_mask`` and ``decoder_attention_mask``.
-        per: "sample", or "position" to hand over each token or pixel that is no padding as a sample, (m, C). Layers
-            with other positions than the first are left out. A `features` callable then gets what a layer returned,
-            and may return any number of rows, the same for all layers.
-        positions: with ``per="position"``, so many of each batch, drawn at random and the same for all layers.
-        seed: of that draw.
+            position counts; or a mapping from layer pattern to such functions. In your own loop, the batch is what
+            you call the model with. None: ``attention_mask`` and ``decoder_attention_mask``.
+        per: "sample", or "position" to hand over each token or pixel that is not padding as a sample, (m, C). Layers
+            with other positions than the first are left out. A `features` callable then gets the layer's output and
+            may return any number of rows, the same for all layers.
+        positions: with ``per="position"``, how many positions of each batch to draw at random, the same for all
+            layers.
+        seed: seed of that draw.
         forward: ``(model, batch) -> anything``, how :meth:`stream` runs the model.
-        detach: hand activations over without their graph. False keeps it, so that a loss of them can be
-            differentiated; a consumer that copies has to keep it, too.
-
+        detach: whether to detach activations from their graph. Pass False to differentiate a loss of them; a consumer
+            that copies them must then keep the graph, too.
     Attributes:
-        only_in_passes: record nothing outside of :meth:`forward_pass`, so that of several recorders on one module
-            each sees the passes that were made for it.
+        only_in_passes: whether to record nothing outside of :meth:`forward_pass`. With several recorders on one
+            module, each then sees only the passes that were made for it.
 
     Raises:
-        ModelError: a ``ScriptModule`` or something else that hooks cannot see into.
-        LayerError: an entry of `layers` that matches nothing.
-        OptionError: `features` is not a reduction; ``with`` has no consumer.
+        ModelError: the model is a ``ScriptModule`` or something else that hooks cannot see into.
+        LayerError: an entry of `layers` matches nothing.
+        OptionError: `features` is not a reduction, or ``with`` is used without a consumer.
 
     Example:
         >>> import torch
@@ -122,13 +122,13 @@ class LayerRecorder:
         self._entered, self._managed = 0, False
         self._form: batches.Form | None = None
         self.only_in_passes = False
-        # Activations that keep their graph are there to train with.
+        # Activations that keep their graph are for training.
         self._varying = {name: m for name, m in self._names.items() if detach and guest.varies_in_train_mode(m)}
         self._started = False
 
     @property
     def consumer(self) -> Consumer | None:
-        """What activations are handed to."""
+        """Where activations are handed to."""
         return self._long_way.consumer
 
     @consumer.setter
@@ -140,7 +140,7 @@ class LayerRecorder:
     # Attaching
 
     def __enter__(self) -> LayerRecorder:
-        """Hooks on.
+        """Put the hooks on.
 
         Raises:
             OptionError: there is no consumer.
@@ -170,7 +170,7 @@ class LayerRecorder:
             self._leave(depth)
         finally:
             self._leave(depth)
-        # An accumulator keeps it for its result.
+        # An accumulator keeps the reasons for its result.
         skips = getattr(getattr(self.consumer, "__self__", None), "skips", None)
         if skips is not None and self._started:
             skips(self.skipped)
@@ -185,7 +185,7 @@ class LayerRecorder:
             tap.attach()
 
     def _leave(self, depth: int) -> None:
-        """Be entered `depth` times. Twice is as good as once, since Ctrl-C may have broken off the first time."""
+        """Leave until entered only `depth` times. A second call is harmless: Ctrl-C may cut the first short."""
         if depth <= 0:
             for module in self._modules:
                 guest.remove_hooks(module, self, self._long_way)
@@ -198,29 +198,29 @@ class LayerRecorder:
         self._listen()
 
     def _listen(self) -> None:
-        """Record the calls of this thread where any are to be recorded now."""
+        """Record the calls of this thread if any are to be recorded now."""
         self._now.thread = get_ident() if self._entered and (self._managed or not self.only_in_passes) else 0
 
     # One forward pass
 
     def forward_pass(self, batch: Any, *, limit: int | None = None) -> AbstractContextManager[None]:
-        """One minibatch, whose samples and padding are read off the batch and not off the model's arguments.
+        """A minibatch whose samples and padding are read from the batch, not from the model's arguments.
 
-        Inside it, every call of a module counts towards ``name#2``, also if the model is called repeatedly.
+        Inside the block, every call of a module counts towards ``name#2``, even if the model is called repeatedly.
 
         Args:
             batch: what the loader yielded.
-            limit: hand over only that many samples, the first ones.
+            limit: how many samples to hand over, from the first one on.
         """
         return self._pass(self._given(batch, None), limit)
 
     def run(self, batch: Any, *, limit: int | None = None, number: int | None = None) -> Any:
-        """One minibatch through the model: :meth:`confirm`, where that is due, and a :meth:`forward_pass`.
+        """Run the model on a minibatch: :meth:`confirm` if that is due, then a :meth:`forward_pass`.
 
         Args:
             batch: what the loader yielded.
-            limit: hand over only that many samples, the first ones.
-            number: of the batch, counted from 0, for messages.
+            limit: how many samples to hand over, from the first one on.
+            number: number of the batch, counted from 0, for messages.
 
         Returns:
             What the model returned.
@@ -233,11 +233,11 @@ class LayerRecorder:
             return self._call(batch, number)
 
     def confirm(self, batch: Any) -> None:
-        """Find out from the first batch what the kinds of modules do not say; :meth:`run` does it where it is due.
+        """Find out from the first batch what the kinds of modules do not say. :meth:`run` does this when it is due.
 
-        The model runs on a few samples of the batch and on one fewer, to see which dimensions follow; where these do
-        not tell, on the whole batch as it is and in reversed order. With a mask in the batch, it runs on fewer
-        positions, too. Then the model, its attributes and all random states are as before.
+        The model runs on a few samples of the batch and on one fewer, to see which dimensions follow. If this does
+        not decide it, the model runs on the whole batch as it is and in reversed order. If the batch has a mask, the
+        model also runs on fewer positions. Afterwards the model, its attributes and all random states are as before.
 
         Raises:
             BatchError: a module with ``batch_first=False`` gets its samples in dimension 0.
@@ -263,7 +263,7 @@ class LayerRecorder:
             dimension.settle_plain(unwrap(self.model), given.value.ndim)
         if dimension.is_settled and not self._reductions.needs_probe:
             return
-        # What is cut out of a batch is not part of its graph.
+        # Tensors cut out of a batch are not part of its graph.
         with torch.no_grad():
             snapshot = Snapshot(guest.runnable(self.model))
             probe = Probe(partial(self._show, given.call), snapshot, given.parts, given.shape[0])
@@ -272,7 +272,7 @@ class LayerRecorder:
             self._reductions.confirm(probe, given)
 
     def _show(self, call: Callable[[Any], Any], batch: Any, take: Take) -> None:
-        """A pass that hands nothing over: what layers return is shown to a probe."""
+        """Run a pass that hands nothing over: a probe sees the layers' outputs."""
         managed, self._managed = self._managed, True
         try:
             self._listen()
@@ -320,20 +320,21 @@ class LayerRecorder:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of one sample, (...) of (n, ...), when the layer was first recorded: label -> shape."""
+        """For each label, the shape of one sample when the layer was first recorded: (...) of (n, ...)."""
         return self._long_way.shapes
 
     @property
     def sample_axes(self) -> dict[str, str]:
-        """How the dimension with the samples is known, of each layer that was recorded: label -> word.
+        """For each recorded label, how the dimension with the samples is known.
 
-        "named" by `batch_dim`, "known" from the kinds of all modules, or "confirmed by a probe" of the first batch.
+        One of "named" (by `batch_dim`), "known" (from the kinds of all modules) and "confirmed by a probe" of the
+        first batch.
         """
         return dict(self._long_way.dimension.evidence)
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Layers that were chosen and not recorded, with the reason: label -> sentence."""
+        """Layers that were chosen and not recorded, each with the reason as a sentence."""
         skipped = {**self._long_way.left_out, **twice_named(self._taps.values())}
         if self._started:
             skipped.update(silent(self._taps, self._names, by_default=self._by_default))
@@ -342,11 +343,11 @@ class LayerRecorder:
     # Running a loader
 
     def stream(self, loader: Iterable[Any]) -> Iterator[dict[str, Tensor]]:
-        """Run the model over a loader and yield ``{layer: activation}``, one dict a batch, in order.
+        """Run the model over a loader and yield ``{layer: activation}``, one dict per batch, in order.
 
-        The activations are copies on the model's device, samples in dimension 0: nothing that happens later
-        changes them, and they are ordinary tensors. The model runs in eval mode and without gradients, and is
-        as it was whenever the caller has control.
+        The activations are copies on the model's device, samples in dimension 0. They are ordinary tensors, and
+        nothing that happens later changes them. The model runs in eval mode and without gradients. Whenever your code
+        has control, the model is as it was.
 
         Args:
             loader: anything that yields batches, see :func:`cka_hooks.recording.batches.arguments`.
@@ -377,12 +378,12 @@ class LayerRecorder:
             yield dict(copies)
 
     def describe(self, batch: Any) -> Description:
-        """The table of layers that a run over such batches would compare: see it before a long run.
+        """A table of the layers that a run over such batches would compare, to look at before a long run.
 
-        One forward pass; the model, and torch's random state, are as before.
+        This takes one forward pass. The model and torch's random state are as before.
 
         Args:
-            batch: what a loader yields.
+            batch: a batch from your loader.
 
         Raises:
             LayerError: none of the chosen layers ran.
@@ -415,7 +416,7 @@ class LayerRecorder:
         )
 
     def _run(self, batch: Any, consumer: Consumer, random_stream: guest.RandomStream) -> None:
-        """One batch through the model, to another consumer than the recorder's own."""
+        """Run the model on one batch, with another consumer than the recorder's own."""
         model = guest.runnable(self.model)
         ran = False
 
@@ -431,7 +432,7 @@ class LayerRecorder:
             with random_stream, visit, self, torch.no_grad():
                 self.run(batch)
         finally:
-            # For Ctrl-C in the first instant of leaving.
+            # Needed if Ctrl-C arrives in the first instant of leaving.
             self._leave(depth)
             visit.__exit__(None, None, None)
             torch.set_grad_enabled(with_gradients)
@@ -441,7 +442,7 @@ class LayerRecorder:
 
 
 class _Copies(dict[str, Tensor]):
-    """A consumer that keeps copies: what it was given may change behind the hook."""
+    """A consumer that keeps copies, since the tensors it is given may change after the hook."""
 
     def take(self, layer: str, activation: Tensor) -> None:
         # A tensor made in inference mode could not be used in autograd later.
@@ -450,6 +451,6 @@ class _Copies(dict[str, Tensor]):
 
 
 def nothing_ran(skipped: Mapping[str, str]) -> str:
-    """The message where a forward pass recorded no layer at all."""
+    """The message for a forward pass that recorded no layer at all."""
     reasons = "; ".join(f"{layer!r} {reason}" for layer, reason in list(skipped.items())[:5])
     return f"none of the chosen layers was recorded: {reasons or 'the model called none of its modules'}"

@@ -1,4 +1,4 @@
-"""What becomes of an activation before it is handed over: samples, channels and padding known, positions reduced."""
+"""Reduce an activation before it is handed over: find samples, channels and padding, then reduce positions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cka_hooks.recording.positions import Positions
 from cka_hooks.recording.probe import Probe
 from cka_hooks.recording.routes import Route
 
-# What becomes of an activation whose positions are samples.
+# The reduction of an activation whose positions are samples.
 POSITION = "position"
 Features = Reduction | str | Mapping[str, Reduction | str]
 
@@ -26,17 +26,17 @@ class Reductions:
 
     Args:
         names: the model's modules.
-        chosen: names of those that are layers.
+        chosen: names of the modules that are layers.
         features: a reduction, or a mapping from layer pattern to one.
         channel_dim: see :class:`cka_hooks.recording.channels.Channels`.
         mask: see :class:`cka_hooks.recording.padding.Padding`.
-        positions: chooses those that are samples; None where samples are those of the batch.
+        positions: chooses the positions that are samples; None if samples are those of the batch.
 
     Attributes:
-        followed: modules that have to be shown to `follow` when they run.
+        followed: modules that `follow` has to see when they run.
 
     Raises:
-        OptionError: one of these has a value that it cannot have.
+        OptionError: an argument has an invalid value.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class Reductions:
             check_reduction(reduction)
             if positions is not None and not callable(reduction) and reduction != "flatten":
                 raise OptionError(
-                    f'per="position" and features={reduction!r} exclude each other: each position is a sample, and '
-                    "there is nothing to average or to choose. Leave features= out"
+                    f'per="position" and features={reduction!r} exclude each other: each position is a sample, so '
+                    "there is nothing to average or choose: leave features= out"
                 )
         reductions = [self.of(name) for name in chosen]
         self._keeps = "flatten" in reductions
@@ -74,11 +74,11 @@ class Reductions:
         return POSITION if self._positions is not None and reduction == "flatten" else reduction
 
     def is_free(self, name: str) -> bool:
-        """Whether what a module returned is handed as it is to a function that makes any number of samples of it."""
+        """Whether a module's output goes as it is to a function that may make any number of samples of it."""
         return self._positions is not None and callable(self.of(name))
 
     def begin(self, given: Given, samples: int | None, limit: int | None) -> None:
-        """A batch of that many samples comes, of which `limit` count."""
+        """Begin a batch of that many samples, of which `limit` count."""
         self._limit = limit
         self._samples = samples
         if self._positions is not None and not self._positions.is_shared:
@@ -86,17 +86,17 @@ class Reductions:
         self._padding.start(given.batch, given.form, samples)
 
     def restart(self) -> None:
-        """A forward pass begins."""
+        """Begin a forward pass."""
         self._channels.restart()
 
     @property
     def has_routes(self) -> bool:
-        """Whether an activation that is kept as it is needs no look at it."""
+        """Whether an activation that is kept as it is can skip the long way."""
         return self._limit is None and not (self._keeps and self._padding.is_due)
 
     @property
     def needs_probe(self) -> bool:
-        """Whether the batch has a mask for layers whose positions are reduced, and nothing says which these are."""
+        """Whether the batch has a mask for layers that reduce positions, and nothing says which layers these are."""
         return self._reduces and self._padding.needs_probe
 
     def confirm(self, probe: Probe, given: Given) -> None:
@@ -105,13 +105,13 @@ class Reductions:
             self._padding.confirm(probe, given.shape[0])
 
     def decide(self, route: Route, activation: Tensor) -> None:
-        """Find out what is the same in every batch."""
+        """Set what stays the same in every batch."""
         route.reduction = self.of(route.selection.name)
         if isinstance(route.reduction, str) and route.reduction != "flatten":
             route.channels = self._channels.of(route.selection.name, route.label, activation, route.axis)
 
     def rows(self, route: Route, activation: Tensor) -> Tensor:
-        """An activation with the samples in front, as features (n, P, C) where it is reduced."""
+        """An activation with the samples in front; features (n, P, C) if it is reduced."""
         name, label = route.selection.name, route.label
         if self.is_free(name):
             return self._free(route, activation)
@@ -130,7 +130,7 @@ class Reductions:
         return feature_rows(activation, route.reduction, batch_dim=route.axis, masks=masks, channels=route.channels)
 
     def _free(self, route: Route, activation: Tensor) -> Tensor:
-        """What a function makes of an activation whose samples it knows."""
+        """The user's function of an activation whose samples only that function knows."""
         assert callable(route.reduction)
         if self._limit is not None and (self._samples is None or self._limit < self._samples):
             raise BatchError(
@@ -146,6 +146,6 @@ class Reductions:
         return memory_order(rows)
 
     def warn(self) -> None:
-        """Say at the end of a pass what was guessed, and where padding counts as data; once in all passes."""
+        """At the end of a pass, warn about guesses and about padding that counts as data, once in all passes."""
         self._channels.warn()
         self._padding.warn(reduces=self._reduces)

@@ -1,9 +1,9 @@
-"""The way of one activation, hook -> route -> product: what no batch changes is decided once.
+"""How an activation gets from a hook to its product: what is the same in every batch is decided once.
 
-A hook belongs to the :class:`Tap` of one module, which counts its calls. Each call has a :class:`Route` for each
-layer that it is. The first activation of a route goes the long way, where the recorder finds the tensor, the axis
-with the samples and the reduction, and where reasons and warnings live. The recorder then opens the route, and later
-activations that are alike in everything but their sizes go straight on.
+Each hook belongs to the :class:`Tap` of a module, which counts the module's calls. Each call has one :class:`Route`
+for each layer that it stands for. The first activation takes the long way: the recorder finds the tensor, the axis
+with the samples and the reduction, and this is where reasons and warnings are made. The recorder then opens the
+route. Later activations that differ only in their sizes go straight on.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ LONG_WAY = -1
 
 
 class Pass:
-    """What belongs to the forward pass that is under way.
+    """The state of the forward pass that is under way.
 
     Attributes:
-        thread: the one whose calls are recorded, 0 while none are.
-        samples: in the batch, or LONG_WAY where no route may be taken.
-        show: where the pass is a probe and hands nothing over, takes label, activation and whether the module's kind
-            puts the samples into dimension 1.
+        thread: the thread whose calls are recorded, 0 while none are.
+        samples: number of samples in the batch, or LONG_WAY if no route may be taken.
+        show: in a probe, which hands nothing over, a function of the label, the activation and whether the kind of
+            module puts the samples into dimension 1.
     """
 
     __slots__ = ("__weakref__", "samples", "show", "thread")
@@ -53,16 +53,16 @@ class Pass:
         _passes.add(self)
 
     def concerns(self) -> bool:
-        """Whether what runs now belongs to the pass.
+        """Whether the code that runs now belongs to the pass.
 
-        Not another thread's call, and not what runs in a backward pass: there, activation checkpointing calls
-        modules again whose activations were recorded.
+        Calls in other threads do not, and neither do calls in a backward pass: there, activation checkpointing calls
+        modules again whose activations were already recorded.
         """
         return get_ident() == self.thread and _current_graph_task_id() == -1
 
     @contextmanager
     def shown_to(self, show: Callable[[str, Tensor, bool], None]) -> Iterator[None]:
-        """A probe, which is nothing to other recorders in this thread."""
+        """Run a probe, hidden from other recorders in this thread."""
         others = [other for other in _passes if other is not self and other.thread == get_ident()]
         before = self.show
         try:
@@ -80,12 +80,12 @@ _passes: WeakSet[Pass] = WeakSet()
 
 
 def slots_of(consumer: Consumer | None) -> Callable[[str], Product | None] | None:
-    """How a consumer hands out a product for each label, None where it has to be called with label and activation.
+    """How a consumer hands out a product for each label; None if it has to be called with label and activation.
 
-    A consumer is the method of an object (or can itself be called), and that object may have a method
-    ``slot(label)``. What it returns is called with (n, P, C) features of that layer, to the same effect as
-    the consumer with the label and the activation, or is None where only the consumer will do. A subclass that
-    overrides the consumer alone has no slots.
+    A consumer is a method of an object, or an object that can be called. That object may also have a method
+    ``slot(label)``. It returns a function that takes (n, P, C) features of the layer and has the same effect as
+    calling the consumer, or None if only the consumer will do. A subclass that overrides only the consumer has no
+    slots.
     """
     owner = getattr(consumer, "__self__", consumer)
     name = "__call__" if owner is consumer else getattr(consumer, "__name__", "")
@@ -98,24 +98,24 @@ def slots_of(consumer: Consumer | None) -> Callable[[str], Product | None] | Non
 
 
 def is_input(selection: Selection) -> bool:
-    """Whether a layer is what its module is given."""
+    """Whether the layer is the input of its module."""
     return selection.part.split(":")[0] == outputs.INPUT
 
 
 class Route:
-    """One layer of one call of a module: from what the module returned to the product of its Gram matrix.
+    """One layer of one call of a module, from the module's output to the product of its Gram matrix.
 
     Attributes:
-        label: the layer's.
-        selection: what chose it.
-        is_input: whether the layer is what the module is given.
+        label: label of the layer.
+        selection: the choice that it belongs to.
+        is_input: whether the layer is the input of the module.
         axis: the dimension with the samples.
-        reduction: of the activation.
+        reduction: the reduction of the activation.
         channels: the dimension in which a reduction finds the channels.
         product: see :func:`slots_of`.
 
     Args:
-        detour: takes a route and its activation to a consumer without a product for it, or by its reduction.
+        detour: takes a route and its activation on to a consumer that has no product for it, or to its reduction.
     """
 
     __slots__ = (
@@ -161,23 +161,23 @@ class Route:
             given: what the module returned, or its arguments and keyword arguments.
 
         Raises:
-            NotRecordable: there is none.
+            NotRecordable: there is no such tensor.
         """
         return outputs.activation_of(given) if self._find is None else self._find(given)
 
     def place(self, given: Any, activation: Tensor) -> Place:
-        """Where the layer's tensor stands in what the module returned or was given."""
+        """Where in the module's output or input the layer's tensor is."""
         if self.is_input:
             return "input"
         return "output" if activation is next(outputs.tensors_in(given), None) else "further output"
 
     def close(self) -> None:
-        """From here on activations go the long way."""
+        """Send the activations from here on the long way."""
         # No activation has this dtype.
         self._dtype: torch.dtype | None = None
 
     def open(self, given: Any, activation: Tensor) -> None:
-        """From here on activations that are like this one, which was found in `given`, go this way."""
+        """Let activations like this one, which was found in `given`, take this route from here on."""
         if self._found(given) is not activation:
             self.close()
             return
@@ -191,7 +191,7 @@ class Route:
         self._dtype = activation.dtype
 
     def __call__(self, given: Any, now: Pass) -> bool:
-        """Hand the activation over; False, and nothing was done, where it is not like the one before."""
+        """Hand the activation over. Return False, having done nothing, if it is not like the one before."""
         activation = given if self._find is None and type(given) is Tensor else self._found(given)
         if (
             activation is None
@@ -224,7 +224,7 @@ class Route:
         return True
 
     def _found(self, given: Any) -> Tensor | None:
-        """The layer's tensor: at its part, or the very first thing that was returned; None where it is none."""
+        """The layer's tensor: the one at its part, or the very first thing returned. None if that is not a tensor."""
         if self._find is not None:
             try:
                 given = self._find(given)
@@ -236,7 +236,7 @@ class Route:
 
 
 def _is_dense(sizes: Sequence[int], strides: Sequence[int], order: Sequence[int]) -> bool:
-    """Whether dimensions, innermost first, lie one within the other without gaps."""
+    """Whether the dimensions, innermost first, are nested in memory without gaps."""
     run = 1
     for dim in order:
         if strides[dim] != run and sizes[dim] != 1:
@@ -250,16 +250,16 @@ class Tap:
 
     Args:
         module: the module.
-        selections: what chose it.
+        selections: the choices that it belongs to.
         now: the forward pass.
-        long_way: takes a route and what the module returned, or its arguments and keyword arguments.
+        long_way: takes a route and either the module's output, or its arguments and keyword arguments.
         detour: see :class:`Route`.
 
     Attributes:
         calls: how often the module ran in this forward pass.
         ran: whether it ever ran.
         elsewhere: whether it ran in another thread.
-        below: taps of modules inside this one: where one of them ran, this module is not a layer.
+        below: taps of modules inside this one. If one of them ran, this module is not a layer.
     """
 
     def __init__(
@@ -283,7 +283,7 @@ class Tap:
         self._hooks: list[tuple[dict[int, Any], Any]] = []
 
     def attach(self) -> None:
-        """Hooks on."""
+        """Put the hooks on."""
         hooks: list[tuple[dict[int, Any], Any]] = [(self.module._forward_hooks, self.on_output)]
         self.module.register_forward_hook(self.on_output)
         if any(map(is_input, self.selections)):
@@ -292,14 +292,14 @@ class Tap:
         self._hooks = hooks
 
     def detach(self) -> None:
-        """Hooks off."""
+        """Take the hooks off."""
         remove_hooks(self.module, self)
 
     def restart(self) -> None:
-        """A forward pass begins.
+        """Begin a forward pass.
 
-        A hook that the user added after ours may change the output: ours move behind it, to see what the next
-        layer gets.
+        A hook that the user added after ours may change the output. Ours move behind it, to see what the next layer
+        gets.
         """
         self.calls = 0
         for hooks, ours in self._hooks:
@@ -308,11 +308,11 @@ class Tap:
                     hooks[number] = hooks.pop(number)
 
     def forget(self) -> None:
-        """From here on everything goes the long way once: there is another consumer."""
+        """Send everything the long way once more, because there is another consumer."""
         self._routes.clear()
 
     def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the module runs, since it may work in place."""
+        """Record inputs before the module runs, since it may work in place."""
         if not self._now.concerns():
             return
         given = (args, kwargs)
@@ -321,9 +321,9 @@ class Tap:
                 self._long_way(route, given)
 
     def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """The module ran."""
+        """Record what the module returned."""
         now = self._now
-        # `concerns`, without the call.
+        # The body of `concerns`, without the call.
         if get_ident() != now.thread or _current_graph_task_id() != -1:
             self.elsewhere = self.elsewhere or now.thread not in (0, get_ident())
             return
@@ -338,9 +338,9 @@ class Tap:
                 self._long_way(route, output)
 
     def _routes_of(self, call: int) -> tuple[list[Route], list[Route]]:
-        """The layers that one call is, from its output and from its input.
+        """The layers that a call stands for, from its output and from its input.
 
-        One may be chosen twice, as `relu#2` and by `relu`.
+        A layer may be chosen twice, as `relu#2` and by `relu`.
         """
         if call not in self._routes:
             chosen = {s.label(call): s for s in self.selections if s.calls is None or call in s.calls}
@@ -357,10 +357,10 @@ def taps_of(
     *,
     only_leaves: bool,
 ) -> dict[int, Tap]:
-    """A tap for each module that was chosen: id of the module -> tap; see there.
+    """A tap for each chosen module, by the id of the module; see :class:`Tap`.
 
     Args:
-        only_leaves: whether a module is left out of a pass in which a part of it ran.
+        only_leaves: whether to leave a module out of a pass in which a part of it ran.
     """
     chosen: dict[int, list[Selection]] = defaultdict(list)
     for selection in selections:

@@ -1,4 +1,4 @@
-"""Everything that a forward pass may leave behind in a model and in random states, to be put back."""
+"""Keep everything that a forward pass may change in a model and in random states, and restore it."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# Containers with more entries than this hold data, of which each entry would have to be looked at.
+# Containers with more entries than this hold data. Looking at each entry would take too long.
 _MANY = 10_000
 
 
 class Snapshot:
-    """A model's buffers, the attributes of its modules, and what lists and tensors in these hold.
+    """A copy of a model's buffers, its modules' attributes, and the contents of lists and tensors in these.
 
-    Parameters are not copied: a forward pass does not write to them. Objects of other classes in an attribute are put
-    back, what is in them is not.
+    Parameters are not copied, since a forward pass does not write to them. If an attribute holds an object of another
+    class, the attribute is restored, but not the object's contents.
 
     Args:
-        model: taken as it is now.
+        model: the model to copy, as it is now.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._undo: list[Callable[[], None]] = []
-        # Held, so that no other object can have the same id meanwhile.
+        # Held, so that no other object can get the same id meanwhile.
         self._seen: dict[int, Any] = {}
         for module in model.modules():
-            # Whoever shards parameters exchanges them before and after each forward pass.
+            # Sharding replaces parameters before and after each forward pass.
             self._seen[id(module._parameters)] = module._parameters
             self._keep(vars(module))
         self._random = random_state()
 
     def restore(self) -> None:
-        """Put everything back; twice is as good as once."""
+        """Restore everything. Calling it again is harmless."""
         with torch.no_grad():
             for undo in self._undo:
                 undo()
         _restore_random(*self._random)
 
     def drew(self) -> bool:
-        """Whether random numbers were drawn meanwhile."""
+        """Whether random numbers have been drawn since."""
         states, python, numpy = random_state()
         before, python_before, numpy_before = self._random
         return (
@@ -94,13 +94,13 @@ class Snapshot:
 
 
 def _write_back(tensor: Tensor, copy: Tensor) -> None:
-    # What is unchanged stays untouched: a graph that holds it would notice.
+    # Leave alone what has not changed: a graph that holds it would notice a write.
     if tensor.shape == copy.shape and not torch.equal(tensor, copy):
         tensor.copy_(copy)
 
 
 def _fill(mapping: dict[Any, Any], items: dict[Any, Any]) -> None:
-    # Never empty in between: Ctrl-C would leave a module without its attributes.
+    # The mapping is never empty in between, since Ctrl-C would then leave a module without its attributes.
     mapping.update(items)
     for key in [key for key in mapping if key not in items]:
         del mapping[key]
@@ -117,7 +117,7 @@ def _set_state(generator: torch.Generator, state: Tensor) -> None:
 
 
 def random_state() -> tuple[list[Tensor], Any, Any]:
-    """The states of torch's generators, on the CPU and on devices in use, of Python's and of NumPy's."""
+    """The states of Python's, NumPy's and torch's random generators, on the CPU and on devices in use."""
     in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
     states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if in_use else [])]
     return states, random.getstate(), np.random.get_state()
