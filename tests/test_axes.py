@@ -368,7 +368,11 @@ def test_a_batch_of_graphs_is_counted_by_graphs() -> None:
     call = lambda model, batch: model(batch.to(torch.device("cpu")))  # noqa: E731
     result = check(GraphNet(), batches, {"pool": same, "head": same}, call)
     assert result.samples == 12
-    assert "node" in result.skipped
+    advice = 'with per="position", features=lambda rows: rows'
+    assert advice in result.skipped["node"]
+    advised = {"per": "position", "features": lambda rows: rows, "layers": "node", "forward": call}
+    nodes = cka_hooks.compare(GraphNet(), batches, **advised, progress=False)
+    assert (nodes.layers, nodes.samples) == (("node",), 24)
 
 
 # Not per sample, and not reachable

@@ -215,8 +215,10 @@ def test_timm_with_windows_folded_into_the_batch() -> None:
     # As many samples as a window has tokens: that dimension is not the samples.
     sixteen = cka_hooks.compare(model, images(samples=16), progress=False)
     assert "folded" in sixteen.skipped["layers.0.blocks.0.attn.qkv"]
-    with pytest.raises(cka_hooks.LayerError, match=r"windows.*folded.*batch_dim="):
+    with pytest.raises(cka_hooks.LayerError, match=r'windows.*folded.*per="position"'):
         cka_hooks.compare(model, images(), layers="layers.0.blocks.0.attn.qkv", progress=False)
+    advised = {"per": "position", "features": lambda rows: rows, "layers": "layers.0.blocks.0.attn.*"}
+    assert cka_hooks.compare(model, images(), **advised, progress=False).layers
 
 
 def test_as_many_samples_as_positions_leaves_position_embeddings_out() -> None:

@@ -109,17 +109,19 @@ class SampleDimension:
             return dim
         if not shape:
             raise NotRecordable("no dimension: it returned a single number, without a batch dimension")
-        why = ""
+        several = (
+            'such layers can be compared by themselves with per="position", features=lambda rows: rows, which makes '
+            "a sample of each entry of dimension 0"
+        )
         if samples and shape[0] > samples and shape[0] % samples == 0:
-            why = f": {shape[0] // samples} windows, heads or beams of each are folded into dimension 0"
+            why = f": {shape[0] // samples} windows, heads or beams of each are folded into dimension 0; {several}"
         elif shape[0] == 1:
             why = ": it is the same for all samples"
         elif dim is not None:
             why = f": the samples were confirmed in dimension {dim}"
-        raise NotRecordable(
-            f"no dimension of {shape} has size {samples}, the batch size{why}; pass batch_dim= to say which one "
-            "holds the samples"
-        )
+        else:
+            why = f". If it has several entries of each sample (nodes of graphs, boxes), {several}"
+        raise NotRecordable(f"no dimension of {shape} has size {samples}, the batch size{why}")
 
     def is_second(self, module: nn.Module, place: Place) -> bool:
         """Whether PyTorch's documentation of the module puts the samples in dimension 1."""
