@@ -4,7 +4,7 @@
     python tests/slow/sanitized.py --seconds 600 --seed 7
 
 `_native.c` is built anew by gcc, which has to be there. Features fill their memory to the last number, so that a read
-or write beyond them is one of nobody's. That, undefined behaviour, or a wrong number ends the script with exit code 1.
+or write beyond them is noticed. That, undefined behaviour, or a wrong number ends the script with exit code 1.
 """
 
 from __future__ import annotations
@@ -81,7 +81,6 @@ def work(seed: int, seconds: float) -> None:
     spec = importlib.util.spec_from_file_location(NAME, os.environ["SANITIZED"])
     assert spec is not None
     assert spec.loader is not None
-    import torch
 
     sys.modules[NAME] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[NAME])
