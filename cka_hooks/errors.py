@@ -6,6 +6,7 @@ raises on purpose and nothing else.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -78,6 +79,23 @@ class RankError(CKAError, RuntimeError):
 
 class MissingExtraError(CKAError, ImportError):
     """An optional dependency that is not installed. The message has the ``pip install`` line."""
+
+
+def imported(module: str, sentence: str, install: str) -> Any:
+    """A module of a package that is optional.
+
+    Args:
+        module: its name.
+        sentence: what needs the package.
+        install: what ``pip install`` takes.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(f"{sentence}: pip install {install}") from error
 
 
 class CKAWarning(UserWarning):

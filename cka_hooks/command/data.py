@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from cka_hooks.command.models import SpecError, Transform, from_file, name_in_file
-from cka_hooks.errors import MissingExtraError
-from cka_hooks.names import closest
-from cka_hooks.recording.guest import RandomStream
+from cka_hooks.command import numbers
+from cka_hooks.command.models import SpecError, Transform, from_file, unknown
+from cka_hooks.errors import imported
+from cka_hooks.run.replay import Randomness
 
 DATA = """\
 data is one of
@@ -110,6 +112,21 @@ def load_data(
     return DataLoader(Subset(dataset, order[:samples]), batch_size=batch_size, num_workers=workers)
 
 
+def loading_words(parser: Any) -> None:
+    """Add ``--device`` and how data is read, which :func:`loader_of` goes by."""
+    parser.add_argument("--device", default="auto", metavar="D", help="auto (cuda if there is one), cpu, cuda:1, mps")
+    parser.add_argument("--batch-size", type=numbers.count, default=64, metavar="N", help="default: %(default)s")
+    parser.add_argument("--workers", type=numbers.count_or_none, default=0, metavar="N",
+        help="processes that read images; default: %(default)s")  # fmt: skip
+    parser.add_argument("--download", action="store_true", help="let torchvision download the data set")
+
+
+def loader_of(arguments: argparse.Namespace, transform: Transform | None) -> Iterable[Any]:
+    """The loader of ``--data``, see :func:`load_data`."""
+    names = ("batch_size", "samples", "seed", "workers", "download")
+    return load_data(arguments.data, transform=transform, **{name: getattr(arguments, name) for name in names})
+
+
 def sample_names(loader: Iterable[Any]) -> Sequence[str] | None:
     """The file of each sample in the order of the loader, None where the data does not lie in files we know."""
     dataset = getattr(loader, "dataset", None)
@@ -132,58 +149,39 @@ def identifiers(loader: Iterable[Any]) -> list[int | str] | None:
 
 
 def _torchvision(spec: str, transform: Transform, download: bool) -> Any:
-    try:
-        from torchvision import datasets
-    except ImportError as error:
-        raise MissingExtraError('torchvision data sets need torchvision: pip install "cka-hooks[vision]"') from error
+    datasets = imported("torchvision.datasets", "torchvision data sets need torchvision", '"cka-hooks[vision]"')
     _, name, root = (*spec.split(":", 2), "")[:3]
     cls = getattr(datasets, name, None)
     if name not in datasets.__all__ or cls is None:
-        near = ", ".join(closest(name, datasets.__all__))
-        raise SpecError(f"torchvision has no data set {name!r}; the closest are {near}")
+        raise unknown("torchvision", "data set", name, datasets.__all__)
     takes = inspect.signature(cls).parameters
-    options: dict[str, Any] = {"transform": lambda image: transform(_rgb(image))}
-    if "root" in takes:
-        if not root:
-            raise SpecError(f"{spec} lacks the folder it lies in: expected torchvision:{name}:FOLDER")
-        options["root"] = root
-    if "download" in takes:
-        options["download"] = download
-    if "train" in takes:
-        options["train"] = False
+    if "root" in takes and not root:
+        raise SpecError(f"{spec} lacks the folder it lies in: expected torchvision:{name}:FOLDER")
+
+    def prepared(image: Any) -> Tensor:
+        return transform(image.convert("RGB") if hasattr(image, "convert") else image)
+
+    known = {"root": root, "download": download, "train": False, "transform": prepared}
+    options = {option: value for option, value in known.items() if option in takes}
     problem: Exception | None = None
-    for split in ("test", "val", "valid") if "split" in takes else (None,):
+    for split in [{"split": word} for word in ("test", "val", "valid")] if "split" in takes else [{}]:
         try:
-            return cls(**options, **({} if split is None else {"split": split}))
+            return cls(**options, **split)
         except ValueError as error:  # no such split, as a rule
             problem = problem or error
-        except (RuntimeError, OSError) as error:
-            hint = "" if download or "download" not in takes else "; --download gets it"
+        except (RuntimeError, OSError, ImportError) as error:
+            is_there = download or "download" not in takes or isinstance(error, ImportError)
+            hint = "" if is_there else "; --download gets it"
             raise SpecError(f"{spec}: {str(error).splitlines()[0]}{hint}") from error
-        except ImportError as error:
-            raise SpecError(f"{spec}: {error}") from error
     raise SpecError(f"{spec}: {problem}") from problem
-
-
-def _rgb(image: Any) -> Any:
-    return image.convert("RGB") if hasattr(image, "convert") else image
 
 
 def imagenet_transform() -> Transform:
     """Shorter side to 256, the middle 224 x 224, ImageNet's mean and spread: what most image models expect."""
-    try:
-        from torchvision import transforms
-    except ImportError as error:
-        raise MissingExtraError('image data needs torchvision: pip install "cka-hooks[vision]"') from error
-    chain: Transform = transforms.Compose(
-        [
-            transforms.Resize(256),
-            transforms.CenterCrop(224),
-            transforms.ToTensor(),
-            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        ]
-    )
-    return chain
+    transforms = imported("torchvision.transforms", "image data needs torchvision", '"cka-hooks[vision]"')
+    middle = [transforms.Resize(256), transforms.CenterCrop(224)]
+    scaled = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    return cast(Transform, transforms.Compose(middle + scaled))
 
 
 def first_batch(loader: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
@@ -192,34 +190,15 @@ def first_batch(loader: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     Raises:
         SpecError: the loader is empty.
     """
-    generators = [
-        found
-        for owner in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
-        if isinstance(found := getattr(owner, "generator", None), torch.Generator)
-    ]
-    states = [generator.get_state() for generator in generators]
-    with RandomStream():
-        iterator = iter(loader)
-        try:
-            first = next(iterator)
-        except StopIteration:
-            raise SpecError("the loader yielded no batch: it is empty") from None
-    for generator, state in zip(generators, states, strict=True):
-        generator.set_state(state)
-    return first, (_Again(first, iterator) if iterator is loader else loader)
-
-
-class _Again:
-    """An iterator that gives back the one batch that was taken from it."""
-
-    def __init__(self, first: Any, rest: Iterator[Any]) -> None:
-        self._first = [first]
-        self._rest = rest
-
-    def __iter__(self) -> Iterator[Any]:
-        while self._first:
-            yield self._first.pop()
-        yield from self._rest
+    randomness = Randomness(loader)
+    before = randomness.state()
+    iterator = iter(loader)
+    try:
+        first = next(iterator)
+    except StopIteration:
+        raise SpecError("the loader yielded no batch: it is empty") from None
+    randomness.restore(before)
+    return first, (chain([first], iterator) if iterator is loader else loader)
 
 
 def described(spec: str, loader: Iterable[Any]) -> str:
@@ -227,4 +206,4 @@ def described(spec: str, loader: Iterable[Any]) -> str:
     dataset = getattr(loader, "dataset", None)
     if isinstance(dataset, Subset):
         return f"{len(dataset):,} of {len(dataset.dataset):,} samples of {spec}, drawn and ordered at random"  # type: ignore[arg-type]
-    return f"the loader of {name_in_file(spec)} as it is"
+    return f"the loader of {spec.rpartition(':')[2]} as it is"

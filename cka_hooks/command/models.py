@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import importlib.util
 import pickle
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from cka_hooks.errors import CKAError, MissingExtraError, OptionError
+from cka_hooks.errors import CKAError, OptionError, imported
 from cka_hooks.names import closest
 
 Transform = Callable[[Any], Tensor]
@@ -77,17 +76,29 @@ def load_model(spec: str, weights: str | None = None, *, seed: int = 0) -> Loade
     """
     kind, _, name = spec.partition(":")
     torch.manual_seed(seed)
-    file = Path(weights) if weights is not None and _is_file(weights) else None
-    if kind in _BUILDERS:
-        if not name:
-            raise SpecError(f"{spec!r} lacks the name of a model: expected {KINDS}")
-        loaded = _BUILDERS[kind](name, "none" if file is not None else weights)
-    elif ".py:" in spec:
-        loaded = _from_file(spec, "none" if file is not None else weights)
-    elif Path(spec).is_file():
-        raise SpecError(f"{spec} is a file, and not a model: expected {KINDS}; pass a file of weights with --weights")
-    else:
+    if kind not in _BUILDERS and ".py:" not in spec:
+        if Path(spec).is_file():
+            raise SpecError(
+                f"{spec} is a file, and not a model: expected {KINDS}; pass a file of weights with --weights"
+            )
         raise SpecError(f"{spec!r} is not the name of a model: expected {KINDS}")
+    if not name:
+        raise SpecError(f"{spec!r} lacks the name of a model: expected {KINDS}")
+    file = Path(weights) if weights is not None and _is_file(weights) else None
+    if file is not None or (weights is not None and weights.lower() == "none"):
+        weights = "none"
+    elif weights is not None and kind != "torchvision":
+        hint = f"; timm names weights in the model, as in {spec}.TAG" if kind == "timm" else ""
+        raise SpecError(f"weights {weights!r} for {spec}: expected a checkpoint file or none{hint}")
+    try:
+        loaded = _BUILDERS[kind](name, weights) if kind in _BUILDERS else _from_file(spec)
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, CKAError):
+            raise
+        raise SpecError(
+            f"could not load {spec} with its weights ({_reason(error)}). Without a network, pass a checkpoint file "
+            "with --weights, or --weights none for random weights"
+        ) from error
     if file is not None:
         load_weights(loaded.model, file)
     loaded.model.eval()
@@ -99,9 +110,7 @@ def _is_file(weights: str) -> bool:
     return Path(weights).is_file() or (weights.lower() != "none" and Path(weights).suffix != "")
 
 
-def _from_file(spec: str, weights: str | None) -> LoadedModel:
-    if weights is not None and weights.lower() != "none":
-        raise SpecError(f"weights {weights!r} for {spec}: expected a checkpoint file")
+def _from_file(spec: str) -> LoadedModel:
     found = from_file(spec)
     if isinstance(found, Mapping) and found and all(isinstance(value, Tensor) for value in found.values()):
         raise SpecError(
@@ -112,70 +121,46 @@ def _from_file(spec: str, weights: str | None) -> LoadedModel:
         raise SpecError(
             f"{spec} is of type {type(found).__name__}: expected an nn.Module or a function that returns one"
         )
-    return LoadedModel(name_in_file(spec), found)
+    return LoadedModel(spec.rpartition(":")[2], found)
+
+
+def unknown(package: str, kind: str, name: str, names: Sequence[str]) -> SpecError:
+    """The error where a package has no model or data set of this name."""
+    return SpecError(f"{package} has no {kind} {name!r}; the closest are {', '.join(closest(name, names))}")
 
 
 def _torchvision(name: str, weights: str | None) -> LoadedModel:
-    try:
-        from torchvision import models
-    except ImportError as error:
-        raise MissingExtraError('torchvision models need torchvision: pip install "cka-hooks[vision]"') from error
+    models = imported("torchvision.models", "torchvision models need torchvision", '"cka-hooks[vision]"')
     if name not in models.list_models():
-        raise SpecError(f"torchvision has no model {name!r}; the closest are {_closest(name, models.list_models())}")
-    try:
-        enum = models.get_model_weights(name)
-        members = list(enum)
-        wanted = weights if weights is not None else "DEFAULT"
-        if wanted.lower() == "none":
-            chosen = None
-        elif wanted in enum.__members__:
-            chosen = enum[wanted]
-        else:
-            known = ", ".join([*enum.__members__, "none"])
-            raise SpecError(f"torchvision's {name} has no weights {wanted!r}: expected {known}, or a checkpoint file")
-        model = models.get_model(name, weights=chosen)
-    except (OSError, RuntimeError) as error:
-        raise SpecError(_no_download(f"torchvision's {name}", error)) from error
-    like = chosen or (members[-1] if members else None)
+        raise unknown("torchvision", "model", name, models.list_models())
+    members = models.get_model_weights(name).__members__
+    known, wanted = {**members, "none": None}, weights or "DEFAULT"
+    if wanted not in known:
+        raise SpecError(
+            f"torchvision's {name} has no weights {wanted!r}: expected {', '.join(known)}, or a checkpoint file"
+        )
+    model = models.get_model(name, weights=known[wanted])
+    like = known[wanted] or next(reversed(members.values()), None)
     transform = like.transforms() if like is not None else None
     size = getattr(transform, "crop_size", [224])
     return LoadedModel(name, model, transform, (3, size[0], size[-1]))
 
 
 def _timm(name: str, weights: str | None) -> LoadedModel:
-    try:
-        timm: Any = importlib.import_module("timm")
-    except ImportError as error:
-        raise MissingExtraError("timm models need timm: pip install timm") from error
+    timm = imported("timm", "timm models need timm", "timm")
     if not timm.is_model(name):
-        raise SpecError(f"timm has no model {name!r}; the closest are {_closest(name, timm.list_models())}")
-    if weights is not None and weights.lower() != "none":
-        raise SpecError(
-            f"weights {weights!r} for timm:{name}: expected a checkpoint file or none; timm names weights in the "
-            f"model, as in timm:{name}.TAG"
-        )
-    try:
-        model = timm.create_model(name, pretrained=weights is None)
-    except (OSError, RuntimeError) as error:
-        raise SpecError(_no_download(f"timm's {name}", error)) from error
+        raise unknown("timm", "model", name, timm.list_models())
+    model = timm.create_model(name, pretrained=weights is None)
     config = timm.data.resolve_data_config({}, model=model)
     return LoadedModel(name, model, timm.data.create_transform(**config), tuple(config["input_size"]))
 
 
 def _hf(name: str, weights: str | None) -> LoadedModel:
-    try:
-        transformers: Any = importlib.import_module("transformers")
-    except ImportError as error:
-        raise MissingExtraError("Hugging Face models need transformers: pip install transformers") from error
-    if weights is not None and weights.lower() != "none":
-        raise SpecError(f"weights {weights!r} for hf:{name}: expected a checkpoint file or none")
-    try:
-        if weights is None:
-            model = transformers.AutoModel.from_pretrained(name)
-        else:
-            model = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(name))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise SpecError(_no_download(f"the Hugging Face model {name}", error)) from error
+    transformers = imported("transformers", "Hugging Face models need transformers", "transformers")
+    if weights is None:
+        model = transformers.AutoModel.from_pretrained(name)
+    else:
+        model = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(name))
     short = name.rstrip("/").rpartition("/")[2]
     size = getattr(model.config, "image_size", None)
     if not isinstance(size, int):
@@ -192,6 +177,7 @@ def _hf_transform(name: str) -> Transform | None:
     return lambda image: processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
+# From a name, and the name of weights, "none" for random ones or None for the usual ones.
 _BUILDERS: dict[str, Callable[[str, str | None], LoadedModel]] = {
     "torchvision": _torchvision,
     "timm": _timm,
@@ -258,14 +244,11 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         ) from error
     if isinstance(found, Mapping):
         found = next((found[key] for key in _NESTED if isinstance(found.get(key), Mapping)), found)
-    if not isinstance(found, Mapping) or not found:
-        raise SpecError(f"{path} holds no state dict: save it with torch.save(model.state_dict(), path)")
-    odd = [key for key, value in found.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
-    if odd:
-        raise SpecError(
-            f"{path} holds no state dict, because its entry {odd[0]!r:.60} is not a tensor with a name: "
-            "save it with torch.save(model.state_dict(), path)"
-        )
+    entries = found.items() if isinstance(found, Mapping) else ()
+    odd = [key for key, value in entries if not (isinstance(key, str) and isinstance(value, Tensor))]
+    if odd or not entries:
+        because = f", because its entry {odd[0]!r:.60} is not a tensor with a name" if odd else ""
+        raise SpecError(f"{path} holds no state dict{because}: save it with torch.save(model.state_dict(), path)")
     return dict(found)
 
 
@@ -294,11 +277,6 @@ def from_file(spec: str) -> Any:
         raise
     except (Exception, SystemExit) as error:
         raise SpecError(f"{spec} raised {_where(error, path)}") from error
-
-
-def name_in_file(spec: str) -> str:
-    """The name in ``file.py:name``."""
-    return spec.rpartition(":")[2]
 
 
 def _own_names(module: ModuleType) -> list[str]:
@@ -341,14 +319,3 @@ def _where(error: BaseException, path: Path) -> str:
 def _reason(error: Exception) -> str:
     """The first line of an error's message, its kind where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _closest(name: str, names: list[str]) -> str:
-    return ", ".join(closest(name, names))
-
-
-def _no_download(what: str, error: Exception) -> str:
-    return (
-        f"could not load {what} with its weights ({_reason(error)}). Without a network, pass a checkpoint file with "
-        "--weights, or --weights none for random weights"
-    )

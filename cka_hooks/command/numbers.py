@@ -19,9 +19,9 @@ def count_or_none(text: str) -> int:
     return _whole(text, 0)
 
 
-def samples(text: str) -> int | str:
-    """A whole number, 1 or more, or "all"."""
-    return text if text == "all" else _whole(text, 1, ' or "all"')
+def samples(text: str) -> int | None:
+    """A whole number, 1 or more, None for "all"."""
+    return None if text == "all" else _whole(text, 1, ' or "all"')
 
 
 def seed(text: str) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cka_hooks.command import numbers
-from cka_hooks.command.data import DATA, identifiers, load_data
+from cka_hooks.command.data import DATA, identifiers, loader_of, loading_words
 from cka_hooks.command.features import sample_ids_word
 from cka_hooks.command.models import MODELS, SpecError, device_of, load_model
 from cka_hooks.command.outputs import check_file
@@ -47,14 +47,10 @@ def words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--features", default="mean", metavar="F",
         help="mean over positions, token, token:K, last or flatten; default: %(default)s")  # fmt: skip
     sample_ids_word(parser)
-    parser.add_argument("--samples", type=numbers.samples, default="all", metavar="N",
+    parser.add_argument("--samples", type=numbers.samples, metavar="N",
         help='how many, drawn at random; default: "all"')  # fmt: skip
     parser.add_argument("--seed", type=numbers.seed, default=0, metavar="N", help="default: %(default)s")
-    parser.add_argument("--device", default="auto", metavar="D", help="auto (cuda if there is one), cpu, cuda:1, mps")
-    parser.add_argument("--batch-size", type=numbers.count, default=64, metavar="N", help="default: %(default)s")
-    parser.add_argument("--workers", type=numbers.count_or_none, default=0, metavar="N",
-        help="processes that read images; default: %(default)s")  # fmt: skip
-    parser.add_argument("--download", action="store_true", help="let torchvision download the data set")
+    loading_words(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a file .safetensors")
     parser.add_argument("--overwrite", action="store_true", help="replace the file where it is there")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
@@ -70,16 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise OptionError(f"{out} already exists: pass --overwrite to replace it, or name another file with --out")
     loaded = load_model(arguments.model, arguments.weights, seed=arguments.seed)
     model = loaded.model.to(device_of(arguments.device))
-    bound = None if arguments.samples == "all" else int(arguments.samples)
-    loader = load_data(
-        arguments.data,
-        transform=loaded.transform,
-        batch_size=arguments.batch_size,
-        samples=bound,
-        seed=arguments.seed,
-        workers=arguments.workers,
-        download=arguments.download,
-    )
+    bound, loader = arguments.samples, loader_of(arguments, loaded.transform)
     recorder = LayerRecorder(model, arguments.layers, features=arguments.features)
     known = identifiers(loader) if arguments.sample_ids is None else None
     total = bound if known is None else len(known)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
 from cka_hooks.command import numbers
-from cka_hooks.command.data import DATA, described, first_batch, load_data, sample_names
+from cka_hooks.command.data import DATA, described, first_batch, loader_of, loading_words, sample_names
 from cka_hooks.command.features import FEATURES, features_of, sample_ids_word
 from cka_hooks.command.models import MODELS, LoadedModel, SpecError, device_of, load_model
 from cka_hooks.command.outputs import check_file, check_folder, folder_words, write_all
@@ -23,10 +23,12 @@ from cka_hooks.command.terminal import say
 from cka_hooks.compare import compare
 from cka_hooks.errors import CKAWarning, NonFiniteError, OptionError
 from cka_hooks.hsic import MIN_SAMPLES, Estimator
+from cka_hooks.options import Options
 from cka_hooks.recording.batches import sample_count
 from cka_hooks.results.result import CKAResult
 from cka_hooks.results.words import SHARE
 from cka_hooks.run.feature_files import is_feature_file
+from cka_hooks.run.loop import samples_of
 from cka_hooks.similarity.kernels import KERNELS
 
 LINE = "compare the layers of a model, or of two"
@@ -49,6 +51,8 @@ examples
 {FEATURES}"""
 
 SAMPLES, MINIBATCH = 2048, 32
+# What the command was asked for, for the result's file.
+_PROVENANCE = ("model", "weights", "against", "against_weights", "data", "seed", "batch_size")
 # A trial shorter than this is repeated: what the first call of a kernel costs would drown it.
 _SHORT = 2.0
 
@@ -73,7 +77,7 @@ def words(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--positions", type=numbers.count, metavar="N",
         help="with --per position, draw N of each batch; default: all that are no padding")  # fmt: skip
     how = parser.add_argument_group("how closely")
-    how.add_argument("--samples", type=numbers.samples, metavar="N",
+    how.add_argument("--samples", type=numbers.samples, default=argparse.SUPPRESS, metavar="N",
         help=f'how many, drawn at random, or "all"; default: {SAMPLES}, or all with --tolerance')  # fmt: skip
     how.add_argument("--tolerance", type=numbers.positive, metavar="E",
         help="stop as soon as every standard error is below E, such as 0.005")  # fmt: skip
@@ -87,11 +91,7 @@ def words(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--seed", type=numbers.seed, default=0, metavar="N",
         help="of the samples that are drawn, their order, and random weights; default: %(default)s")  # fmt: skip
     where = parser.add_argument_group("where")
-    where.add_argument("--device", default="auto", metavar="D", help="auto (cuda if there is one), cpu, cuda:1, mps")
-    where.add_argument("--batch-size", type=numbers.count, default=64, metavar="N", help="default: %(default)s")
-    where.add_argument("--workers", type=numbers.count_or_none, default=0, metavar="N",
-        help="processes that read images; default: %(default)s")  # fmt: skip
-    where.add_argument("--download", action="store_true", help="let torchvision download the data set")
+    loading_words(where)
     folder_words(where, "cka")
     where.add_argument("--checkpoint", type=Path, metavar="FILE",
         help="keep the run in this file: the same command continues from there")  # fmt: skip
@@ -108,86 +108,67 @@ class _Gone(argparse.Action):
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan, compare, summarise, write; the exit code."""
-    out = sys.stderr if arguments.json else sys.stdout
     check_file(arguments.checkpoint, "--checkpoint")
     check_folder(arguments)
     device = device_of(arguments.device)
+    if "samples" not in arguments:
+        arguments.samples = SAMPLES if arguments.tolerance is None else None
     if arguments.minibatch is None and arguments.per == "sample":
         arguments.minibatch = MINIBATCH
     loaded = _models(arguments)
-    models = {one.name: one.model.to(device) for one in loaded}
-    loader = load_data(
-        arguments.data,
-        transform=loaded[0].transform,
-        batch_size=arguments.batch_size,
-        samples=_samples(arguments),
-        seed=arguments.seed,
-        workers=arguments.workers,
-        download=arguments.download,
-    )
+    models: dict[str, Any] = {one.name: one.model.to(device) for one in loaded}
+    loader = loader_of(arguments, loaded[0].transform)
     names = sample_names(loader)
     brought = features_of(arguments.against, loader, arguments.sample_ids, loaded[0].name)
     batch, loader = first_batch(loader)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    options = {
-        name: getattr(arguments, name)
-        for name in (
-            "layers",
-            "features",
-            "channel_dim",
-            "sample_ids",
-            "join_batches",
-            "per",
-            "positions",
-            "minibatch",
-            "kernel",
-            "estimator",
-            "seed",
-        )
-    }
+    options = {field.name: getattr(arguments, field.name) for field in fields(Options) if field.name in arguments}
 
-    def measured(loader: Iterable[Any], progress: bool, features: Any, **bounds: Any) -> CKAResult:
+    def measured(entries: dict[str, Any], loader: Iterable[Any], **bounds: Any) -> tuple[CKAResult, str]:
+        """What is finite, and which layers are not."""
         torch.manual_seed(arguments.seed)
-        entries: Any = {**models, **features} if len(models) + len(brought) > 1 else models[loaded[0].name]
-        return compare(entries, loader, progress=progress, **options, **bounds)
+        try:
+            model = entries if len(models) + len(brought) > 1 else models[loaded[0].name]
+            return compare(model, loader, **options, **bounds), ""
+        except NonFiniteError as error:
+            if error.partial is None:
+                raise
+            return error.partial, str(error)
 
     if not arguments.quiet:
-        say(_plan(arguments, loaded, loader, batch, device, lambda some: measured(some, False, {})), file=out)
-    code = 0
-    try:
-        result = measured(
-            loader,
-            not arguments.quiet,
-            brought,
-            max_samples=_samples(arguments),
-            tolerance=arguments.tolerance,
-            checkpoint=arguments.checkpoint,
-        )
-    except NonFiniteError as error:
-        if error.partial is None:
-            raise
-        say(f"cka-hooks: {error}", file=sys.stderr)
-        result, code = error.partial, 1
-    result = dataclasses.replace(result, settings={**result.settings, **_provenance(arguments, device)})
-    if not _reached(result, arguments.tolerance):
-        largest = _largest_stderr(result)
+        plan = _plan(arguments, loader, batch, lambda some: measured(models, some, progress=False)[0])
+        kinds = " and ".join(f"{one.name} ({type(one.model).__name__})" for one in loaded)
+        say(f"models     {kinds} on {device}\n{plan}\n", file=sys.stderr if arguments.json else sys.stdout)
+    result, failure = measured(
+        models | brought,
+        loader,
+        progress=not arguments.quiet,
+        max_samples=arguments.samples,
+        checkpoint=arguments.checkpoint,
+    )
+    if failure:
+        say(f"cka-hooks: {failure}", file=sys.stderr)
+    asked = {name: getattr(arguments, name) for name in _PROVENANCE}
+    result = replace(result, settings={**result.settings, "command": {**asked, "device": str(device)}})
+    report = _report(result, names)
+    if report["tolerance_reached"] is False:
+        largest = report["largest_stderr"]
         found = "there are no standard errors" if largest is None else f"the largest standard error is {largest:.2g}"
         say(
             f"cka-hooks: warning: --tolerance {arguments.tolerance:g} was not reached before the data ended: {found}",
             file=sys.stderr,
         )
     if not arguments.json:
-        say(f"\n{result.summary()}")
-        for sample, name in _decisive(result, names).items():
-            say(f"Sample {sample} is {name}.")
-        say("")
+        decisive = [f"Sample {sample} is {name}.\n" for sample, name in report["decisive_samples"].items()]
+        say(f"\n{result.summary()}\n{''.join(decisive)}")
     paths = write_all(result, arguments.out)
     if arguments.json:
-        print(json.dumps(_report(result, paths, names, arguments, complete=code == 0), indent=2))
+        files = {name: str(path) for name, path in paths.items()}
+        print(json.dumps({"complete": not failure, "files": files, **report}, indent=2))
     else:
         for name, path in paths.items():
             say(f"{name:<10}{path}")
-    return code
+    return 1 if failure else 0
 
 
 def _models(arguments: argparse.Namespace) -> list[LoadedModel]:
@@ -208,26 +189,11 @@ def _models(arguments: argparse.Namespace) -> list[LoadedModel]:
     stems = [Path(w).stem if w else "default" for w in (arguments.weights, arguments.against_weights)]
     if stems[0] == stems[1]:
         stems = ["1", "2"]
-    return [
-        dataclasses.replace(one, name=f"{one.name}-{stem}") for one, stem in zip((first, second), stems, strict=True)
-    ]
-
-
-def _samples(arguments: argparse.Namespace) -> int | None:
-    if arguments.samples == "all":
-        return None
-    if arguments.samples is None:
-        return None if arguments.tolerance is not None else SAMPLES
-    return int(arguments.samples)
+    return [replace(one, name=f"{one.name}-{stem}") for one, stem in zip((first, second), stems, strict=True)]
 
 
 def _plan(
-    arguments: argparse.Namespace,
-    loaded: list[LoadedModel],
-    loader: Iterable[Any],
-    batch: Any,
-    device: torch.device,
-    measured: Callable[[list[Any]], CKAResult],
+    arguments: argparse.Namespace, loader: Iterable[Any], batch: Any, measured: Callable[[list[Any]], CKAResult]
 ) -> str:
     """What will be done and how long it will take, found out on one batch."""
     size = sample_count(batch) or arguments.batch_size
@@ -236,50 +202,29 @@ def _plan(
         warnings.simplefilter("ignore", CKAWarning)
         for _ in range(2):
             started = time.perf_counter()
-            try:
-                trial = measured([batch] * trials)
-            except NonFiniteError as error:
-                if error.partial is None:
-                    raise
-                trial = error.partial
+            trial = measured([batch] * trials)
             seconds = time.perf_counter() - started
             if seconds > _SHORT:
                 break
-    seconds /= trials
-    total = _total(loader, _samples(arguments))
-    count = len(trial.rows)
-    lines = [
-        f"models     {' and '.join(f'{one.name} ({type(one.model).__name__})' for one in loaded)} on {device}",
-        f"layers     {count}, from {trial.rows[0]} to {trial.rows[-1]}: {count * (count - 1) // 2:,} pairs",
-        f"data       {described(arguments.data, loader)}",
-        f"estimates  from {_minibatches(arguments, size)} in batches of {size}, "
-        f"{arguments.estimator}, {arguments.kernel} kernel",
-    ]
-    if total is None:
-        lines.append(f"cost       {seconds / size * 1000:.3g} ms per sample; the loader does not say how many it has")
-    else:
-        about = "at most " if arguments.tolerance is not None else "about "
-        lines.append(
-            f"cost       {about}{_duration(seconds / size * total)} for {total:,} samples, estimated from one batch "
-            f"of {size}, without the time to read the data"
-        )
-    return "\n".join([*lines, ""])
-
-
-def _minibatches(arguments: argparse.Namespace, size: int) -> str:
+    each = seconds / trials / size
+    total, count = samples_of(loader), len(trial.rows)
+    minibatches = f"minibatches of {min(arguments.minibatch or size, arguments.join_batches or size)}"
     if arguments.per == "position":
-        return f"{'all' if arguments.positions is None else arguments.positions} positions of a batch"
-    return f"minibatches of {min(arguments.minibatch, arguments.join_batches or size)}"
-
-
-def _total(loader: Iterable[Any], bound: int | None) -> int | None:
-    """How many samples the run will see, None where the loader does not say."""
-    sampler = getattr(loader, "sampler", None)
-    try:
-        there = len(sampler if sampler is not None else loader.dataset)  # type: ignore[attr-defined]
-    except (AttributeError, TypeError):
-        return None
-    return there if bound is None else min(there, bound)
+        minibatches = f"{arguments.positions or 'all'} positions of a batch"
+    cost = f"{each * 1000:.3g} ms per sample; the loader does not say how many it has"
+    if total is not None:
+        total = min(total, arguments.samples or total)
+        about = "about" if arguments.tolerance is None else "at most"
+        cost = (
+            f"{about} {_duration(each * total)} for {total:,} samples, estimated from one batch of {size}, "
+            "without the time to read the data"
+        )
+    return (
+        f"layers     {count}, from {trial.rows[0]} to {trial.rows[-1]}: {count * (count - 1) // 2:,} pairs\n"
+        f"data       {described(arguments.data, loader)}\n"
+        f"estimates  from {minibatches} in batches of {size}, {arguments.estimator}, {arguments.kernel} kernel\n"
+        f"cost       {cost}"
+    )
 
 
 def _duration(seconds: float) -> str:
@@ -289,50 +234,18 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _provenance(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """What the command was asked for, for the result's file."""
-    names = ("model", "weights", "against", "against_weights", "data", "seed", "batch_size")
-    return {"command": {**{name: getattr(arguments, name) for name in names}, "device": str(device)}}
-
-
-def _largest_stderr(result: CKAResult) -> float | None:
+def _report(result: CKAResult, names: Sequence[str] | None) -> dict[str, Any]:
+    """What ``--json`` prints of a result; of samples that alone account for much of a layer's HSIC, their `names`."""
     errors = result.stderr[~result.stderr.isnan()]
-    return float(errors.max()) if len(errors) else None
-
-
-def _reached(result: CKAResult, tolerance: float | None) -> bool:
-    """Whether every standard error is as small as was asked for; standard errors that are undefined are not."""
-    if tolerance is None:
-        return True
-    largest = _largest_stderr(result)
-    return largest is not None and largest < tolerance
-
-
-def _decisive(result: CKAResult, names: Sequence[str] | None) -> dict[int, str]:
-    """The samples that alone account for much of some layer's HSIC -> their names, where the data has names."""
-    samples = sorted({one.sample for one in result.influence.values() if one.share > SHARE})
-    return {sample: names[sample] for sample in samples if sample < len(names)} if names else {}
-
-
-def _report(
-    result: CKAResult,
-    paths: dict[str, Path],
-    names: Sequence[str] | None,
-    arguments: argparse.Namespace,
-    *,
-    complete: bool,
-) -> dict[str, Any]:
-    """What ``--json`` prints."""
+    decisive = sorted({one.sample for one in result.influence.values() if one.share > SHARE})
     return {
-        "complete": complete,
-        "files": {name: str(path) for name, path in paths.items()},
         "layers": list(result.layers),
         "samples": result.samples,
         "minibatches": result.minibatches,
-        "largest_stderr": _largest_stderr(result),
-        "tolerance_reached": None if arguments.tolerance is None else _reached(result, arguments.tolerance),
+        "largest_stderr": float(errors.max()) if len(errors) else None,
+        "tolerance_reached": result.settings.get("tolerance_reached") and len(errors) > 0,
         "summary": result.summary().splitlines(),
-        "decisive_samples": {str(sample): name for sample, name in _decisive(result, names).items()},
+        "decisive_samples": {str(sample): names[sample] for sample in decisive if names and sample < len(names)},
         "skipped": result.skipped,
         "degenerate": result.degenerate,
     }

@@ -88,7 +88,8 @@ class Loop:
                 self._keeper.tell(self._comparison.state.samples, progress)
             with ExitStack() as stack:
                 stack.enter_context(self._comparison)
-                total = _length(loader, self._options.epochs, self._share)
+                bounds = [bound for bound in (samples_of(loader), self._share) if bound is not None]
+                total = min(bounds) * self._options.epochs if bounds else None
                 self._bar = stack.enter_context(progress_bar(name, "sample", total, shown=progress))
                 self._bar.update(self._seen)
                 stopped = not self._keeper.finished and self._passes(loader, sampler, shuffle)
@@ -256,17 +257,13 @@ def small_after(loader: Iterable[Any]) -> int | None:
     return _TRIED
 
 
-def _length(loader: Iterable[Any], epochs: int, max_samples: int | None) -> int | None:
-    """How many samples a run will see, None where the loader does not say."""
-    dataset = getattr(loader, "dataset", None)
-    sampler = getattr(loader, "sampler", None)
-    try:
-        samples: int | None = len(cast(Any, sampler if sampler is not None else dataset))
-    except TypeError:
-        samples = None
+def samples_of(loader: Iterable[Any]) -> int | None:
+    """How many samples a loader brings, None where it does not say."""
     if isinstance(loader, Sequence):
         counts = [batches.sample_count(batch) for batch in loader]
-        samples = None if None in counts else sum(cast(list[int], counts))
-    if samples is None:
-        return None if max_samples is None else max_samples * epochs
-    return min(samples, max_samples or samples) * epochs
+        return None if None in counts else sum(cast(list[int], counts))
+    sampler = getattr(loader, "sampler", None)
+    try:
+        return len(sampler if sampler is not None else loader.dataset)  # type: ignore[attr-defined]
+    except (AttributeError, TypeError):
+        return None
