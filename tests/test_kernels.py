@@ -199,7 +199,7 @@ def test_callables_get_raw_wide_features() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"kernel": "gauss"}, "'gauss' is not known: use one of 'linear', 'rbf', 'distance'"),
+        ({"kernel": "gauss"}, "'gauss' is unknown: use one of 'linear', 'rbf', 'distance'"),
         ({"kernel": ["rbf"]}, "is not known"),
         ({"kernel": None}, "is not known"),
         ({"kernel": "distance", "bandwidth": 1.0}, "bandwidth=1.0 belongs to kernel='rbf', and kernel is 'distance'"),

@@ -1,4 +1,4 @@
-"""`CKAAccumulator`: minibatches in, a `CKAResult` out, with torchmetrics' words for what lies between."""
+"""`CKAAccumulator`: takes minibatches and gives a `CKAResult`, with the method names of torchmetrics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cka_hooks.similarity.products.grams import Grams
 from cka_hooks.similarity.reduce import exchanged, is_shared, reduced
 from cka_hooks.similarity.state import Minibatches, State, Step
 
-# Minibatches by default, where their size changes nothing but the spread: each activation is read once on a GPU.
+# Default size of minibatches, where size changes only the spread: a GPU then reads each activation once.
 LARGEST_BY_DEFAULT = 128
 _OWN_OPTIONS = (
     "kernel",
@@ -40,7 +40,7 @@ _OWN_OPTIONS = (
 
 
 class _Observed(NamedTuple):
-    """What is known of one layer of the batch that is under way; in its first one, whether its features differ."""
+    """What is known of a layer in the current batch; in its first batch, also whether its features differ."""
 
     samples: int
     dtype: torch.dtype
@@ -48,7 +48,7 @@ class _Observed(NamedTuple):
 
 
 def _with_differ(minibatches: Minibatches, differ: Mapping[str, Tensor]) -> Minibatches:
-    """The same, with whether features differ, of layers of which that was asked."""
+    """The same minibatches, with whether features differ for the layers that were asked."""
     if not differ:
         return minibatches
     known = [differ.get(label, it).to(it) for label, it in zip(minibatches.layers, minibatches.differ, strict=True)]
@@ -58,40 +58,40 @@ def _with_differ(minibatches: Minibatches, differ: Mapping[str, Tensor]) -> Mini
 class CKAAccumulator:
     """Minibatch CKA of every pair of layers, one forward pass at a time.
 
-    ``observe(layer, activation)`` takes the Gram matrix of an activation, at once: call it inside a forward
-    hook, before the next module can change the activation. ``step()`` says that all layers of the batch
-    have been observed. ``update({layer: activation})`` does both. ``compute()`` gives the result so far and
-    changes nothing; ``merge_state`` adds another accumulator, ``reset`` forgets.
+    ``observe(layer, activation)`` takes the Gram matrix of an activation at once. Call it inside a forward hook,
+    before the next module can change the activation. ``step()`` completes the batch after all layers have been
+    observed. ``update({layer: activation})`` does both. ``compute()`` returns the result so far and changes nothing.
+    ``merge_state`` adds another accumulator, and ``reset`` forgets everything.
 
     CKA_ij = sum_b w_b HSIC(K_i, K_j) / sqrt(sum_b w_b HSIC(K_i, K_i) sum_b w_b HSIC(K_j, K_j)) over minibatches b
     (Nguyen, Raghu & Kornblith 2021) with the unbiased HSIC of Song et al. 2012 and w_b = n_b - 3, or the
     biased one of Kornblith et al. 2019 and w_b = n_b - 1.
 
-    ``compute`` warns where more than 25 % of a layer's own HSIC (20 / samples in runs of fewer than 80) lies in
-    pairs with one single sample: a few outlying samples can decide CKA (Davari et al. 2023).
-    `CKAResult.influence` names the sample.
+    ``compute`` warns if more than 25 % of a layer's own HSIC (20 / samples in runs of fewer than 80) is in pairs with
+    a single sample: a few outliers can decide CKA (Davari et al. 2023). `CKAResult.influence` names the sample.
 
     Args:
         kernel: a name in `cka_hooks.similarity.kernels.KERNELS` ("linear", "rbf", "distance", ...), or a callable
             (n, d) -> (n, n) on raw float64 features.
-        bandwidth: of "rbf", a multiple of the root of the minibatch's median squared distance; default 1.
-        sigma: of "rbf", in the features' units and the same over the whole run, instead of `bandwidth`.
+        bandwidth: for "rbf", a multiple of the root of the minibatch's median squared distance; default 1.
+        sigma: for "rbf", a width in the features' units, the same over the whole run, instead of `bandwidth`.
         estimator: "unbiased" or "biased".
-        minibatch: samples per HSIC estimate. A batch is split into groups of this many, a remainder of 4 or more is
-            one more group, a smaller one is left out. None splits batches evenly into groups of at most 128 where
-            that changes nothing but the spread of the estimates; biased ones, "rbf" with its median and kernels of
-            your own depend on the size, and take each batch as it comes.
-        features: how an activation becomes a row of features, see :func:`cka_hooks.features.feature_rows`.
-        seed: of whatever is drawn at random.
-        per: "position" where what you observe has a row for each token or pixel: batches are not split, since a
+        minibatch: samples per HSIC estimate. A batch is split into groups of this size. A remainder of 4 or more is
+            one more group, and a smaller one is left out. None splits batches evenly into groups of at most 128, if
+            the size changes only the spread of the estimates. Biased estimates, "rbf" with its median, and your own
+            kernels depend on the size and take each batch as it comes.
+        features: how to turn an activation into rows of features, see :func:`cka_hooks.features.feature_rows`.
+        seed: seed of everything that is drawn at random.
+        per: "position" if what you observe has a row for each token or pixel. Batches are then not split, since a
             minibatch holds whole inputs, and there are no p-values.
-        keep_minibatches: keep each minibatch's values, O(minibatches * layers^2), for `CKAResult.difference`.
+        keep_minibatches: whether to keep each minibatch's values, O(minibatches * layers^2), for
+            `CKAResult.difference`.
 
     Attributes:
-        state: what was added up, see :class:`cka_hooks.similarity.state.State`.
+        state: the sums so far, see :class:`cka_hooks.similarity.state.State`.
 
     Raises:
-        OptionError: an option that is not one of those above.
+        OptionError: an option has an invalid value.
 
     Example:
         >>> import torch
@@ -135,7 +135,7 @@ class CKAAccumulator:
         self._kernel = as_kernel(kernel, bandwidth=self._options.bandwidth, sigma=self._options.sigma)
         size_matters = estimator == "biased" or callable(kernel) or (kernel == "rbf" and sigma is None)
         self._split_by_default = minibatch is None and not size_matters and per == "sample"
-        # The Gram matrices of the batch that is under way, for each group of equal minibatches.
+        # The Gram matrices of the current batch, for each group of equal minibatches.
         self._groups: list[Batch] = []
         self.reset()
 
@@ -149,7 +149,7 @@ class CKAAccumulator:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The options as they stand in a result: plain JSON values."""
+        """The options as a result has them: plain JSON values."""
         settings = self._options.spelled(*_OWN_OPTIONS)
         if self._split_by_default:
             settings["minibatch"] = f"at most {LARGEST_BY_DEFAULT}"
@@ -164,22 +164,22 @@ class CKAAccumulator:
 
     @property
     def samples(self) -> int:
-        """Samples in minibatches, over all passes."""
+        """Number of samples in minibatches, over all passes."""
         return self.state.samples
 
     @property
     def minibatches(self) -> int:
-        """Minibatches, over all passes."""
+        """Number of minibatches, over all passes."""
         return self.state.minibatches
 
     @property
     def left_out(self) -> int:
-        """Samples of batches that are in no minibatch."""
+        """Number of samples that are in no minibatch."""
         return self.state.left_out
 
     @property
     def passes(self) -> int:
-        """Passes over the data, see :meth:`start_pass`."""
+        """Number of passes over the data, see :meth:`start_pass`."""
         return self.state.passes
 
     @property
@@ -189,7 +189,7 @@ class CKAAccumulator:
 
     @property
     def observing_samples(self) -> int:
-        """How many samples of each were observed since the last `step`."""
+        """Number of samples of each layer observed since the last `step`."""
         return next((observed.samples for observed in self._pending.values()), 0)
 
     def largest_stderr(self) -> float:
@@ -200,22 +200,23 @@ class CKAAccumulator:
         return largest_stderr(self.state)
 
     def skips(self, left_out: Mapping[str, str]) -> None:
-        """Say which layers were not handed over, and why: label -> sentence, which every result then has."""
+        """Give the reason for each layer that was not handed over: label -> sentence. Every result will have them."""
         self.state.skipped = {**self.state.skipped, **left_out}
 
     def observe(self, layer: str, activation: Features) -> None:
         """Take the Gram matrix of one layer's activation.
 
         Args:
-            layer: its label.
-            activation: (n, ...) floating point, a tensor or an array, the same n samples in the same order for every
-                layer.
+            layer: label of the layer.
+            activation: (n, ...) floating point, a tensor or an array, with the same n samples in the same order for
+                every layer.
 
         Raises:
-            OptionError: it is not a tensor or array of floating-point numbers, or the label is not text.
-            SampleCountError: its number of samples is not that of the layers before it.
-            LayerError: the layer was observed already since the last `step`.
-            OutOfMemoryError: also in smaller pieces; `discard` the batch and go on, or take another one.
+            OptionError: the activation is not a tensor or array of floating-point numbers, or the label is not text.
+            SampleCountError: the number of samples differs from that of the layers before it.
+            LayerError: the layer has already been observed since the last `step`.
+            OutOfMemoryError: memory does not suffice, even in smaller pieces. `discard` the batch and go on, or use
+                another one.
         """
         if not isinstance(layer, str):
             raise OptionError(f"the label of a layer is {layer!r}: labels are text, such as {f'layer {layer}'!r}")
@@ -224,7 +225,7 @@ class CKAAccumulator:
             self._take(layer, feature_rows(activation.detach(), self._options.features), activation.dtype)
 
     def slot(self, layer: str) -> Callable[[Tensor], None] | None:
-        """`observe` for one layer: what takes its features, (n, P, C), where no reduction has to make them first."""
+        """`observe` for one layer: a function of (n, P, C) features; None if a reduction has to make them first."""
         return partial(self._take, layer) if self._options.features == "flatten" else None
 
     def _take(self, layer: str, rows: Tensor, dtype: torch.dtype | None = None) -> None:
@@ -257,7 +258,7 @@ class CKAAccumulator:
         self._pending[layer] = _Observed(samples, dtype, differ)
 
     def _grams(self, layer: str, rows: Tensor, minibatches: int) -> Grams:
-        """Gram matrices of one layer, in smaller pieces where memory does not suffice for all of them at once."""
+        """Gram matrices of one layer, made in smaller pieces if memory does not suffice for all of them at once."""
         try:
             return self._kernel(rows, minibatches)
         except memory.EXHAUSTED as error:
@@ -273,22 +274,22 @@ class CKAAccumulator:
             raise OutOfMemoryError(
                 f"out of memory in layer {layer!r}: {len(rows)} samples of {features:,} features "
                 f"({rows.numel() * rows.element_size() / 1e6:,.1f} MB, {str(rows.dtype).removeprefix('torch.')}) on "
-                f"{rows.device}, also in smaller pieces. Leave the layer out (layers=), average it over positions "
+                f"{rows.device}, even in smaller pieces: leave the layer out (layers=), average it over positions "
                 "(features='mean'), take smaller minibatches (minibatch=), or use a smaller batch_size in the loader"
             ) from error
         joined: list[Any] = [None if of_one[0] is None else torch.cat(of_one) for of_one in zip(*parts, strict=True)]
         return Grams(*joined)
 
     def step(self) -> Step:
-        """The batch is complete: add it to the sums.
+        """Complete the batch and add it to the sums.
 
         Returns:
             What was added.
 
         Raises:
             LayerError: no layer was observed since the last `step`.
-            OptionError: it is synchronised; `unsync` first.
-            OutOfMemoryError: nothing was added; you can continue with the next batch.
+            OptionError: the accumulator is synchronised; call `unsync` first.
+            OutOfMemoryError: memory does not suffice. Nothing was added; you can continue with the next batch.
         """
         if self._own is not None:
             raise OptionError("this accumulator is synchronised: call unsync() before the next batch")
@@ -324,20 +325,20 @@ class CKAAccumulator:
         return step
 
     def discard(self) -> None:
-        """Forget what was observed since the last `step`, after a forward pass that broke off."""
+        """Forget what was observed since the last `step`, after a forward pass that was cut short."""
         self._pending = {}
         for group in self._groups:
             group.release()
 
     def update(self, activations: Mapping[str, Features]) -> None:
-        """Observe every layer of one batch, then step.
+        """Observe every layer of a batch, then `step`.
 
         Args:
-            activations: layer -> (n, ...) tensor or array.
+            activations: mapping from layer to (n, ...) tensor or array.
 
         Raises:
-            OptionError: it is not such a mapping; nothing was added.
-            SampleCountError: they differ in their number of samples; nothing was added.
+            OptionError: this is not such a mapping. Nothing was added.
+            SampleCountError: the layers have different numbers of samples. Nothing was added.
         """
         if not isinstance(activations, Mapping):
             raise OptionError(
@@ -353,17 +354,17 @@ class CKAAccumulator:
         self.step()
 
     def start_pass(self) -> None:
-        """From here on come the samples seen before, in other minibatches: they are not new samples.
+        """Begin another pass over the same samples, in other minibatches. They are not new samples.
 
         Standard errors then divide by the number of minibatches in one pass.
         """
         self.state.passes += 1
 
     def merge_state(self, other: CKAAccumulator) -> None:
-        """Add what another accumulator has seen, as if its minibatches came after those of this one.
+        """Add another accumulator, as if its minibatches came after those of this one.
 
         Raises:
-            OptionError: the other one has other options.
+            OptionError: the accumulators have different options.
         """
         self._check_settings(other.settings)
         self.state.merge(other.state)
@@ -377,12 +378,12 @@ class CKAAccumulator:
         for option, value in ours.items():
             if theirs[option] != value:
                 raise OptionError(
-                    f"accumulators with different options do not add up: {option} is {value!r} here and "
+                    f"accumulators with different options cannot be merged: {option} is {value!r} here and "
                     f"{theirs[option]!r} there"
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        """All that was added, as numbers, text and float64 tensors: copies, safe to save and to send.
+        """Everything that was added, as numbers, text and float64 tensors: copies, safe to save and to send.
 
         ``torch.save`` writes it and ``torch.load(weights_only=True)`` reads it.
 
@@ -394,10 +395,10 @@ class CKAAccumulator:
         return {"options": self.settings, "state": self.state.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Become what :meth:`state_dict` gave, whatever was added here before.
+        """Restore what :meth:`state_dict` returned, and forget what was added here before.
 
         Raises:
-            OptionError: it is from an accumulator with other options, or not from an accumulator.
+            OptionError: the state is from an accumulator with other options, or not from an accumulator.
         """
         if not isinstance(state, Mapping) or "options" not in state:
             raise OptionError("this is not the state of an accumulator: state_dict() of a CKAAccumulator gives one")
@@ -407,14 +408,14 @@ class CKAAccumulator:
         self.state = loaded
 
     def sync(self, group: dist.ProcessGroup | None = None) -> None:
-        """Become the sum of the accumulators of all ranks of a process group, on every rank.
+        """On every rank, become the sum of the accumulators of all ranks of a process group.
 
-        As in torchmetrics: call it on every rank before `compute`, and `unsync` to go on with this rank's own
-        minibatches. Without a process group, or in one of a single rank, it does nothing. Ranks that hold the
-        same samples (tensor parallel) must not be in the group: name the data-parallel one.
+        As in torchmetrics, call this on every rank before `compute`, and `unsync` to go on with this rank's own
+        minibatches. Without a process group, or in one with a single rank, it does nothing. Ranks that hold the same
+        samples (tensor parallel) must not be in the group: pass the data-parallel one.
 
         Raises:
-            OptionError: it is synchronised already, or the ranks have different options.
+            OptionError: the accumulator is synchronised already, or the ranks have different options.
             RankError: a rank failed or does not answer.
         """
         if self._own is not None:
@@ -427,7 +428,7 @@ class CKAAccumulator:
         self.state, self._own = reduced(own, group), own
 
     def unsync(self) -> None:
-        """Undo `sync`: this rank's own minibatches again, to go on from."""
+        """Undo `sync` and go on from this rank's own minibatches."""
         if self._own is not None:
             self.state, self._own = self._own, None
 
@@ -435,16 +436,16 @@ class CKAAccumulator:
         """The result so far, on the CPU.
 
         Raises:
-            TooFewSamplesError: no minibatch had the samples an HSIC estimate needs.
-            NonFiniteError: a layer was NaN or infinite in some minibatch. It is left out of the sums, and
-                the error's `partial` is the result of all other layers.
+            TooFewSamplesError: no minibatch had the samples that an HSIC estimate needs.
+            NonFiniteError: a layer was NaN or infinite in some minibatch. It is left out of the sums, and the error's
+                `partial` has the result of all other layers.
         """
         return result_of(self.state, self.settings)
 
 
 @lru_cache(maxsize=256)
 def _split(samples: int, minibatch: int | None, by_default: bool) -> list[tuple[int, int]]:
-    """How a batch is split: (m, n) for m minibatches of n samples, then the next ones."""
+    """How to split a batch: pairs (m, n), for m minibatches of n samples each."""
     size = minibatch or samples
     if samples > LARGEST_BY_DEFAULT and by_default:
         # Evenly: sizes differ by one at most.

@@ -1,4 +1,4 @@
-"""From what a run has added up to CKA, its standard errors and a `CKAResult`.
+"""Turn the sums of a run into CKA, standard errors and a `CKAResult`.
 
 CKA_ij = S_ij / sqrt(S_ii S_jj) with S_ij = sum_b h_ij,b and h_ij,b = w_b HSIC(K_i,b, K_j,b) is a ratio of
 sums over minibatches. Its standard error follows from the spread of the linearised terms
@@ -20,14 +20,14 @@ from cka_hooks.hsic import MIN_SAMPLES, resolution
 from cka_hooks.results.result import CKAResult, Influence
 from cka_hooks.similarity.state import State
 
-# Above this share of a layer's own HSIC in pairs of one single sample, `result_of` warns, and not below this many
-# times the 2 / samples that alike samples have: in a small run the largest share is large by chance.
+# `result_of` warns if more than this share of a layer's own HSIC is in pairs of one sample. In a small run the
+# largest share is large by chance, so it must also be this many times the 2 / samples that equal samples would have.
 INFLUENCE_WARNING = 0.25
 INFLUENCE_TIMES_EVEN = 10
 
 
 def cka(moments: Tensor) -> Tensor:
-    """(L, L) S_ij / sqrt(S_ii S_jj) of `State.moments`: NaN where S_ii is not positive, 1 on the diagonal."""
+    """(L, L) S_ij / sqrt(S_ii S_jj) from `State.moments`: NaN if S_ii is not positive, 1 on the diagonal."""
     root = _roots(moments)
     values = moments[0] / (root.unsqueeze(1) * root)
     return values.diagonal_scatter(torch.where(root.isnan(), root, 1.0))
@@ -36,16 +36,16 @@ def cka(moments: Tensor) -> Tensor:
 def stderr(moments: Tensor, minibatches: int, minibatches_per_pass: int) -> Tensor:
     """(L, L) standard errors of `cka`: sqrt(B / (B - 1) sum_b e_ij,b^2), NaN below 3 minibatches.
 
-    Further passes over the same samples are not independent of the first: the variance between
-    minibatches is divided by the number in one pass, B1. The errors e of each pass sum to nearly the
-    same, so that what varies is B1 - 1 of them a pass: sqrt(B / (B1 - 1) sum_b e_ij,b^2).
+    Further passes over the same samples are not independent of the first, so the variance between minibatches is
+    divided by the number in one pass, B1. The errors e of each pass sum to nearly the same, so each pass has B1 - 1
+    of them that vary: sqrt(B / (B1 - 1) sum_b e_ij,b^2).
     """
     if minibatches_per_pass < 3:
         return torch.full_like(moments[0], torch.nan)
     root = _roots(moments)
     scale = root.unsqueeze(1) * root
     values = moments[0] / scale
-    # Divided one root at a time: products of four of them leave the range of float64 too early.
+    # Divide by one root at a time: products of four of them leave the range of float64 too early.
     squares = moments[1] / scale / scale
     cross = moments[2] / scale / root.square().unsqueeze(1)
     own = moments[3] / root.square().unsqueeze(1) / root.square()
@@ -53,13 +53,13 @@ def stderr(moments: Tensor, minibatches: int, minibatches_per_pass: int) -> Tens
     total = squares - values * (cross + cross.mT)
     total += values.square() / 4 * (own_squares.unsqueeze(1) + own_squares + 2 * own)
     factor = minibatches / (minibatches_per_pass - 1)
-    # Symmetric but for the order of roundings: made so to the bit.
+    # Symmetric up to the order of roundings; make it so to the bit.
     errors = ((total + total.mT).clamp_min(0) / 2 * factor).sqrt()
     return errors.diagonal_scatter(torch.where(root.isnan(), root, 0.0))
 
 
 def null_moments(state: State) -> tuple[Tensor, Tensor] | None:
-    """(L, L) variance and skewness of CKA if samples were permuted at random; None where a second pass adds to it.
+    """(L, L) variance and skewness of CKA under random permutation of samples; None if there is a second pass.
 
     S_ii and S_jj do not depend on the permutation, see :mod:`cka_hooks.null`.
     """
@@ -88,7 +88,7 @@ def largest_stderr(state: State) -> float:
 
 
 def irregular(state: State) -> dict[str, str]:
-    """Layers that did not run in every minibatch, and how often they did."""
+    """Layers that did not run in every minibatch, each with how often it did."""
     return {
         layer: f"ran in {count} of {state.minibatches} minibatches"
         for layer, count in state.seen.items()
@@ -97,7 +97,7 @@ def irregular(state: State) -> dict[str, str]:
 
 
 def degenerate(state: State) -> dict[str, str]:
-    """Layers for which CKA is undefined, and why; of a state on the CPU."""
+    """Layers whose CKA is undefined, each with the reason, from a state on the CPU."""
     found = {}
     for i, layer in enumerate(state.layers):
         level = resolution(getattr(torch, state.dtypes[layer])) * state.size[i]
@@ -109,7 +109,7 @@ def degenerate(state: State) -> dict[str, str]:
 
 
 def too_few(state: State) -> TooFewSamplesError:
-    """The error where no minibatch had the samples that an HSIC estimate needs."""
+    """The error for a run in which no minibatch had the samples that an HSIC estimate needs."""
     return TooFewSamplesError(
         f"an HSIC estimate needs at least {MIN_SAMPLES} samples in a minibatch, and "
         + (f"the largest batch had {state.largest}" if state.largest else "nothing was observed")
@@ -122,13 +122,13 @@ def result_of(state: State, settings: Mapping[str, Any], models: tuple[str, ...]
     """The result of a run, on the CPU.
 
     Args:
-        state: what it added up.
-        settings: provenance, plain JSON values; what the state knows is added.
-        models: names of the models whose layers these are.
+        state: the sums of the run.
+        settings: provenance, plain JSON values. What the state knows is added.
+        models: names of the models that the layers belong to.
 
     Raises:
-        TooFewSamplesError: no minibatch had the samples an HSIC estimate needs.
-        NonFiniteError: a layer was NaN or infinite in some minibatch; `.partial` is the result of all others.
+        TooFewSamplesError: no minibatch had the samples that an HSIC estimate needs.
+        NonFiniteError: a layer was NaN or infinite in some minibatch. `.partial` has the result of all others.
         LayerError: no layer ran in every minibatch.
     """
     if not state.minibatches:
@@ -150,7 +150,7 @@ def result_of(state: State, settings: Mapping[str, Any], models: tuple[str, ...]
         others = f", and {len(bad) - 1} more layers" if len(bad) > 1 else ""
         raise NonFiniteError(
             f"layer {layer!r} has NaN or infinity in minibatch {number} (counted from 0){others}: fix the model or "
-            "its inputs, or leave these layers out with layers=; the error's `.partial` has the result of all other "
+            "its inputs, or leave these layers out (layers=). The error's `.partial` has the result of all other "
             "layers",
             bad,
             result,
@@ -230,5 +230,5 @@ def _warn(state: State, influence: Mapping[str, Influence]) -> None:
         layer, found = max(heavy.items(), key=lambda item: item[1].share)
         warn(
             f"one sample decides much of {len(heavy)} layer(s): {found.spelled} alone accounts for "
-            f"{found.share:.0%} of HSIC(layer, layer) of {layer!r}; look at it, and see `result.influence`"
+            f"{found.share:.0%} of HSIC(layer, layer) of {layer!r}: look at it, and see `result.influence`"
         )

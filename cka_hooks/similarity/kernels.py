@@ -1,8 +1,8 @@
-"""Kernels: features to Gram matrices by name. To add one, write a function here and name it in `KERNELS`.
+"""Kernels by name, from features to Gram matrices. To add one, write a function here and name it in `KERNELS`.
 
-HSIC with the linear, the RBF and the distance kernel does not change when all samples are shifted, so they start
-from `linear_grams`, which takes a common vector off. All others get the raw features, widened to float64. What a
-kernel's function takes are its options: the same names in `cka`, `compare` and `CKAAccumulator`.
+HSIC with the linear, the RBF and the distance kernel does not change if all samples are shifted, so these start from
+`linear_grams`, which subtracts a common vector. All others get the raw features, widened to float64. The arguments of
+a kernel's function are its options, under the same names in `cka`, `compare` and `CKAAccumulator`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from cka_hooks.precision import accumulation_device, exactly
 from cka_hooks.similarity.products.choose import linear_grams
 from cka_hooks.similarity.products.grams import Grams
 
-# (m * n, P, C) features and m -> m Gram matrices.
+# Takes (m * n, P, C) features and m, returns m Gram matrices.
 Kernel = Callable[[Tensor, int], Grams]
-# Of |x|^2 + |y|^2: what may be left of it in float64 where x is y.
+# Share of |x|^2 + |y|^2 that may be left over in float64 where x equals y.
 _ROUNDING = 16 * torch.finfo(torch.float64).eps
-# Of |x|^2 + |y|^2: a squared distance that float32 rounding cannot have made by itself.
+# Share of |x|^2 + |y|^2: a squared distance that float32 rounding alone cannot have made.
 _NEARLY_SAME = 1e-5
-# Distances from float32 products are kept where rounding is at most this per sample, of the U-centred norm. Measured:
-# errors in CKA are below it.
+# Distances from float32 products are kept if rounding per sample is at most this share of the U-centred norm.
+# Measured: errors in CKA are below it.
 _ROOT_NOISE = 5e-7
 
 
@@ -37,7 +37,7 @@ class OfLinear:
     """A kernel whose Gram matrices follow from linear ones of samples that are all shifted by one vector.
 
     Attributes:
-        of_linear: (..., m, n, n) of any number of layers at once, from linear ones.
+        of_linear: (..., m, n, n) matrices of any number of layers at once, from linear ones.
     """
 
     of_linear: Callable[[Grams], Grams]
@@ -50,9 +50,9 @@ class OfLinear:
 def rbf(bandwidth: float | None = None, sigma: float | None = None) -> Kernel:
     """exp(-D / (2 s^2)) with s^2 = bandwidth^2 * median(D), or s = `sigma` in the features' units.
 
-    D are the squared distances of all n * n pairs of a minibatch, zeros included, and the median of an even
-    count the mean of the middle two (Kornblith et al. 2019, published demo). Where the median is 0 the
-    kernel is its limit: 1 for equal samples, else 0. The default bandwidth is 1.
+    D are the squared distances of all n * n pairs of a minibatch, zeros included. The median of an even count is the
+    mean of the middle two (Kornblith et al. 2019, published demo). If the median is 0, the kernel is its limit: 1 for
+    equal samples, else 0. The default bandwidth is 1.
     """
     if bandwidth is not None and sigma is not None:
         raise OptionError(
@@ -74,8 +74,9 @@ def rbf(bandwidth: float | None = None, sigma: float | None = None) -> Kernel:
 def distance() -> Kernel:
     """-|x - y|: unbiased CKA is then the bias-corrected distance correlation (Székely & Rizzo 2013, 2014).
 
-    A root doubles the digits that cancel in |x|^2 + |y|^2 - 2 <x, y>: samples that are nearly the same need products
-    in float64. A CPU makes them where the distances show that need, an accelerator always: a look would wait.
+    The root doubles the number of digits that cancel in |x|^2 + |y|^2 - 2 <x, y>, so samples that are nearly equal
+    need products in float64. A CPU makes these if the distances show the need, an accelerator always, because looking
+    would mean waiting.
     """
 
     def grams(features: Tensor, minibatches: int) -> Grams:
@@ -93,15 +94,15 @@ def distance() -> Kernel:
 
 def _roots(squares: Tensor) -> Tensor:
     same = squares == 0
-    # The root of 0 has no gradient.
+    # The root has no gradient at 0.
     return torch.where(same, 0, -torch.where(same, 1, squares).sqrt())
 
 
 def _are_precise(values: Tensor, squares: Tensor, linear: Tensor) -> bool:
-    """Whether rounding in float32 Gram matrices is small in the roots of the squared distances they give.
+    """Whether rounding in float32 Gram matrices stays small in the roots of the squared distances made from them.
 
-    An error of eps (|x|^2 + |y|^2) in D is one of eps (|x|^2 + |y|^2) / (2 sqrt(D)) in the root. Its sign is random,
-    so that it averages out over pairs of samples, unless it is as large as D.
+    An error of eps (|x|^2 + |y|^2) in D is an error of eps (|x|^2 + |y|^2) / (2 sqrt(D)) in the root. Its sign is
+    random, so it averages out over pairs of samples unless it is as large as D.
     """
     both = _norms(linear)
     apart = squares + both.diagonal(dim1=-2, dim2=-1).diag_embed()
@@ -113,26 +114,26 @@ def _are_precise(values: Tensor, squares: Tensor, linear: Tensor) -> bool:
 
 
 def _norms(linear: Tensor) -> Tensor:
-    """|x|^2 + |y|^2 of all pairs of samples."""
+    """|x|^2 + |y|^2 for all pairs of samples."""
     norms = linear.diagonal(dim1=-2, dim2=-1)
     return norms.unsqueeze(-1) + norms.unsqueeze(-2)
 
 
 def _squared_distances(linear: Grams) -> Tensor:
-    """(m, n, n) from linear Gram matrices; 0 where rounding in float64 could have made what is there."""
+    """(m, n, n) squared distances from linear Gram matrices; 0 where float64 rounding could have made the value."""
     both = _norms(linear.values)
     squares = both - 2 * linear.values
     return torch.where(squares <= _ROUNDING * both, 0, squares)
 
 
 def _median(distances: Tensor) -> Tensor:
-    """(...) medians of symmetric (..., n, n) with zero diagonal, from the n (n - 1) / 2 values below it."""
+    """(...) medians of symmetric (..., n, n) with zero diagonal, from the n (n - 1) / 2 values below the diagonal."""
     n = distances.shape[-1]
     rows, columns = torch.tril_indices(n, n, -1, device=distances.device)
     below = distances.flatten(-2)[..., rows * n + columns]
 
     def ranked(rank: int) -> Tensor:
-        # In order of size come the n zeros of the diagonal, then every other value twice.
+        # In sorted order, the n zeros of the diagonal come first, then every other value twice.
         return below.kthvalue((rank - n + 1) // 2, dim=-1).values if rank > n else below.new_zeros(below.shape[:-1])
 
     total = n * n
@@ -140,7 +141,7 @@ def _median(distances: Tensor) -> Tensor:
 
 
 def on_raw_features(function: Callable[[Tensor], Tensor]) -> Kernel:
-    """A kernel from a function (n, d) -> (n, n), given the raw features in float64."""
+    """A kernel from a function (n, d) -> (n, n) of the raw features in float64."""
 
     def grams(features: Tensor, minibatches: int) -> Grams:
         device = accumulation_device(features.device)
@@ -165,7 +166,7 @@ def _checked(values: Any, group: Tensor) -> Tensor:
 
 
 def cosine() -> Kernel:
-    """<x, y> / (|x| |y|), and 0 where a sample is 0."""
+    """<x, y> / (|x| |y|), or 0 if a sample is 0."""
 
     def values(x: Tensor) -> Tensor:
         norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
@@ -199,15 +200,15 @@ KERNELS: dict[str, Callable[..., Kernel]] = {
 
 
 def as_kernel(kernel: str | Callable[[Tensor], Tensor], **options: float | None) -> Kernel:
-    """The kernel that a name, or a callable (n, d) -> (n, n), and its options stand for; None: not given.
+    """The kernel for a name, or for a callable (n, d) -> (n, n), with its options; None: not given.
 
     Raises:
-        OptionError: an unknown name, or an option that is not in the signature of the kernel's function.
+        OptionError: the name is unknown, or an option is not in the signature of the kernel's function.
     """
     given = {name: value for name, value in options.items() if value is not None}
     if not callable(kernel) and not (isinstance(kernel, str) and kernel in KERNELS):
         raise OptionError(
-            f"kernel={kernel!r} is not known: use one of {', '.join(map(repr, KERNELS))}, "
+            f"kernel={kernel!r} is unknown: use one of {', '.join(map(repr, KERNELS))}, "
             "or a callable (n, d) -> (n, n)"
         )
     for name, value in given.items():

@@ -27,26 +27,26 @@ def cka_loss(
 ) -> Tensor:
     """1 - CKA of two sets of features of the same samples, to be minimised; differentiable in both.
 
-    The value is 1 - :func:`cka_hooks.cka`. All that is made of the features is float64, inside autocast, too, and
-    nothing waits for the device. With the unbiased estimator unrelated features are at 1 on average, whatever their
-    widths and however few the samples; single values scatter around it and may be above.
+    The value is 1 - :func:`cka_hooks.cka`. Everything is computed in float64, also inside autocast, and nothing waits
+    for the device. With the unbiased estimator, unrelated features are at 1 on average, whatever their widths and
+    however few the samples. Single values scatter around 1 and may be above it.
 
-    CKA is undefined where the samples of a side do not differ, or where its estimate of HSIC(x, x) is not above 0.
-    That is a sum of squares: never below 0, and 0 where one sample differs and all others are the same, for example.
-    The loss is 1 then, and its gradients are 0 on both sides. Features with NaN or infinity make it NaN.
+    CKA is undefined if the samples of one side do not differ, or if its estimate of HSIC(x, x) is not above 0. (That
+    estimate is a sum of squares, never below 0. It is 0, for example, if one sample differs and all others are
+    equal.) The loss is then 1, and its gradients are 0 on both sides. Features with NaN or infinity make it NaN.
 
     Args:
-        x: (n, ...) features of n samples, 4 or more; what is behind dimension 0 is flattened.
+        x: (n, ...) features of n samples, 4 or more. Dimensions after the first are flattened.
         y: (n, ...) features of the same samples in the same order, any number of them. Detach those of a teacher.
         kernel: as in :func:`cka_hooks.cka_matrix`, like all options here. A callable has to be differentiable.
 
     Returns:
-        A scalar on the device of `x`, float64 where one side is, else float32.
+        A scalar on the device of `x`: float64 if one side is, else float32.
 
     Raises:
-        SampleCountError: x and y differ in their number of samples.
-        TooFewSamplesError: fewer than 4 samples, such as in the last batch of a loader without ``drop_last``.
-        OptionError: an option with a value that it cannot have, or features that are not floating-point numbers.
+        SampleCountError: x and y have different numbers of samples.
+        TooFewSamplesError: there are fewer than 4 samples, as in the last batch of a loader without ``drop_last``.
+        OptionError: an option has an invalid value, or features are not floating-point numbers.
 
     Example:
         >>> import torch, cka_hooks
@@ -68,7 +68,7 @@ def cka_loss(
 
 
 def _unit(features: Tensor, kernel: Kernel, estimator: Estimator) -> tuple[Tensor, Tensor]:
-    """The centred Gram matrix (n, n) over its norm, and whether that can be said of it."""
+    """The centred Gram matrix (n, n) divided by its norm, and whether that is defined."""
     rows = memory_order(features)
     grams = kernel(rows.to(accumulation_device(rows.device), torch.float64), 1)
     centred = centre(grams.values[0], estimator)

@@ -1,4 +1,4 @@
-"""One state of the states of all ranks of a process group, by what each field declares."""
+"""Reduce the states of all ranks of a process group to one, field by field as each declares."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def reduced(state: State, group: dist.ProcessGroup | None) -> State:
         RankError: a rank is gone, or did not answer within the group's timeout.
     """
     own = state.to("cpu")
-    # What simply adds up may be large and takes one reduction. All else is exchanged, and merged rank after rank.
+    # Plain sums may be large and take one reduction. Everything else is exchanged, and merged rank after rank.
     blank = type(own)().at(own.layers)
     summed = [name for name, declared in DECLARED.items() if declared.axes and declared.combine is Combine.SUM]
     fields = {name: getattr(blank if name in summed else own, name) for name in DECLARED}
@@ -45,7 +45,7 @@ def reduced(state: State, group: dist.ProcessGroup | None) -> State:
 
 
 def exchanged(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """What every rank of the group has handed in, in the order of ranks.
+    """What every rank of the group contributed, in the order of ranks.
 
     Raises:
         RankError: a rank is gone, or did not answer within the group's timeout.
@@ -59,7 +59,7 @@ def exchanged(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
 
 
 def lost(error: BaseException) -> RankError:
-    """The error where another rank is gone."""
+    """The error to raise if another rank is gone."""
     return RankError(
         f"another rank of the process group ended, or did not answer within the group's timeout ({error}). With "
         "checkpoint= the same call on all ranks continues from where each of them was"
@@ -67,7 +67,7 @@ def lost(error: BaseException) -> RankError:
 
 
 def _device_of(group: dist.ProcessGroup | None) -> torch.device:
-    """Where the group's backend takes tensors from."""
+    """The device that the group's backend takes tensors from."""
     backend = dist.get_backend(group)
     for accelerator, type in (("nccl", "cuda"), ("xccl", "xpu"), ("hccl", "npu")):
         if accelerator in backend and "gloo" not in backend:

@@ -1,9 +1,9 @@
 """Everything that adds up over the minibatches of a run, in one class.
 
-Each field of :class:`State` declares how it combines: as a sum, the first, the largest with its place, or
+Each field of :class:`State` declares how it combines: as a sum, as the first value, as the largest with its place, or
 concatenated. Adding a minibatch, merging, reducing over ranks, joining models that were built in turn, saving and
-restoring all follow from these declarations. To add a field, declare it here and, where it comes from Gram matrices,
-give the function that makes it of a few minibatches.
+restoring all follow from these declarations. To add a field, declare it here. If it comes from Gram matrices, also
+give the function that makes it from a few minibatches.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from cka_hooks.null import null_cumulants, null_numbers
 from cka_hooks.similarity.products import fused
 from cka_hooks.similarity.products.grams import Grams
 
-# Numbers of the (layers, minibatches, n, n) stack that are centred at a time: 32 MB, and 8 MB on a CPU, whose
-# allocator would ask the system for anew what is larger.
+# How many numbers of the (layers, minibatches, n, n) stack to centre at a time: 32 MB. On a CPU 8 MB, because its
+# allocator would request more from the system anew each time.
 _CENTRED_AT_A_TIME = 1 << 22
 
 
 class Minibatches(NamedTuple):
-    """All layers of m minibatches of n samples, ready to be added up; every tensor has the layers in dimension 0.
+    """All layers of m minibatches of n samples, ready to be added. Every tensor has the layers in dimension 0.
 
     Attributes:
         layers: l labels.
@@ -38,9 +38,9 @@ class Minibatches(NamedTuple):
         spread: (l, m) traces of the centred linear Gram matrices.
         size: (l, m) traces of the linear Gram matrices.
         finite: (l, m) bool, whether the layer was finite; its vectors are 0 where it was not.
-        parts: (l, m, n) parts of the layer's own HSIC that each sample has.
+        parts: (l, m, n) each sample's part of the layer's own HSIC.
         cubes: (l, m, 2) see :func:`cka_hooks.null.null_numbers`; 0 for the biased estimator.
-        differ: (l,) 1 where :func:`cka_hooks.hsic.features_differ`, 0 where that is not so or was not asked.
+        differ: (l,) 1 if :func:`cka_hooks.hsic.features_differ`, 0 if not, or if that was not asked.
     """
 
     layers: tuple[str, ...]
@@ -58,7 +58,7 @@ class Minibatches(NamedTuple):
 
         Args:
             layers: their labels.
-            grams: of each layer, or of all of them stacked in a dimension in front.
+            grams: one for each layer, or those of all layers stacked in a leading dimension.
             estimator: "unbiased" or "biased".
         """
         if isinstance(grams, Grams) and estimator == "unbiased" and fused.centres(grams):
@@ -90,7 +90,7 @@ class Minibatches(NamedTuple):
 
     @classmethod
     def joined(cls, parts: Sequence[Minibatches]) -> Minibatches:
-        """The same minibatches of several models, all layers of them."""
+        """The same minibatches with the layers of several models."""
         layers = tuple(layer for part in parts for layer in part.layers)
         return cls(layers, *(torch.cat(tensors) for tensors in zip(*(part[1:] for part in parts), strict=True)))
 
@@ -111,7 +111,7 @@ def _stacked(grams: Grams | Sequence[Grams], some: slice, device: torch.device) 
 
 
 class Step(NamedTuple):
-    """One batch of `samples`, of which `counted` are in `groups` of equal minibatches; dtypes of layers by label."""
+    """A batch of `samples`, of which `counted` are in `groups` of equal minibatches; dtypes of layers by label."""
 
     samples: int
     counted: int
@@ -120,12 +120,12 @@ class Step(NamedTuple):
 
 
 class Combine(Enum):
-    """How two values of a field become one, the second from minibatches that come after those of the first.
+    """How to combine two values of a field, the second from minibatches that come after those of the first.
 
-    SUM: numbers are added, also those of a mapping.
-    FIRST: the first one that is there, by key in a mapping. A tensor has numbers of minibatches: the smallest.
-    LARGEST: the larger number. A tensor (2, ...) has numbers, and the place at which each was found.
-    CONCATENATED: one after the other.
+    SUM: add the numbers, key by key in a mapping.
+    FIRST: keep the first value, key by key in a mapping. In a tensor of minibatch numbers, keep the smallest.
+    LARGEST: keep the larger number. A tensor (2, ...) holds numbers, and the place where each was found.
+    CONCATENATED: append the second to the first.
     """
 
     SUM = "sum"
@@ -135,7 +135,7 @@ class Combine(Enum):
 
 
 class _Declared(NamedTuple):
-    """What a field declares; see `_tensor` and `_value`."""
+    """The declaration of a field; see `_tensor` and `_value`."""
 
     combine: Combine
     of: Callable[[Minibatches, Tensor], Tensor] | None = None
@@ -159,12 +159,12 @@ def _tensor(
     """Declare a float64 tensor.
 
     Args:
-        combine: how two of them become one.
-        of: makes it of m minibatches, given these and the (m, L, L) weighted HSICs of all pairs of their layers.
-        lead: its shape in front of the axes of layers.
+        combine: how to combine two of them.
+        of: makes it from m minibatches and the (m, L, L) weighted HSICs of all pairs of their layers.
+        lead: its shape before the axes of layers.
         axes: how many axes of L layers it ends in.
-        fill: what stands there for a layer that was never seen.
-        counted_from: the attribute with the number of what came before, from which its places are counted on.
+        fill: the value for a layer that was never seen.
+        counted_from: the attribute with the number of earlier items, from which its places are counted.
     """
     declared = _Declared(combine, of, lead, axes, fill, counted_from, of_layers=True)
 
@@ -177,7 +177,7 @@ def _tensor(
 
 
 def _value(combine: Combine, default: Any, *, of_layers: bool = False, items: type = int) -> Any:
-    """Declare a number, text, or a list or mapping of these; a mapping `of_layers` has labels as its keys."""
+    """Declare a number, text, or a list or mapping of these. A mapping `of_layers` has labels as its keys."""
     factory = default if isinstance(default, type) else lambda: default
     declared = _Declared(combine, of_layers=of_layers, items=items)
     return dataclasses.field(default_factory=factory, metadata={"is": declared})
@@ -206,39 +206,39 @@ def _peak(minibatches: Minibatches, _: Tensor) -> Tensor:
 
 @dataclass
 class State:
-    """What a run has added up. Tensors are float64, on the device of the activations.
+    """The sums of a run. Tensors are float64, on the device of the activations.
 
-    h_ij,b = w_b HSIC(K_i,b, K_j,b) of layers i and j in minibatch b, see :func:`cka_hooks.hsic.pack`.
+    h_ij,b = w_b HSIC(K_i,b, K_j,b) for layers i and j in minibatch b, see :func:`cka_hooks.hsic.pack`.
 
     Attributes:
         layers: L labels, the order of every axis of layers.
         moments: (4, L, L) sums of h_ij, of h_ij^2, of h_ij h_ii and of h_ii h_jj.
         spread: (L,) sum of the traces of the centred linear Gram matrices.
         size: (L,) sum of the traces of the linear Gram matrices.
-        differ: (L,) in how many first minibatches some feature differed by more than rounding can make it.
-        bad: (L,) number of the first minibatch in which the layer was not finite, infinity for none.
-        peak: (2, L) the largest part of the sum of h_ii that one sample has, and its position in the run.
-        kept: (m, L, L) the h_ij of every minibatch, where they are kept.
-        null: (2, L, L) variance and third central moment of the sum of h_ij if samples were permuted at random, over
-            the first pass; see :mod:`cka_hooks.null`. Unbiased estimates only.
-        seen: label -> in how many minibatches the layer ran.
+        differ: (L,) number of first minibatches in which some feature differed by more than rounding can explain.
+        bad: (L,) number of the first minibatch in which the layer was not finite, infinity if there is none.
+        peak: (2, L) the largest part of the sum of h_ii that one sample has, and that sample's position in the run.
+        kept: (m, L, L) the h_ij of every minibatch, if they are kept.
+        null: (2, L, L) variance and third central moment of the sum of h_ij under random permutation of the samples,
+            over the first pass; see :mod:`cka_hooks.null`. Unbiased estimates only.
+        seen: label -> number of minibatches in which the layer ran.
         dtypes: label -> the dtype of the activation, such as "float32".
         shapes: label -> the shape of one sample of the activation.
         sample_axes: label -> how the dimension with its samples is known.
         skipped: label -> why the layer was not recorded.
-        minibatches: how many there were.
-        samples: how many are in them.
-        left_out: samples of batches that are in no minibatch.
-        empty: batches without samples.
-        largest: samples of the largest batch.
+        minibatches: number of minibatches.
+        samples: number of samples in them.
+        left_out: number of samples that are in no minibatch.
+        empty: number of batches without samples.
+        largest: number of samples of the largest batch.
         passes: number of passes over the data.
-        first_minibatches: minibatches of the first pass over the data.
-        first_samples: samples of the first pass.
-        classes: class, as text -> how many samples had it.
-        neighbours: pairs of consecutive samples of a batch whose classes are known.
-        equal_neighbours: such pairs of one class.
+        first_minibatches: number of minibatches in the first pass over the data.
+        first_samples: number of samples in the first pass.
+        classes: class, as text -> number of samples.
+        neighbours: number of pairs of consecutive samples of a batch whose classes are known.
+        equal_neighbours: number of such pairs in one class.
         first_batches: fingerprint of the first batch of each rank.
-        identifiers: of all samples in order, as JSON, where the run has them.
+        identifiers: identifiers of all samples in order, as JSON, if the run has them.
         repeats: why samples may have been counted twice.
         stopped: why the run ended before its loader did.
     """
@@ -275,11 +275,11 @@ class State:
 
     @property
     def positions(self) -> int:
-        """Samples that have gone by, counted or not."""
+        """Number of samples so far, counted or not."""
         return self.samples + self.left_out
 
     def add(self, step: Step, *, keep: bool) -> None:
-        """Add a batch: as a whole, since all that may fail comes before the first change."""
+        """Add a batch as a whole: everything that may fail comes before the first change."""
         parts: list[State] = []
         for group in step.groups:
             hsic = all_pairs(group.vectors)
@@ -291,7 +291,7 @@ class State:
             if keep:
                 tensors["kept"] = [hsic]
             if self.passes > 1:
-                # Later passes bring no new samples: the null is that of the first.
+                # Later passes bring no new samples, so the null is that of the first pass.
                 tensors["null"].zero_()
             m, n = group.parts.shape[1:]
             part = type(self)(
@@ -300,14 +300,15 @@ class State:
             if self.passes == 1:
                 part.first_minibatches, part.first_samples = m, m * n
             parts.append(part)
-        # No part of its own, whose empty tensors would be made as large as the others, and brought to the device.
+        # An empty state contributes nothing; its tensors would be made as large as the others and moved to the
+        # device.
         last = parts[-1] if parts else type(self)()
         last.largest, last.left_out, last.dtypes = step.samples, step.samples - step.counted, step.dtypes
         for part in parts or [last]:
             self.merge(part)
 
     def merge(self, other: State) -> None:
-        """Add what another state has, whose minibatches come after those of this one."""
+        """Add another state, whose minibatches come after those of this one."""
         offsets = {declared.counted_from: getattr(self, declared.counted_from, 0) for declared in DECLARED.values()}
         layers = self._union(other.layers)
         if layers != self.layers:
@@ -327,7 +328,7 @@ class State:
         return tuple(dict.fromkeys(self.layers + layers))
 
     def at(self, layers: tuple[str, ...]) -> State:
-        """The same sums with every axis of layers in another order, filled where a layer was not seen."""
+        """The same sums with every axis of layers in another order, filled for layers that were not seen."""
         position = {layer: i for i, layer in enumerate(layers)}
         index = torch.tensor([position[layer] for layer in self.layers], dtype=torch.int64, device="cpu")
         index = index.to(self.moments.device, non_blocking=True)
@@ -343,7 +344,7 @@ class State:
         return self._with_tensors(placed, layers)
 
     def to(self, device: torch.device | str) -> State:
-        """A copy with its tensors on another device (the same tensors where they are there)."""
+        """A copy with its tensors on another device. Tensors that are already there stay the same objects."""
         return self._with_tensors(
             lambda tensor, _: tensor.to(device, non_blocking=torch.device(device).type != "cpu"), self.layers
         )
@@ -367,9 +368,9 @@ class State:
         """The state of models that ran one after another over the same batches, as if they had run together.
 
         Args:
-            states: what each model's run added up, whose layers differ.
-            batches: of each batch each model's part; of all of them None where another pass over the data begins.
-            keep: keep the values of single minibatches.
+            states: the sums of each model's run, with different layers.
+            batches: for each batch, each model's part of it. None in all of them marks the start of another pass.
+            keep: whether to keep the values of single minibatches.
 
         Raises:
             SampleCountError: a batch had different numbers of samples in two models.
@@ -390,7 +391,8 @@ class State:
                     )
             groups = zip(*(part.groups for part in there.values()), strict=True)
             total.add(there[first]._replace(groups=[Minibatches.joined(group) for group in groups]), keep=keep)
-        # What is not made of Gram matrices: of layers, each model's own; of the data, what the first model saw.
+        # Fields that are not made of Gram matrices: of layers, each model's own; of the data, what the first model
+        # saw.
         for i, state in enumerate(states.values()):
             for name, declared in DECLARED.items():
                 if not declared.axes and declared.of_layers:
@@ -399,7 +401,7 @@ class State:
                     setattr(total, name, getattr(state, name))
         return total
 
-    # In a file, and from one process to another
+    # Saving and restoring
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of all fields: numbers, text, lists and mappings of these, and float64 tensors."""
@@ -414,10 +416,10 @@ class State:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> State:
-        """What :meth:`state_dict` gave.
+        """Restore what :meth:`state_dict` returned.
 
         Raises:
-            OptionError: it is anything else, with the field that does not fit.
+            OptionError: this is anything else. The message names the field that does not fit.
         """
         if not isinstance(state, Mapping) or state.keys() != {"layers", *DECLARED}:
             odd = sorted(map(str, set(state) ^ {"layers", *DECLARED})) if isinstance(state, Mapping) else []
@@ -448,7 +450,7 @@ DECLARED: dict[str, _Declared] = {
 
 
 def _combined(declared: _Declared, mine: Any, theirs: Any, offset: int) -> Any:
-    """Two values of a field as one. Tensors change in place: nothing grows from batch to batch."""
+    """Combine two values of a field. Tensors change in place, so nothing grows from batch to batch."""
     if declared.combine is Combine.SUM:
         if isinstance(mine, dict):
             return {**mine, **{key: mine.get(key, 0) + number for key, number in theirs.items()}}
@@ -470,7 +472,7 @@ def _copied(value: Any) -> Any:
 
 
 def _check(name: str, value: Any, declared: _Declared, blank: Any, layers: list[str]) -> None:
-    """Raise :class:`OptionError` unless a value from outside is one that a field can have."""
+    """Raise :class:`OptionError` unless a value from outside is a valid one for its field."""
     if declared.axes:
         shape = (*declared.lead, *[len(layers)] * declared.axes)
         if isinstance(value, Tensor) and isinstance(blank, list) and value.ndim:

@@ -1,4 +1,4 @@
-"""CKA of tensors in hand: all samples at once, no model and no loader."""
+"""CKA of tensors in hand: all samples at once, without a model or a loader."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from cka_hooks.options import Options, whole
 from cka_hooks.precision import accumulation_device, without_gradients
 from cka_hooks.similarity.kernels import Kernel, as_kernel
 
-# Where less than this of a squared trace is left of a layer's own HSIC, its formula in feature space has cancelled:
-# outlying samples do that. Up to this many samples the n x n matrix, which does not cancel, takes its place.
+# If less than this share of a squared trace is left of a layer's own HSIC, the formula in feature space has
+# cancelled, as with outlying samples. With up to this many samples, the n x n matrix, which does not cancel, is used
+# instead.
 _CANCELLED = 1e-9
 _GRAM_IS_CHEAP = 8192
 
@@ -36,12 +37,12 @@ def cka(
     """Centered kernel alignment of two sets of features of the same samples (Kornblith et al. 2019).
 
     Args:
-        x: (n, ...) features of n samples, a tensor or an array; what is behind dimension 0 is flattened.
+        x: (n, ...) features of n samples, a tensor or an array. Dimensions after the first are flattened.
         y: (n, ...) features of the same samples in the same order, any number of them.
         kernel: as in :func:`cka_matrix`, like all options here.
 
     Returns:
-        HSIC(x, y) / sqrt(HSIC(x, x) HSIC(y, y)); NaN where the samples of x or of y do not differ.
+        HSIC(x, y) / sqrt(HSIC(x, x) HSIC(y, y)); NaN if the samples of x or of y do not differ.
 
     Raises:
         SampleCountError, TooFewSamplesError, NonFiniteError, OptionError: see :func:`cka_matrix`.
@@ -79,28 +80,27 @@ def cka_matrix(
 ) -> Tensor:
     """CKA of every pair of several sets of features of the same samples.
 
-    The linear kernel works in feature space for features that are fewer than the samples: nothing n x n is
-    made of them.
+    If there are fewer features than samples, the linear kernel works in feature space and makes no n x n matrix.
 
     Args:
         xs: tensors or arrays (n, ...), floating point, the same n samples in each.
-        ys: further ones for the columns; None pairs `xs` with themselves.
+        ys: the tensors for the columns; None pairs `xs` with themselves.
         kernel: a name in `cka_hooks.similarity.kernels.KERNELS` ("linear", "rbf", "distance", ...), or a callable
             (n, d) -> (n, n) on raw float64 features.
-        bandwidth: of "rbf", a multiple of the root of the median squared distance; default 1.
-        sigma: of "rbf", in the features' units, instead of `bandwidth`.
+        bandwidth: for "rbf", a multiple of the root of the median squared distance; default 1.
+        sigma: for "rbf", a width in the features' units, instead of `bandwidth`.
         estimator: "unbiased" (Song et al. 2012) or "biased" (Gretton et al. 2005).
-        subset: use only that many samples, drawn without replacement, the same ones of every tensor.
-        generator: what draws them; None is torch's global one of the CPU.
+        subset: use only this many samples, drawn without replacement, the same for every tensor.
+        generator: the generator to draw them with; None for torch's global one on the CPU.
 
     Returns:
-        (len(xs), len(ys)) float64 on the CPU; NaN where the samples of a tensor do not differ.
+        (len(xs), len(ys)) float64 on the CPU; NaN if the samples of a tensor do not differ.
 
     Raises:
-        SampleCountError: tensors with different numbers of samples.
-        TooFewSamplesError: fewer than 4 samples.
-        NonFiniteError: NaN or infinity, with the tensor's position.
-        OptionError: an option that cannot be.
+        SampleCountError: tensors have different numbers of samples.
+        TooFewSamplesError: there are fewer than 4 samples.
+        NonFiniteError: a tensor has NaN or infinity; the error names its position.
+        OptionError: an option has an invalid value.
 
     Example:
         >>> import torch, cka_hooks
@@ -124,13 +124,13 @@ def cka_matrix(
         out = torch.empty(len(rows), len(others), dtype=torch.float64, device="cpu")
         for i, row in enumerate(sides[: len(rows)]):
             for j, column in enumerate(others):
-                # To itself it is symmetric.
+                # Compared with itself, it is symmetric.
                 out[i, j] = out[j, i] if others is sides and j < i else row.cka(column)
     return out
 
 
 def _several(xs: Any, name: str) -> list[Any]:
-    """The entries of a list; of a tensor they would be its samples, of a mapping its keys."""
+    """The entries of a list. Iterating a tensor would give its samples, and iterating a mapping its keys."""
     if isinstance(xs, Mapping):
         raise OptionError(f"{name} is a mapping: cka_matrix takes a list of tensors, such as list({name}.values())")
     if hasattr(xs, "shape") or isinstance(xs, str) or not isinstance(xs, Iterable):
@@ -146,7 +146,7 @@ def _checked(values: Sequence[Any]) -> list[Tensor]:
     tensors = [as_features(value, f"tensor {i}") for i, value in enumerate(values)]
     check_counts(tensors)
     for i, tensor in enumerate(tensors):
-        # PyTorch computes next to nothing in floats of one byte.
+        # PyTorch computes almost nothing in one-byte floats.
         if not bool(torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor).all()):
             raise NonFiniteError(f"tensor {i} has NaN or infinity in it", {str(i): 0}, None)
     return tensors
@@ -166,7 +166,7 @@ def check_counts(tensors: Sequence[Tensor]) -> None:
 
 
 class _Side:
-    """One tensor: in feature space where it is narrow and the kernel linear, as a centred Gram matrix else."""
+    """One tensor: in feature space if it is narrow and the kernel linear, else as a centred Gram matrix."""
 
     def __init__(self, tensor: Tensor, kernel: Kernel, estimator: Estimator, is_linear: bool) -> None:
         self._rows = memory_order(tensor)
@@ -178,7 +178,7 @@ class _Side:
         if narrow:
             wide = self._rows.flatten(1).to(accumulation_device(tensor.device), torch.float64)
             self.features = wide - wide.mean(0)
-            # Again: the rounding of a large mean is a common vector too.
+            # Once more: the rounding of a large mean is a common vector, too.
             self.features -= self.features.mean(0)
             spread, size = float(self.features.square().sum()), float(wide.square().sum())
             self.own = _feature_space_hsic(self.features, self.features, estimator)

@@ -1,4 +1,4 @@
-"""How setuptools makes a wheel: for one platform where `_native.c` compiled, for all where it did not."""
+"""Make a wheel with setuptools: for one platform if `_native.c` compiled, for all platforms if not."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from setuptools.command.bdist_wheel import bdist_wheel
 
 
 class Wheel(bdist_wheel):  # type: ignore[misc]
-    """A wheel without a compiled file in it is pure Python, and named so that every platform takes it."""
+    """A wheel that is named for every platform if it holds no compiled file."""
 
     def run(self) -> None:
-        """Build, look at what there is, pack it."""
+        """Build, see what there is, and pack it."""
         self.run_command("build")
         compiled = self.get_finalized_command("build_ext").get_outputs()
         if not any(os.path.exists(path) for path in compiled):

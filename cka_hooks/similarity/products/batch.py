@@ -1,4 +1,4 @@
-"""Gram matrices of all layers of one batch, until they are added up: on a GPU in buffers that stay."""
+"""Hold the Gram matrices of all layers of one batch until they are added up; on a GPU, in buffers that stay."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class Batch:
     """Gram matrices of m minibatches of n samples, layer by layer.
 
     Args:
-        of_linear: from linear Gram matrices to those of the kernel, where that is how it makes them, else None.
+        of_linear: makes the kernel's Gram matrices from linear ones; None if the kernel does not work that way.
     """
 
     def __init__(self, of_linear: Callable[[Grams], Grams] | None) -> None:
         self._of_linear = of_linear
         self._shelves: dict[torch.device, fused.Shelf] = {}
-        # A layer's Gram matrices, or where they are on the shelf of which device.
+        # A layer's Gram matrices, or the device whose shelf has them and their place on it.
         self._grams: dict[str, Grams | tuple[torch.device, int]] = {}
 
     def shelve(self, layer: str, features: Tensor, minibatches: int) -> bool:
-        """Take (m * n, P, C) features to the fused backend; False, and nothing was done, where others have to."""
+        """Give (m * n, P, C) features to the fused backend. If it cannot take them, return False and do nothing."""
         if self._of_linear is None or not fused.takes(features, minibatches):
             return False
         device = features.device
@@ -36,7 +36,7 @@ class Batch:
                 shelf = self._shelves[device] = fused.Shelf(device)
             shelf.add(features, minibatches)
         except torch.OutOfMemoryError:
-            # Its buffers found no room. There are ways that need less.
+            # There was no room for its buffers. Other ways need less.
             memory.release(device)
             return False
         except Exception as error:
@@ -46,11 +46,11 @@ class Batch:
         return True
 
     def put(self, layer: str, grams: Grams) -> None:
-        """Take what was made of the layer elsewhere."""
+        """Keep Gram matrices that were made elsewhere."""
         self._grams[layer] = grams
 
     def grams(self, layers: Collection[str]) -> Grams | list[Grams]:
-        """Those of some layers, in one stack where they lie so already: valid until `release`."""
+        """Gram matrices of some layers, in one stack if they are stored that way. They are valid until `release`."""
         stacks: dict[torch.device, Grams] = {}
         if self._of_linear is not None:
             stacks = {
@@ -63,7 +63,7 @@ class Batch:
         return [it if isinstance(it, Grams) else stacks[it[0]].of_layer(it[1]) for it in places]
 
     def release(self) -> None:
-        """Forget them; the buffers stay."""
+        """Forget the matrices and keep the buffers."""
         self._grams.clear()
         for shelf in self._shelves.values():
             shelf.release()

@@ -1,11 +1,11 @@
-"""Which backend makes the Gram matrices of which features, and whether rounding calls for a more careful product.
+"""Choose the backend for the Gram matrices of given features, and a more careful product if rounding calls for it.
 
-HSIC does not change when every sample is shifted by the same vector, and the Gram matrix of samples that
-share a large common component is, in float32, that component plus rounding. So a common vector is taken off
-before the product wherever it matters, and partial products are added up in float64.
+HSIC does not change if every sample is shifted by the same vector. In float32, the Gram matrix of samples that share
+a large common component is that component plus rounding. So a common vector is subtracted before the product wherever
+it matters, and partial products are added in float64.
 
-To add a backend, write a file beside this one with a function like :func:`reference.shifted`, and choose it here.
-batch.py asks before for one that makes the matrices of many layers together.
+To add a backend, write a file beside this one with a function like :func:`reference.shifted`, and choose it here. A
+backend that makes the matrices of many layers together is chosen earlier, in batch.py.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from cka_hooks.precision import accumulation_device, exactly
 from cka_hooks.similarity.products import native, reference
 from cka_hooks.similarity.products.grams import Grams
 
-# A more careful product is made where rounding may be more than this much per sample of the U-centred norm
-# (see `_is_precise`). Measured: errors in CKA of untrained torchvision models stay below this.
+# Make a more careful product if rounding per sample may exceed this share of the U-centred norm (see `_is_precise`).
+# Measured: errors in CKA of untrained torchvision models stay below this.
 NOISE_TOLERANCE = 1e-6
-# A plain product is not taken where it is more than this many times the U-centred norm, times the root of n(n-3):
-# sums of features that repeat round alike, which averages out over pairs of samples only.
+# Do not use a plain product if rounding may exceed this many times the U-centred norm times the root of n(n-3). Sums
+# of repeated features round alike, which averages out over pairs of samples only.
 PLAIN_SHARED = 0.3
-# Where the samples' spread is at least this share of their size in a few probed runs of features, the
-# plain product is tried first: it needs no subtraction and no scratch buffer.
+# If the samples' spread is at least this share of their size in a few probed runs of features, try the plain product
+# first: it needs no subtraction and no scratch buffer.
 PLAIN_SPREAD = 0.05
 PROBED_RUNS, PROBED_RUN = 16, 64
 # Products of up to this many multiplications cost less than the look.
 CHEAP = 1 << 22
-# Mean squared norms below this came near the end of float32's range, where squares lose their digits.
+# Mean squared norms below this are near the end of float32's range, where squares lose their digits.
 TINY = 1e-30
 
 
@@ -40,13 +40,13 @@ def linear_grams(features: Tensor, minibatches: int = 1, dtype: torch.dtype | No
     """Linear Gram matrices of `minibatches` equal groups of consecutive samples, right to 1e-6 in CKA.
 
     Args:
-        features: (m * n, P, C) floating point, of any strides: the P * C features of each sample. A view of
-            an activation is as good as a copy, since only the sum over all features counts.
+        features: (m * n, P, C) floating point, of any strides: the P * C features of each sample. A view of an
+            activation is as good as a copy, since only the sum over all features counts.
         minibatches: m, the number of groups.
-        dtype: torch.float64 for products in it, right to its own rounding; None for the cheapest that are right.
+        dtype: torch.float64 for products in float64, right to its own rounding; None for the cheapest that are right.
     """
     if features.dtype.itemsize == 1:
-        # PyTorch computes nothing in floats of one byte, all of which float16 holds.
+        # PyTorch computes nothing in one-byte floats, and float16 holds all of their values.
         features = features.half()
     rows, positions, channels = features.shape
     grouped = features.view(minibatches, rows // minibatches, positions, channels)
@@ -60,7 +60,7 @@ def linear_grams(features: Tensor, minibatches: int = 1, dtype: torch.dtype | No
 
 
 def _on_cpu(grouped: Tensor) -> Grams:
-    """The cheapest product first, a more careful one where the Gram matrix shows that rounding may matter."""
+    """Try the cheapest product first, and a more careful one if the Gram matrix shows that rounding may matter."""
     dtype, n, width = grouped.dtype, grouped.shape[1], grouped.shape[2:].numel()
     if native.takes(grouped) and n <= native.MAX_SAMPLES:
         grams, measured = _compiled(grouped)
@@ -93,12 +93,12 @@ def _can_branch(tensor: Tensor) -> bool:
 
 
 def _looks_spread(grouped: Tensor) -> bool:
-    """A look at evenly spaced positions and channels: does the samples' spread dominate what they share?"""
+    """Whether the samples' spread dominates what they share, from evenly spaced positions and channels."""
     _, _, positions, channels = grouped.shape
     some = grouped[:, :, :: max(1, positions // 8)]
     runs = PROBED_RUNS // min(some.shape[2], 8)
     if channels > runs * PROBED_RUN:
-        # Runs and not single features: a look at one number costs a whole line of the cache.
+        # Runs rather than single features, because looking at one number costs a whole cache line.
         apart = channels // runs
         some = some[..., : runs * apart].unflatten(-1, (runs, apart))[..., :PROBED_RUN]
     probe = some.flatten(2)
@@ -108,16 +108,16 @@ def _looks_spread(grouped: Tensor) -> bool:
 
 
 class Measured(NamedTuple):
-    """Numbers that say how precise an (n, n) Gram matrix K is.
+    """Numbers that show how precise an (n, n) Gram matrix K is.
 
     Attributes:
         spread: the first of `Grams.traces`.
-        size: the second one.
+        size: the second of `Grams.traces`.
         whole: sum of all K_ij^2.
-        own: sum of the K_ii^2.
+        own: sum of all K_ii^2.
         rows: sum over i of (sum over j other than i of K_ij)^2.
         total: sum of all K_ij.
-        trace: sum of the K_ii.
+        trace: sum of all K_ii.
     """
 
     spread: float
@@ -130,7 +130,7 @@ class Measured(NamedTuple):
 
 
 def _measured(grams: Grams) -> list[Measured]:
-    """Of each of m Gram matrices."""
+    """The numbers of each of m Gram matrices."""
     values = grams.values
     diagonal = values.diagonal(dim1=-2, dim2=-1)
     sums = values.sum(-1)
@@ -145,10 +145,10 @@ def _measured(grams: Grams) -> list[Measured]:
 def _is_precise(measured: Measured, n: int, width: int, chunk: int, shared: float = math.inf) -> bool:
     """Whether float32 rounding in a Gram matrix of `width` features is below what 1e-6 in CKA allows.
 
-    `chunk` features were added up in float32 at a time. Rounding while a sum grows is relative to what it has grown
-    to: to K_ij where products have one sign, and to a part of |x_i| |x_j| that falls with the number of chunks where
-    they do not. What counts is this against the norm of the U-centred matrix: a shared component, an outlying sample
-    and overflow all show there. What it may be at most is `shared` times that norm and the root of its n(n-3).
+    `chunk` features at a time were added in float32. Rounding in a growing sum is relative to its size: to K_ij if
+    products have one sign, and otherwise to a part of |x_i| |x_j| that falls with the number of chunks. What counts
+    is the ratio to the norm of the U-centred matrix: a shared component, an outlying sample and overflow all show in
+    it. The limit is `shared` times that norm and the root of its n(n-3).
     """
     _, _, whole, own, rows, total, trace = measured
     # |U-centred|^2 = |K|^2 - 2/(n-2) |K1|^2 + (1'K1)^2 / ((n-1)(n-2)), zero diagonal (Székely & Rizzo 2014).

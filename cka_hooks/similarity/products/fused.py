@@ -1,11 +1,11 @@
-"""The fused backend: Gram matrices on an NVIDIA GPU in one read of each activation, by fused_kernels.py.
+"""The fused backend: Gram matrices on an NVIDIA GPU in one read of each activation, with fused_kernels.py.
 
-One launch a layer and batch leaves partial matrices; one more adds up those of as many layers as there is room for.
-What a launch needs is worked out once for each shape, and buffers stay from batch to batch. Nothing waits for the
-device. More than 128 samples in a minibatch are left to PyTorch's products.
+For each layer and batch, one launch makes partial matrices. One more launch adds those of as many layers as there is
+room for. The arguments of a launch are worked out once for each shape, and buffers stay from batch to batch. Nothing
+waits for the device. Minibatches of more than 128 samples are left to PyTorch's products.
 
-Triton comes with PyTorch's Linux wheels. Where it is missing or fails, PyTorch's products go on, with one warning.
-The environment variable ``CKA_HOOKS_FUSED=0`` leaves it unused.
+Triton comes with PyTorch's Linux wheels. If it is missing or fails, PyTorch's products take over, with one warning.
+Set the environment variable ``CKA_HOOKS_FUSED=0`` to leave it unused.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from cka_hooks import memory
 from cka_hooks.errors import warn
 from cka_hooks.similarity.products.grams import Grams
 
-# Bfloat16 pieces of a difference: two where activations have few bits themselves.
+# Number of bfloat16 pieces of a difference: two if the activations have few bits themselves.
 PIECES = {torch.float32: 3, torch.float16: 3, torch.bfloat16: 2}
-# Rounding in two pieces is right to 1e-6 where it has features to average out over.
+# Rounding in two pieces is right to 1e-6 if there are enough features to average out over.
 FEW_FEATURES = 256
-# Samples in a tile -> programs for each multiprocessor, features a step, warps, stages: the fastest on an H100.
+# Samples in a tile -> programs per multiprocessor, features per step, warps, stages: the fastest on an H100.
 TUNED = {16: (4, 128, 4, 3), 32: (4, 64, 4, 4), 64: (2, 32, 4, 5), 128: (1, 64, 8, 3)}
 MAX_SAMPLES = max(TUNED)
-# Features added up in float32 at a time; a program may take more than one such sum.
+# Features added in float32 at a time. A program may make more than one such sum.
 SUM = 4096
-# Numbers in the partial matrices of one stream before they are added up: 48 MiB.
+# Numbers in the partial matrices of one stream before they are added: 48 MiB.
 ROOM = 3 << 22
-# How many partial matrices one program adds up at a time, and how many numbers of each.
+# How many partial matrices one program adds at a time, and how many numbers of each.
 SLOTS, PART = 16, 128
-# A layer of minibatches too many for that goes to PyTorch.
+# A layer with too many minibatches for that goes to PyTorch.
 MOST_ROWS = ROOM // (2 * MAX_SAMPLES)
-# Sequences of layers whose tables are kept.
+# How many sequences of layers to keep tables for.
 KEPT = 1024
 
 _failed = False
@@ -47,7 +47,7 @@ _failed = False
 
 def takes(features: Tensor, minibatches: int) -> bool:
     """Whether :meth:`Shelf.add` can be used for (m * n, P, C) features."""
-    # Subclasses and tensors inside a function transform have no memory that a kernel could read.
+    # Subclasses, and tensors inside a function transform, have no memory that a kernel could read.
     return (
         features.is_cuda
         and type(features) is Tensor
@@ -65,7 +65,7 @@ def takes(features: Tensor, minibatches: int) -> bool:
 def _runs_on(index: int) -> bool:
     if os.environ.get("CKA_HOOKS_FUSED", "1") == "0" or torch.version.hip is not None:
         return False
-    # No products in bfloat16 before that.
+    # Older GPUs have no products in bfloat16.
     if torch.cuda.get_device_capability(index) < (8, 0):
         return False
     try:
@@ -77,7 +77,7 @@ def _runs_on(index: int) -> bool:
 
 
 def fail(error: BaseException) -> None:
-    """From here on products are PyTorch's."""
+    """Leave all products to PyTorch from here on."""
     global _failed
     if not _failed:
         _failed = True
@@ -96,20 +96,20 @@ def _kernels() -> Any:
 
 
 class Program:
-    """A kernel with all that is the same in its launches for features of one shape.
+    """A kernel with everything that is the same in its launches for features of one shape.
 
     Args:
         kernel: its name in fused_kernels.py.
-        grid: how many programs, in three dimensions.
-        numbers: the last of its arguments.
-        constants: what it is compiled for.
-        options: how it is compiled.
+        grid: number of programs, in three dimensions.
+        numbers: its last arguments.
+        constants: the constants that it is compiled for.
+        options: the options that it is compiled with.
 
     Attributes:
-        kind: what is compiled once for programs of all sizes.
-        slots: programs, each of which fills a slot.
-        room: slots in a buffer of ROOM numbers.
-        compiled: (device, whether the first tensor lies at a multiple of 16 bytes) -> what launches it.
+        kind: identifies what is compiled once for programs of all sizes.
+        slots: number of programs, each of which fills a slot.
+        room: number of slots in a buffer of ROOM numbers.
+        compiled: launchers by (device, whether the address of the first tensor is a multiple of 16 bytes).
     """
 
     def __init__(
@@ -136,7 +136,7 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def launch(program: Program, stream: int, tensors: Sequence[Tensor], *numbers: int) -> None:
-    """The one place where kernels are launched."""
+    """Launch a kernel. All launches come through here."""
     device = tensors[0].device
     places = [tensor.data_ptr() for tensor in tensors]
     key = device.index, places[0] % 16 == 0
@@ -151,8 +151,8 @@ def launch(program: Program, stream: int, tensors: Sequence[Tensor], *numbers: i
                 run(*places, *numbers, *program.tail, stream=stream)
         return
     kernel = getattr(_kernels(), program.kernel)[program.grid]
-    # Triton's own launch goes to the current device and stream, and works out again what it is given, which takes
-    # longer than the launch.
+    # Triton's own launch uses the current device and stream, and analyses its arguments anew each time, which takes
+    # longer than the launch itself.
     with torch.cuda.stream(_stream(stream, device)) if device.type == "cuda" else nullcontext():
         compiled = kernel(*tensors, *numbers, *program.numbers, **program.constants, **program.options)
     if compiled is not None and _kernels().TAKES_CONSTANTS:
@@ -160,7 +160,7 @@ def launch(program: Program, stream: int, tensors: Sequence[Tensor], *numbers: i
 
 
 def _stream(handle: int, device: torch.device) -> torch.cuda.Stream:
-    """A stream by its handle. That of the default one, 0, would give a new one."""
+    """The stream with a handle. For the default stream, 0, the constructor would make a new one."""
     return torch.cuda.ExternalStream(handle, device) if handle else torch.cuda.default_stream(device)
 
 
@@ -180,7 +180,7 @@ def program_of(
     minibatches: int,
     processors: int,
 ) -> Program:
-    """The launch for (m * n, P, C) features, in so many programs for each of m minibatches."""
+    """The launch for (m * n, P, C) features, with this many programs for each of m minibatches."""
     rows, positions, channels = shape
     sn, sp, sc = strides
     n, width = rows // minibatches, positions * channels
@@ -198,7 +198,8 @@ def program_of(
         step = 1
     return Program(
         "partial_grams",
-        # As many for every width that has work for them: `add_partials` is told the same in each batch of text.
+        # As many for every width that has work for them, so that `add_partials` gets the same table in each batch of
+        # text.
         (min(most, blocks), minibatches, 1),
         (n, width // step, channels // step, -(-blocks // most), n * sn // step, sn // step, sp // step, sc),
         {
@@ -227,11 +228,11 @@ def processors_of(device: torch.device) -> int:
 
 
 class _Lane:
-    """The partial matrices that one stream has made and not yet added up.
+    """The partial matrices that one stream has made and not yet added.
 
     Attributes:
         buffers: the matrices, norms and scales, see `partial_grams`.
-        pending: of each layer its first slot, its programs and its row, one after the other.
+        pending: for each layer its first slot, its number of programs and its row, one after the other.
         used: slots taken.
     """
 
@@ -248,16 +249,16 @@ class _Lane:
 
 
 class Shelf:
-    """Linear Gram matrices of many layers on one device, of m minibatches of n samples each.
+    """Linear Gram matrices of many layers on one device, each of m minibatches of n samples.
 
-    Its buffers stay from batch to batch. Launches go to the stream that is current when a layer is added, and those
-    who take the matrices have them on the stream that is current then.
+    The buffers stay from batch to batch. Launches go to the stream that is current when a layer is added. The
+    matrices are ready on the stream that is current when they are taken.
 
     Args:
-        device: where the features are.
+        device: the device of the features.
 
     Attributes:
-        rows: layers that were added since `release`.
+        rows: number of layers that were added since `release`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -271,7 +272,7 @@ class Shelf:
         self._processors = processors_of(device)
 
     def add(self, features: Tensor, minibatches: int) -> None:
-        """Take the next layer's features, (m * n, P, C), see `takes`; m and n are the same for all."""
+        """Add the next layer's features, (m * n, P, C), see `takes`; m and n are the same for all layers."""
         if not self.rows:
             self._m, self._n = minibatches, features.shape[0] // minibatches
         shape: Any = features.shape
@@ -289,7 +290,7 @@ class Shelf:
         self.rows += 1
 
     def finish(self) -> Grams:
-        """(L, m, n, n) values and (L, m) shift of the layers since `release`: valid until then."""
+        """(L, m, n, n) values and (L, m) shift of the layers added since `release`, valid until then."""
         for lane in self._lanes.values():
             if lane.pending:
                 self._add_up(lane)
@@ -299,7 +300,7 @@ class Shelf:
         return Grams(values, self._shift[: self.rows * m].view(self.rows, m))
 
     def release(self) -> None:
-        """What was taken on this stream is not needed any more, and what was not is forgotten."""
+        """Free what was taken on this stream, and forget what was not taken."""
         self._lead(self._other_streams())
         for lane in self._lanes.values():
             lane.pending.clear()
@@ -307,9 +308,9 @@ class Shelf:
         self.rows = 0
 
     def _first_of(self, stream: int, features: Tensor) -> None:
-        """A lane for a stream on which nothing was added before, once both kernels are known to run.
+        """A lane for a stream that has none yet, once both kernels are known to run.
 
-        Whoever is told that they do not goes on with PyTorch's products, and may have added layers already.
+        If they do not run, the caller goes on with PyTorch's products, possibly after other layers were added here.
         """
         self._follow(self._other_streams())
         lane = _Lane(self._device, stream)
@@ -325,17 +326,17 @@ class Shelf:
         return [_stream(stream, self._device) for stream in self._lanes if stream != now]
 
     def _follow(self, streams: list[torch.cuda.Stream]) -> None:
-        """The current stream waits for others."""
+        """Let the current stream wait for others."""
         for stream in streams:
             torch.cuda.current_stream(self._device).wait_stream(stream)
 
     def _lead(self, streams: list[torch.cuda.Stream]) -> None:
-        """Other streams wait for the current one."""
+        """Let other streams wait for the current one."""
         for stream in streams:
             stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def _add_up(self, lane: _Lane) -> None:
-        """Partial matrices to Gram matrices, of all layers of a lane in one launch."""
+        """Add the partial matrices of all layers of a lane to Gram matrices, in one launch."""
         rows = lane.pending[-1] + 1
         if rows * self._m * self._n**2 > len(self._values) or rows * self._m > len(self._shift):
             self._grow(2 * rows + 30)
@@ -351,7 +352,7 @@ class Shelf:
         lane.used = 0
 
     def _grow(self, rows: int) -> None:
-        """Room for more layers; only while the layers of a batch are not known."""
+        """Make room for more layers; only needed until the layers of a batch are known."""
         streams = self._other_streams()
         self._follow(streams)
         values, shift = self._values, self._shift
@@ -362,7 +363,7 @@ class Shelf:
         self._lead(streams)
 
     def _table(self, pending: list[int]) -> tuple[Program, Tensor]:
-        """What `add_partials` is told of the layers in `_Lane.pending`, and its launch."""
+        """The table of the layers in `_Lane.pending` for `add_partials`, and its launch."""
         tile = tile_of(self._n)
         slot, programs, row = torch.tensor(pending, device="cpu").view(-1, 3, 1).unbind(1)
         minibatch = torch.arange(self._m, device="cpu")
@@ -389,7 +390,7 @@ def centres(grams: Grams) -> bool:
 
 
 def centred(grams: Grams) -> tuple[Tensor, ...] | None:
-    """The tensors of `Minibatches` of linear Gram matrices, unbiased, in one launch; None where PyTorch has to."""
+    """The tensors of `Minibatches` for linear, unbiased Gram matrices, in one launch; None if PyTorch has to."""
     values, shift = grams.values, grams.shift
     assert shift is not None
     layers, m, n, _ = values.shape

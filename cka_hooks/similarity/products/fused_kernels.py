@@ -1,17 +1,17 @@
-"""The kernels of the fused backend, in Triton: see fused.py for what calls them, and for when.
+"""The kernels of the fused backend, in Triton. See fused.py for how and when they are called.
 
-A program of `partial_grams` reads a range of features of one minibatch once, by their strides. It takes a common
-vector off (the elementwise median of three samples), cuts the float32 difference into bfloat16 pieces whose sum has
-16 (PIECES = 2) or 24 bits (PIECES = 3), multiplies the pieces on tensor cores with float32 accumulators, and writes
-one partial matrix. `add_partials` adds those of many layers up in float64, `centre_grams` goes on from there.
+A program of `partial_grams` reads a range of features of one minibatch once, by their strides. It subtracts a common
+vector (the elementwise median of three samples), cuts the float32 difference into bfloat16 pieces whose sum has 16
+(PIECES = 2) or 24 bits (PIECES = 3), multiplies the pieces on tensor cores with float32 accumulators, and writes one
+partial matrix. `add_partials` adds those of many layers in float64, and `centre_grams` goes on from there.
 
-With h + m + s the pieces of X, X X' = h h' + (h m' + m h') + m m' + (h s' + s h') + ...: the second and the fourth
-term are a matrix and its transpose, so that `mixed` keeps h m' + h s' only, and what is symmetric by itself goes to
-`even`.
+With h + m + s the pieces of X, X X' = h h' + (h m' + m h') + m m' + (h s' + s h') + ... The second and the fourth
+term are each a matrix plus its transpose, so `mixed` keeps only h m' + h s', and `even` keeps what is symmetric by
+itself.
 
-Range: squares of what is below 2^-30 or above 2^50 come near the ends of float32's range. A program sees that in the
-sum of the squares it has made, and goes over its range once more with a power of two as a factor, which
-`add_partials` takes out again. Nothing has to be known before, and what is between them is read once.
+Range: squares of numbers below 2^-30 or above 2^50 come near the ends of float32's range. A program sees this in the
+    sum of the squares it has made, and then goes over its range once more with a power of two as a factor, which
+    `add_partials` takes out again. Nothing has to be known in advance, and numbers within range are read once.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import os
 import triton
 import triton.language as tl
 
-# Whether a compiled kernel is given constants, too, when it is launched.
+# Whether a compiled kernel also gets its constants when it is launched.
 TAKES_CONSTANTS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
-# The interpreter, in which tests run without a GPU, knows no bfloat16 products: pieces are exact in float32, too.
+# The interpreter, in which tests run without a GPU, has no bfloat16 products. Pieces are exact in float32, too.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-# Sums of squares between these are right as they are. Below and above, factors that bring them there.
+# Sums of squares between these are right as they are. Outside, factors bring them into this range.
 SMALL, LARGE = tl.constexpr(2.0**-60), tl.constexpr(2.0**100)
 UP, DOWN = tl.constexpr(2.0**80), tl.constexpr(2.0**-80)
 
@@ -51,13 +51,13 @@ def _rounded(x):
 
 @triton.jit
 def _first_feature(program, per_program, LONG: tl.constexpr):
-    """Where the features of a program begin."""
+    """The index of a program's first feature."""
     return (program.to(tl.int64) if LONG else program) * per_program
 
 
 @triton.jit
 def _place(feature, channels, sp, sc, UNIT: tl.constexpr, FLAT: tl.constexpr):
-    """How far a feature is from the first one of its sample, in numbers."""
+    """The distance of a feature from the first one of its sample, in numbers."""
     inner = feature if FLAT else feature % channels
     at = inner if UNIT else inner.to(tl.int64) * sc
     return at if FLAT else at + feature // channels * sp
@@ -69,15 +69,15 @@ def partial_grams(
     N: tl.constexpr, BLOCK: tl.constexpr, SUM: tl.constexpr, PIECES: tl.constexpr, STEP: tl.constexpr,
     UNIT: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
-    """A partial matrix of each range of features to PARTIAL (slots, N, N) float32.
+    """Write a partial matrix of each range of features to PARTIAL (slots, N, N) float32.
 
     X is (m * n, P, C) with strides sn, sp and sc; minibatches are sm apart. A program takes `blocks` of BLOCK
-    features, up to SUM features in one float32 sum, and leaves in its slot also the squared norm of what was taken
-    off (NORMS, float64) and what each number is to be multiplied by twice (SCALES, float32).
+    features, with up to SUM features in one float32 sum. It also leaves in its slot the squared norm of the vector
+    that it subtracted (NORMS, float64) and a factor by which to multiply each number twice (SCALES, float32).
 
-    STEP: numbers of features and all strides but sc come divided by it, so that the compiler knows what lies at
-    multiples of 16 bytes. UNIT: sc is 1. FLAT: sc leads through all features of a sample.
-    EVEN: n is N. LONG: there are more than 2^30 features.
+    STEP: numbers of features and all strides but sc come divided by it, so that the compiler knows which addresses
+        are multiples of 16 bytes. UNIT: sc is 1. FLAT: sc leads through all features of a sample. EVEN: n is N. LONG:
+        there are more than 2^30 features.
     """
     program, minibatch = tl.program_id(0), tl.program_id(1)
     if LONG:
@@ -98,7 +98,7 @@ def partial_grams(
     while tries < 2:
         size = 0.0
         norm = tl.zeros((BLOCK,), tl.float64)
-        # Once at least: a program without features leaves zeros.
+        # At least once: a program without features leaves zeros.
         for first_of_sum in range(start, tl.maximum(end, start + 1), SUM):
             even = tl.zeros((N, N), tl.float32)
             mixed = tl.zeros((N, N), tl.float32)
@@ -127,7 +127,7 @@ def partial_grams(
             total = even + mixed + tl.trans(mixed)
             size += tl.sum(tl.sum(tl.where(samples[:, None] == samples[None, :], total, 0.0), 1), 0)
             if first_of_sum > start:
-                # What this program wrote itself, by whichever of its threads.
+                # This program wrote these itself, from any of its threads.
                 tl.debug_barrier()
                 total += tl.load(out)
             tl.store(out, total)
@@ -142,10 +142,10 @@ def partial_grams(
 def add_partials(
     PARTIAL, NORMS, SCALES, TABLE, GRAMS, SHIFTS, n, N: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr
 ):  # fmt: skip
-    """Partial matrices to GRAMS (rows, n, n) and norms of what was taken off to SHIFTS (rows,), float64.
+    """Add partial matrices to GRAMS (rows, n, n), and norms of subtracted vectors to SHIFTS (rows,), float64.
 
-    TABLE has (first slot, slots, row) for each Gram matrix, int64. Of the lower triangle is made what stands in both:
-    the result is symmetric to the bit.
+    TABLE has (first slot, slots, row) for each Gram matrix, int64. Both triangles are made from the lower one, so
+    that the result is symmetric to the bit.
     """
     entry = TABLE + tl.program_id(0) * 3
     slot, slots, row = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
@@ -185,7 +185,7 @@ def _centred(grams, offsets, i, j, n):
 def centre_grams(
     GRAMS, SHIFTS, OFFSETS, VECTORS, SPREAD, SIZE, FINITE, PARTS, CUBES, n, N: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """What `Minibatches.of` makes of linear GRAMS (rows, n, n) for the unbiased estimator, a row in each program.
+    """Make from linear GRAMS (rows, n, n) what `Minibatches.of` makes, unbiased, one row per program.
 
     VECTORS (rows, n (n - 1) / 2), SPREAD and SIZE (rows,), PARTS (rows, n) and CUBES (rows, 2) are float64, FINITE
     (rows,) bool; OFFSETS (rows, n) float64 is scratch.
@@ -208,7 +208,7 @@ def centre_grams(
     tl.store(SIZE + row, size)
     tl.store(FINITE + row, finite)
     tl.store(offsets + i, (sums - own) / (n - 2) - (total - trace) / (2.0 * (n - 1) * (n - 2)), mask=there)
-    # What this program wrote itself, by whichever of its threads.
+    # This program wrote these itself, from any of its threads.
     tl.debug_barrier()
     squares = tl.zeros((N,), tl.float64)
     vectors = VECTORS + row * (n * (n - 1) // 2)

@@ -1,4 +1,4 @@
-"""Gram matrices as every backend hands them over."""
+"""The form in which every backend returns Gram matrices."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 class Grams(NamedTuple):
-    """Gram matrices of m minibatches of n samples, and what tells whether their samples differ.
+    """Gram matrices of m minibatches of n samples, and numbers that show whether the samples differ.
 
     Attributes:
-        values: (m, n, n) kernel values, float64; linear ones up to a shift of all samples by one vector.
-        shift: (m,) norm of the vector that was taken off all samples, if `values` are linear, else None.
-        spread: (m,) of other kernels: trace of the centred linear Gram matrix, see `traces`.
-        size: (m,) of other kernels: trace of the linear Gram matrix.
+        values: (m, n, n) kernel values, float64. Linear ones are up to a shift of all samples by one vector.
+        shift: (m,) norm of the vector that was subtracted from all samples if `values` are linear, else None.
+        spread: (m,) for other kernels, the trace of the centred linear Gram matrix, see `traces`.
+        size: (m,) for other kernels, the trace of the linear Gram matrix.
     """
 
     values: Tensor
@@ -23,16 +23,16 @@ class Grams(NamedTuple):
     size: Tensor | None = None
 
     def of_layer(self, number: int) -> Grams:
-        """Those of one layer, where several are stacked in a dimension in front."""
+        """The Gram matrices of one layer, from several layers stacked in a leading dimension."""
         return Grams(*(None if stacked is None else stacked[number] for stacked in self))  # type: ignore[arg-type]
 
     def traces(self) -> tuple[Tensor, Tensor]:
         """(m,) traces of the centred linear Gram matrix and of the linear Gram matrix.
 
-        The first is the sum of squared distances from the mean sample, the second of squared norms of the samples.
-        Where a common vector was taken off, it is of the samples shifted plus of the vector: as good to tell whether
-        samples differ at all. With another dimension in front, of so many layers at once: on an accelerator that
-        saves a handful of launches a layer.
+        The first is the sum of squared distances from the mean sample, the second the sum of squared norms of the
+        samples. If a common vector was subtracted, the second is that of the shifted samples plus that of the vector,
+        which shows just as well whether samples differ at all. With another leading dimension, this covers many
+        layers at once, which saves a handful of launches per layer on an accelerator.
         """
         if self.shift is None:
             assert self.spread is not None

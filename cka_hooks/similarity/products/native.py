@@ -1,7 +1,7 @@
-"""The compiled Gram product of float32 features on a CPU: `_native.c`, where it was built and runs.
+"""The compiled Gram product for float32 features on a CPU: `_native.c`, if it was built and runs here.
 
-Everything works without it, slower: `pip install` continues where there is no C compiler, and the environment
-variable ``CKA_HOOKS_NATIVE=0`` leaves it unused.
+Everything works without it, slower: `pip install` continues without a C compiler. Set the environment variable
+``CKA_HOOKS_NATIVE=0`` to leave it unused.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ try:
 except ImportError:
     _native = None  # type: ignore[assignment]
 
-# Name -> number of what this processor can run, best first.
+# Instruction sets that this processor can run, by name, best first.
 VARIANTS: dict[str, int] = {}
 if _native is not None and os.environ.get("CKA_HOOKS_NATIVE", "1") != "0":
     VARIANTS = dict(_native.variants())
 
-# Features whose products are added up in float32 before float64 goes on: BLOCK in _native.c.
+# Features whose products are added in float32 before float64 takes over: BLOCK in _native.c.
 BLOCK = 1024
-# With more samples to reuse a packed operand for, a product of BLAS is as fast.
+# With more samples to reuse a packed operand for, BLAS is as fast.
 MAX_SAMPLES = 512
 
 
 def takes(features: Tensor) -> bool:
     """Whether `grams` can be used for these features.
 
-    Subclasses of tensors, and what functions under ``torch.func`` see, may have no memory of their own to be read.
+    Subclasses of tensors, and tensors under ``torch.func``, may have no memory of their own to read.
     """
     return (
         bool(VARIANTS)
@@ -51,14 +51,14 @@ def _has_memory(features: Tensor) -> bool:
 
 
 def grams(features: Tensor, minibatches: int) -> tuple[Tensor, Tensor]:
-    """Gram matrices (m, n, n) of samples less a common vector, and (m, 8) what they measure; float64.
+    """Gram matrices (m, n, n) of samples minus a common vector, and (m, 8) numbers about them; float64.
 
     Args:
         features: (m * n, P, C) float32 on the CPU, of any strides.
         minibatches: m.
 
     Returns:
-        The matrices, and of each the numbers of `choose.Measured`, then the norm of the vector that was taken off.
+        The matrices, and for each the numbers of `choose.Measured`, then the norm of the vector that was subtracted.
     """
     samples = features.shape[0] // minibatches
     values = torch.zeros(minibatches, samples, samples, dtype=torch.float64, device="cpu")
@@ -68,7 +68,7 @@ def grams(features: Tensor, minibatches: int) -> tuple[Tensor, Tensor]:
 
 
 def _place(features: Tensor, minibatches: int) -> tuple[int, int, int, int, int, int, int, int]:
-    """Where the features are: address, m, n, P, C and three strides."""
+    """The location of the features: address, m, n, P, C and three strides."""
     rows, positions, channels = features.shape
     sample, position, channel = features.stride()
     if channels == 1:
@@ -77,5 +77,5 @@ def _place(features: Tensor, minibatches: int) -> tuple[int, int, int, int, int,
 
 
 def _how() -> tuple[int, int]:
-    """Threads and variant."""
+    """The number of threads, and the variant."""
     return torch.get_num_threads(), next(iter(VARIANTS.values()))

@@ -1,6 +1,6 @@
-"""The reference: Gram matrices by PyTorch's products, on any device and in any dtype.
+"""The reference backend: Gram matrices by PyTorch's products, on any device and in any dtype.
 
-One block of features at a time goes into a scratch buffer, less a common vector, and blocks are added up in float64.
+One block of features at a time goes into a scratch buffer, minus a common vector. Blocks are added in float64.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from cka_hooks import memory
 from cka_hooks.precision import accumulation_device
 from cka_hooks.similarity.products.grams import Grams
 
-# Features in one float32 product before the partial sums go on in float64: fewer where rounding has few pairs of
-# samples to average out over. A BLAS that adds them to one number, one by one, is right to 1e-6 up to these.
+# Features in one float32 product before partial sums go on in float64; fewer if rounding has few pairs of samples to
+# average out over. A BLAS that adds them to one number, one by one, is right to 1e-6 up to these.
 CHUNK, CHUNK_OF_FEW, FEW_SAMPLES = 512, 128, 32
 
 
@@ -25,19 +25,19 @@ def chunk_of(n: int) -> int:
     return CHUNK if n >= FEW_SAMPLES else CHUNK_OF_FEW
 
 
-def _blocks(features: Tensor, size: int) -> Iterator[Tensor]:
+def _feature_blocks(features: Tensor, size: int) -> Iterator[Tensor]:
     """Cut (m, n, P, C) into views (m, n, T, c) of at most `size` features, c at most a chunk."""
     _, n, positions, channels = features.shape
     chunk = chunk_of(n)
     if channels > chunk and positions > channels // chunk:
         for c in range(0, channels, chunk):
-            yield from _blocks(features[..., c : c + chunk], size)
+            yield from _feature_blocks(features[..., c : c + chunk], size)
         return
     if channels > chunk:
         whole = channels - channels % chunk
         for p in range(positions):
             if whole:
-                yield from _blocks(features[:, :, p, :whole].unflatten(-1, (-1, chunk)), size)
+                yield from _feature_blocks(features[:, :, p, :whole].unflatten(-1, (-1, chunk)), size)
             if whole < channels:
                 yield features[:, :, p : p + 1, whole:]
         return
@@ -50,11 +50,11 @@ def plain(grouped: Tensor) -> Grams:
     """K = X X', straight from views of the activation."""
     m, n, _, _ = grouped.shape
     values = _zeros(grouped, m, n)
-    # Products of T chunks are T matrices before they are added: bounded to 8 MB.
-    for block in _blocks(grouped, chunk_of(n) * max(1, (1 << 21) // (n * n))):
+    # The products of T chunks are T matrices before they are added: limit these to 8 MB.
+    for block in _feature_blocks(grouped, chunk_of(n) * max(1, (1 << 21) // (n * n))):
         chunks = block.transpose(1, 2)
         count = chunks.shape[1]
-        # One batched product takes either all minibatches or all chunks: no stride leads through both.
+        # One batched product takes either all minibatches or all chunks: no single stride covers both.
         if m == 1 or count == 1:
             _add_products(values, chunks)
         elif m < count:
@@ -69,17 +69,17 @@ def plain(grouped: Tensor) -> Grams:
 def shifted(grouped: Tensor, dtype: torch.dtype | None = None, *, scaled: bool = False) -> Grams:
     """K = (X - 1v') (X - 1v')' with v close to the samples' mean, widened to at least float32.
 
-    `scaled` divides each block by a power of two near its largest difference, so that squares stay in range:
-    for where nobody can look whether they did.
+    `scaled` divides each block by a power of two near its largest difference, so that squares stay in range. Use it
+    where nobody can check whether they did.
     """
     m, n, _, _ = grouped.shape
     dtype = dtype or (torch.float64 if grouped.dtype is torch.float64 else torch.float32)
-    # Scratch that stays in the cache of a CPU, or is large enough to keep a GPU busy.
+    # Scratch that fits into a CPU's cache, or is large enough to keep a GPU busy.
     size = max(chunk_of(n), memory.scratch(1 << 20 if grouped.device.type == "cpu" else 1 << 24) // (m * n))
     scratch: Tensor | None = None
     values: Tensor | None = None
     norms: list[Tensor] = []
-    for block in _blocks(grouped, size):
+    for block in _feature_blocks(grouped, size):
         widened = block.transpose(1, 2)
         if scratch is None or scratch.shape != widened.shape:
             scratch = torch.empty(widened.shape, dtype=dtype, device=block.device)
@@ -88,7 +88,7 @@ def shifted(grouped: Tensor, dtype: torch.dtype | None = None, *, scaled: bool =
             # Widens and subtracts in one launch.
             torch.sub(widened, common, out=scratch)
         else:
-            # A CPU would widen a copy first.
+            # A CPU would make a widened copy first.
             scratch.copy_(widened).sub_(common)
         power = _power(scratch) if scaled and dtype is torch.float32 else None
         values = _add_products(values, scratch if power is None else scratch.div_(power), power)
@@ -100,9 +100,9 @@ def shifted(grouped: Tensor, dtype: torch.dtype | None = None, *, scaled: bool =
 
 
 def differentiable(grouped: Tensor) -> Grams:
-    """K = (X - 1v') (X - 1v')' with the samples' mean v, in float64, which gradients go through.
+    """K = (X - 1v') (X - 1v')' with the samples' mean v, in float64, with gradients.
 
-    None goes through v, of which nothing depends that does not change when all samples are shifted.
+    No gradient goes through v: nothing that ignores a shift of all samples depends on it.
     """
     rows = grouped.flatten(2).to(accumulation_device(grouped.device), torch.float64)
     common = rows.detach().mean(1, keepdim=True)
@@ -113,8 +113,8 @@ def differentiable(grouped: Tensor) -> Grams:
 def _power(differences: Tensor) -> Tensor:
     """(m, 1, 1, 1) powers of two, at most a factor of 8 from the largest of (m, T, n, c) float32 differences.
 
-    By the bits of the exponent: all but the two lowest, with the lowest bit set, so that the power and its
-    inverse are numbers of full precision. NaN and infinity make it large and stay what they are.
+    This takes all bits of the exponent but the two lowest, and sets the lowest bit, so that the power and its inverse
+    are numbers of full precision. NaN and infinity make it large and stay what they are.
     """
     top: Tensor = torch.linalg.vector_norm(differences, math.inf, dim=(1, 2, 3), keepdim=True)
     return top.view(torch.int32).bitwise_and_(0x7E000000).bitwise_or_(0x00800000).view(torch.float32)
@@ -123,7 +123,7 @@ def _power(differences: Tensor) -> Tensor:
 def _add_products(values: Tensor | None, chunks: Tensor, power: Tensor | None = None) -> Tensor:
     """Add the products of (m, T, n, c) chunks with their transposes to (m, n, n) `values`, lower bands only.
 
-    The first products, where there are no values yet, are the values. `power` is what the chunks were divided by.
+    If there are no values yet, the first products become the values. `power` is what the chunks were divided by.
     """
     m, count, n, _ = chunks.shape
     batch = chunks.flatten(0, 1)
@@ -134,7 +134,7 @@ def _add_products(values: Tensor | None, chunks: Tensor, power: Tensor | None = 
         products = torch.bmm(batch[:, low:high], batch[:, :high].mT)
         products = _summed(products.view(m, count, high - low, high))
         if power is not None:
-            # Once for each factor: its square is beyond float32.
+            # Once for each factor, because the square is beyond float32.
             factor = power.view(m, 1, 1).to(products.device)
             products.mul_(factor).mul_(factor)
         if values is None:
@@ -146,16 +146,16 @@ def _add_products(values: Tensor | None, chunks: Tensor, power: Tensor | None = 
 
 
 def _bands(n: int, device: torch.device) -> list[tuple[int, int]]:
-    """Rows low to high of a symmetric matrix, to be made in columns 0 to high.
+    """Bands of a symmetric matrix: compute rows low to high in columns 0 to high.
 
-    Narrow bands save arithmetic and cost efficiency; on an accelerator they cost launches too.
+    Narrow bands save arithmetic and cost efficiency, and on an accelerator also launches.
     """
     count = 1 if n < 64 or device.type != "cpu" else 2 if n < 256 else 4
     return [(n * band // count, n * (band + 1) // count) for band in range(count)]
 
 
 def _mirrored(values: Tensor, device: torch.device) -> Tensor:
-    """Lower bands of (m, n, n) made on a device to whole matrices."""
+    """Complete (m, n, n) matrices from the lower bands that were computed on a device."""
     for low, high in _bands(values.shape[-1], device)[1:]:
         values[:, :low, low:high] = values[:, low:high, :low].mT
     return values
@@ -164,8 +164,8 @@ def _mirrored(values: Tensor, device: torch.device) -> Tensor:
 def _common(block: Tensor) -> Tensor:
     """A vector close to the mean of the samples of (m, n, T, C), as (m, T, 1, C).
 
-    The elementwise median of three samples: it costs three rows instead of a pass over the block, and one
-    outlying sample among them does not move it.
+    It is the elementwise median of three samples, which costs three rows instead of a pass over the block, and which
+    one outlying sample does not move.
     """
     n = block.shape[1]
     a, b, c = (block.select(1, i) for i in (0, n // 2, n - 1))
@@ -173,7 +173,7 @@ def _common(block: Tensor) -> Tensor:
 
 
 def _summed(products: Tensor) -> Tensor:
-    """(m, T, n, n) summed over T in float64, which may lie on another device (float64 is missing on some)."""
+    """(m, T, n, n) summed over T in float64, on another device if this one has no float64."""
     device = accumulation_device(products.device)
     if device != products.device:
         return products.sum(1).to(device, torch.float64)
