@@ -200,8 +200,8 @@ def test_callables_get_raw_wide_features() -> None:
     ("options", "words"),
     [
         ({"kernel": "gauss"}, "'gauss' is unknown: use one of 'linear', 'rbf', 'distance'"),
-        ({"kernel": ["rbf"]}, "is not known"),
-        ({"kernel": None}, "is not known"),
+        ({"kernel": ["rbf"]}, "is unknown"),
+        ({"kernel": None}, "is unknown"),
         ({"kernel": "distance", "bandwidth": 1.0}, "bandwidth=1.0 belongs to kernel='rbf', and kernel is 'distance'"),
         ({"kernel": laplacian, "sigma": 1.0}, "sigma=1.0 belongs to kernel='rbf'"),
         ({"kernel": "linear", "bandwidth": 1.0}, "bandwidth"),
