@@ -168,7 +168,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "mapping": ({"a": torch.ones(5)}, {}, cka_hooks.OptionError, r"xs is a mapping.*list\(xs.values\(\)\)"),
     "word": ("abcde", {}, cka_hooks.OptionError, "xs is one str"),
     "nothing": (None, {}, cka_hooks.OptionError, "xs is one NoneType"),
-    "kernel": ([torch.ones(5)], {"kernel": "rfb"}, cka_hooks.OptionError, "'rfb' is not known.*'rbf'"),
+    "kernel": ([torch.ones(5)], {"kernel": "rfb"}, cka_hooks.OptionError, "'rfb' is unknown.*'rbf'"),
     "estimator": ([torch.ones(5)], {"estimator": "x"}, cka_hooks.OptionError, "'unbiased' or 'biased'"),
     "estimators": ([torch.ones(5)], {"estimator": np.ones(2)}, cka_hooks.OptionError, "'unbiased' or 'biased'"),
     "bandwidth": ([torch.ones(5)], {"bandwidth": 1.0}, cka_hooks.OptionError, "belongs to kernel='rbf'"),
