@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,15 +23,15 @@ from cka_hooks.recording.padding import MaskOption
 from cka_hooks.results.result import CKAResult
 from cka_hooks.run.checkpoint import Keeper, path_of_rank
 from cka_hooks.run.comparison import Comparison
-from cka_hooks.run.entries import identities_of, named_models, per_model
+from cka_hooks.run.entries import identities_of, named_models
 from cka_hooks.run.identity import of_loader, of_option
 from cka_hooks.run.in_turn import added_up_in_turn
-from cka_hooks.run.loop import DONE, Loop
+from cka_hooks.run.loop import Loop
 from cka_hooks.run.outcome import finished
 from cka_hooks.run.precomputed import Precomputed, SampleIds
-from cka_hooks.run.ranks import Ranks, errors_shared
+from cka_hooks.run.ranks import Ranks
 from cka_hooks.similarity.estimate import largest_stderr
-from cka_hooks.similarity.state import State, Step
+from cka_hooks.similarity.state import State
 
 
 def compare(
@@ -146,33 +146,13 @@ def compare(
         >>> result["0", "1"] > result["0", "2"]
         True
     """
+    arguments = locals()
     ranks = Ranks.of(distributed, group)
     started = time.perf_counter()
-    with errors_shared(ranks), RandomStream(), torch.no_grad():
+    with ranks or nullcontext(), RandomStream(), torch.no_grad():
         models = named_models(model)
         check_loader(loader)
-        options = Options(
-            kernel=kernel,
-            bandwidth=bandwidth,
-            sigma=sigma,
-            estimator=estimator,
-            minibatch=minibatch,
-            features=features,
-            seed=seed,
-            keep_minibatches=keep_minibatches,
-            layers=layers,
-            batch_dim=batch_dim,
-            channel_dim=channel_dim,
-            mask=mask,
-            forward=forward,
-            sample_ids=sample_ids,
-            join_batches=join_batches,
-            per=per,
-            positions=positions,
-            tolerance=tolerance,
-            max_samples=max_samples,
-            epochs=epochs,
-        )
+        options = Options.of(arguments)
         if options.epochs > 1 and isinstance(loader, Iterator):
             raise OptionError(
                 f"epochs={epochs} needs a loader that can be iterated {epochs} times, and this one is an iterator: "
@@ -180,8 +160,13 @@ def compare(
             )
         if all(isinstance(it, nn.Module | Precomputed) for it in models.values()):
             ran = _together(models, loader, options, ranks, checkpoint, checkpoint_every, progress)
+        elif checkpoint is not None or options.tolerance is not None:
+            raise OptionError(
+                "checkpoint= and tolerance= need all models at once, and functions build them one after another: "
+                "leave these out, or pass the models themselves"
+            )
         else:
-            ran = _in_turn(models, loader, options, ranks, checkpoint, progress)
+            ran = added_up_in_turn(models, loader, options, ranks, progress=progress)
     state, types, settings = ran
     settings |= options.spelled("tolerance", "max_samples", "epochs")
     if options.tolerance is not None:
@@ -192,14 +177,6 @@ def compare(
     return finished(state, types, settings)
 
 
-_Ran = tuple[State, dict[str, str], dict[str, Any]]
-
-
-def _comparison(models: Mapping[str, nn.Module | Precomputed], options: Options) -> Comparison:
-    model: Any = models.get("", models)
-    return Comparison(model, **options.of_comparison())
-
-
 def _together(
     models: Mapping[str, nn.Module | Precomputed],
     loader: Iterable[Any],
@@ -208,9 +185,9 @@ def _together(
     checkpoint: str | os.PathLike[str] | None,
     checkpoint_every: float,
     progress: bool,
-) -> _Ran:
+) -> tuple[State, dict[str, str], dict[str, Any]]:
     """Each batch through every model before the next batch."""
-    comparison = _comparison(models, options)
+    comparison = Comparison.of(models, options)
     comparison.check(loader)
     if checkpoint is not None and any(is_sharded(model) for model in comparison.models.values()):
         raise OptionError(
@@ -232,37 +209,3 @@ def _together(
     keeper = Keeper(path, checkpoint_every, loader, identity)
     state = Loop(comparison, options, keeper, ranks).over(loader, progress=progress)
     return state, comparison.types, comparison.settings
-
-
-def _in_turn(
-    models: Mapping[str, Any],
-    loader: Iterable[Any],
-    options: Options,
-    ranks: Ranks | None,
-    checkpoint: str | os.PathLike[str] | None,
-    progress: bool,
-) -> _Ran:
-    """All batches through one model before the next model is built."""
-    if checkpoint is not None or options.tolerance is not None:
-        raise OptionError(
-            "checkpoint= and tolerance= need all models at once, and functions build them one after another: "
-            "leave these out, or pass the models themselves"
-        )
-    if ranks is not None:
-        ranks.agree({"models": list(models), **options.spelled()})
-    layers, forwards = (per_model(getattr(options, name), models, name) for name in ("layers", "forward"))
-
-    def run(
-        name: str, model: nn.Module | Precomputed, loader: Iterable[Any], on_step: Callable[[Step | None], None]
-    ) -> Comparison:
-        own = dataclasses.replace(options, layers=layers[name], forward=forwards[name])
-        comparison = _comparison({name: model}, own)
-        comparison.check(loader)
-        loop = Loop(comparison, own, Keeper(None, 1.0, loader, {}), alone=ranks is None, on_step=on_step)
-        loop.over(loader, progress=progress, name=name)
-        return comparison
-
-    state, types, settings = added_up_in_turn(models, loader, run, keep=options.keep_minibatches)
-    if ranks is not None:
-        state, _ = ranks.meet(state, stage=DONE)
-    return state, types, settings | options.spelled("layers", "forward")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from cka_hooks.errors import OptionError
@@ -72,6 +72,11 @@ class Options:
         }
         for name, value in plain.items():
             object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Options:
+        """Those among the arguments of a call, which are its ``locals()`` in the first line."""
+        return cls(**{field.name: arguments[field.name] for field in fields(cls) if field.name in arguments})
 
     def of_comparison(self) -> dict[str, Any]:
         """What :class:`cka_hooks.Comparison` takes of them."""

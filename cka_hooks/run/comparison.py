@@ -29,19 +29,6 @@ from cka_hooks.run.precomputed import Brought, Counted, Precomputed, SampleIds, 
 from cka_hooks.similarity.accumulator import CKAAccumulator
 from cka_hooks.similarity.state import State, Step
 
-_OWN_OPTIONS = (
-    "layers",
-    "features",
-    "batch_dim",
-    "channel_dim",
-    "mask",
-    "forward",
-    "sample_ids",
-    "join_batches",
-    "per",
-    "positions",
-)
-
 
 class Comparison:
     """CKA of every pair of layers of one or several models, one batch at a time.
@@ -99,25 +86,7 @@ class Comparison:
         seed: int = 0,
         keep_minibatches: bool = False,
     ) -> None:
-        self._options = Options(
-            kernel=kernel,
-            bandwidth=bandwidth,
-            sigma=sigma,
-            estimator=estimator,
-            minibatch=minibatch,
-            features=features,
-            batch_dim=batch_dim,
-            channel_dim=channel_dim,
-            mask=mask,
-            forward=forward,
-            sample_ids=sample_ids,
-            join_batches=join_batches,
-            per=per,
-            positions=positions,
-            layers=layers,
-            seed=seed,
-            keep_minibatches=keep_minibatches,
-        )
+        self._options = Options.of(locals())
         self.entries = named_models(model)
         self.models: dict[str, nn.Module] = {name: it for name, it in self.entries.items() if not is_features(it)}
         self._places = positions_of(per, positions, self._options.seed)
@@ -164,6 +133,11 @@ class Comparison:
         self._looked_at = LookedAt()
         self._ran = False
         self._number = 0
+
+    @classmethod
+    def of(cls, models: Mapping[str, Any], options: Options) -> Comparison:
+        """A comparison of models by name, "" for one without."""
+        return cls(models.get("", models), **options.of_comparison())
 
     def __enter__(self) -> Comparison:
         try:
@@ -347,7 +321,8 @@ class Comparison:
     @property
     def settings(self) -> dict[str, Any]:
         """Provenance as it stands in a result: plain JSON values."""
-        return {**self._accumulator.settings, **self._options.spelled(*_OWN_OPTIONS)}
+        own = self._options.spelled(*self._options.of_comparison())
+        return {**own, "minibatch": self._accumulator.settings["minibatch"]}
 
     @property
     def types(self) -> dict[str, str]:

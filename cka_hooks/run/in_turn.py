@@ -4,35 +4,38 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
 from torch import nn
 
 from cka_hooks.errors import BatchError, ModelError, OptionError, SampleCountError
+from cka_hooks.options import Options
 from cka_hooks.recording.layers import check_model
 from cka_hooks.run import replay
+from cka_hooks.run.checkpoint import Keeper
 from cka_hooks.run.comparison import Comparison
+from cka_hooks.run.entries import per_model
+from cka_hooks.run.loop import DONE, Loop
 from cka_hooks.run.precomputed import Precomputed
+from cka_hooks.run.ranks import Ranks
 from cka_hooks.similarity.state import State, Step
 
 Builder = nn.Module | Precomputed | Callable[[], nn.Module]
 
 
 def added_up_in_turn(
-    models: Mapping[str, Builder],
-    loader: Iterable[Any],
-    run: Callable[[str, nn.Module | Precomputed, Iterable[Any], Callable[[Step | None], None]], Comparison],
-    *,
-    keep: bool,
+    models: Mapping[str, Builder], loader: Iterable[Any], options: Options, ranks: Ranks | None, *, progress: bool
 ) -> tuple[State, dict[str, str], dict[str, Any]]:
     """All batches through one model before the next one is built.
 
     Args:
         models: models, functions that build them, or precomputed features, by name.
         loader: iterated once for each model.
-        run: measures one model over the loader: its name, the model, the loader, and what takes each batch's step.
-        keep: keep the values of single minibatches.
+        options: of the run.
+        ranks: that share it.
+        progress: show a progress bar for each model.
 
     Returns:
         What was added up as if all models had run together, the class of each, and the settings of their runs.
@@ -43,6 +46,9 @@ def added_up_in_turn(
         BatchError: the loader brings other batches for another model.
         SampleCountError: a batch had different numbers of samples, or other positions, in two models.
     """
+    if ranks is not None:
+        ranks.agree({"models": list(models), **options.spelled()})
+    layers, forwards = (per_model(getattr(options, name), models, name) for name in ("layers", "forward"))
     replayed = Replayed(loader)
     steps: dict[str, list[Step | None]] = {}
     states: dict[str, State] = {}
@@ -51,7 +57,13 @@ def added_up_in_turn(
     settings: dict[str, Any] = {}
     for name, model in _built(models):
         steps[name] = []
-        comparison = run(name, model, replayed.rewind(name), _kept_on_cpu(steps[name]))
+        own = replace(options, layers=layers[name], forward=forwards[name])
+        comparison = Comparison.of({name: model}, own)
+        again = replayed.rewind(name)
+        comparison.check(again)
+        keeper = Keeper(None, 1.0, again, {})
+        loop = Loop(comparison, own, keeper, alone=ranks is None, on_step=_kept_on_cpu(steps[name]))
+        states[name] = loop.over(again, progress=progress, name=name).to("cpu")
         places[name] = comparison.places
         first = next(iter(places))
         if places[name] != places[first]:
@@ -59,13 +71,13 @@ def added_up_in_turn(
                 f"layers of the model {name!r} have other positions than those of {first!r}, or other padding: "
                 'per="position" compares layers with the same ones. layers= chooses these'
             )
-        states[name] = comparison.state.to("cpu")
         types |= comparison.types
-        settings = comparison.settings
+        settings = comparison.settings | options.spelled("layers", "forward")
         # The next one is built when nothing holds this one any more.
-        del model, comparison
+        del model, comparison, loop
     batches = (dict(zip(steps, parts, strict=True)) for parts in zip_longest(*steps.values()))
-    return State.joined(states, batches, keep=keep), types, settings
+    state = State.joined(states, batches, keep=options.keep_minibatches)
+    return state if ranks is None else ranks.meet(state, stage=DONE)[0], types, settings
 
 
 def _kept_on_cpu(steps: list[Step | None]) -> Callable[[Step | None], None]:

@@ -11,8 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -67,6 +66,14 @@ class Ranks:
         if dist.get_rank(group) < 0:
             raise OptionError("this rank is not in the process group group=: only its members may call compare()")
         return cls(group) if dist.get_world_size(group) > 1 else None
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        """Tell the other ranks of an error inside."""
+        if error is not None:
+            self.fail(error)
 
     def share(self, samples: int, *, equal: bool) -> int:
         """This rank's part of `samples`; the same for every rank, rounded up, where it has to be `equal`."""
@@ -143,14 +150,3 @@ class Ranks:
         except (RankError, RuntimeError):
             # The others are gone already, and what went wrong here is what the user should see.
             pass
-
-
-@contextmanager
-def errors_shared(ranks: Ranks | None) -> Iterator[None]:
-    """Tell the other ranks about an error inside."""
-    try:
-        yield
-    except BaseException as error:
-        if ranks is not None:
-            ranks.fail(error)
-        raise
