@@ -6,6 +6,7 @@ numbers lie in memory copies nothing, and a Gram matrix does not depend on the o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -21,23 +22,20 @@ REDUCTIONS = ("flatten", "mean", "token", "last")
 
 def check_reduction(features: object) -> None:
     """Raise :class:`OptionError` unless `features` names a reduction or can be called."""
-    if callable(features) or features in REDUCTIONS or _position(features) is not None:
-        return
-    raise OptionError(
+    if not callable(features) and features not in REDUCTIONS and _position(features) is None:
+        raise _unknown(features)
+
+
+def _unknown(features: object) -> OptionError:
+    return OptionError(
         f"features={features!r} is not a reduction: use one of {', '.join(map(repr, REDUCTIONS))}, "
         "'token:POSITION', a callable (n, ...) -> (n, d), or a mapping from layer pattern to one of these"
     )
 
 
 def _position(features: object) -> int | None:
-    if features == "token":
-        return 0
-    if isinstance(features, str) and features.startswith("token:"):
-        try:
-            return int(features.removeprefix("token:"))
-        except ValueError:
-            return None
-    return None
+    found = re.fullmatch(r"token(?::([+-]?\d{1,18}))?", features) if isinstance(features, str) else None
+    return int(found[1] or 0) if found else None
 
 
 def feature_rows(
@@ -90,8 +88,7 @@ def feature_rows(
         return _last(tokens, kept)
     position = _position(features)
     if position is None:
-        check_reduction(features)
-        raise OptionError(f"features={features!r} is not a reduction")
+        raise _unknown(features)
     positions = tokens.flatten(1, -2)
     if not -positions.shape[1] <= position < positions.shape[1]:
         raise OptionError(

@@ -23,27 +23,18 @@ def glob_regex(pattern: str) -> re.Pattern[str]:
         >>> bool(glob_regex("layer[!1].*").fullmatch("layer2.relu"))
         True
     """
-    out, i = [], 0
-    while i < len(pattern):
-        if pattern.startswith("**", i):
-            out.append(".*")
-            i += 2
-            continue
-        sign = pattern[i]
-        end = pattern.find("]", i + 2) if sign == "[" else -1
-        if sign in "*?":
-            out.append("[^./]" + ("*" if sign == "*" else ""))
-        elif end > 0:
-            inner = pattern[i + 1 : end].replace("\\", r"\\")
-            out.append(f"[{'^' + inner[1:] if inner[0] == '!' else inner}]")
-            i = end
-        else:
-            out.append(re.escape(sign))
-        i += 1
     try:
-        return re.compile("".join(out), re.DOTALL)
+        return re.compile(re.sub(r"(?s)\*\*|\[.[^]]*\]|.", _as_regex, pattern), re.DOTALL)
     except re.error:  # a bracket such as [z-a]
         return re.compile(re.escape(pattern))
+
+
+def _as_regex(part: re.Match[str]) -> str:
+    sign = part[0]
+    if len(sign) > 1 and sign[0] == "[":
+        inner = sign[1:-1].replace("\\", r"\\")
+        return f"[{'^' + inner[1:] if inner[0] == '!' else inner}]"
+    return {"**": ".*", "*": "[^./]*", "?": "[^./]"}.get(sign) or re.escape(sign)
 
 
 def matching(pattern: str, names: Iterable[str]) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -61,7 +62,9 @@ def demo(out: Path, *, epochs: int = EPOCHS, progress: bool = True) -> CKAResult
         MissingExtraError: scikit-learn, torchvision or matplotlib is not installed.
         OSError: `out` cannot be written to.
     """
-    require("the demo")
+    packages = {"sklearn": "scikit-learn", "torchvision": "torchvision", "matplotlib": "matplotlib"}
+    if missing := [package for module, package in packages.items() if find_spec(module) is None]:
+        raise MissingExtraError(f'the demo needs {" and ".join(missing)}: pip install "cka-hooks[demo]"')
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     train, held_out = digits()
@@ -78,19 +81,6 @@ def demo(out: Path, *, epochs: int = EPOCHS, progress: bool = True) -> CKAResult
         say(f"{name:<10}{path}")
     say(f"\n{time.perf_counter() - started:.0f} seconds in all")
     return result
-
-
-def require(what: str) -> None:
-    """Raise :class:`MissingExtraError` unless all that the demo needs is installed."""
-    packages = {"sklearn": "scikit-learn", "torchvision": "torchvision", "matplotlib": "matplotlib"}
-    missing = []
-    for module, package in packages.items():
-        try:
-            __import__(module)
-        except ImportError:
-            missing.append(package)
-    if missing:
-        raise MissingExtraError(f'{what} needs {" and ".join(missing)}: pip install "cka-hooks[demo]"')
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         for option in ("values", "stderr", "profile"):
             if getattr(arguments, option):
                 raise OptionError(f"--{option} says how to draw a picture: name its file with --out")
-    if arguments.out is not None:
+    else:
         format_of(arguments.out)
     for path, option in ((arguments.out, "--out"), (arguments.html, "--html")):
         check_file(path, option)
