@@ -102,15 +102,19 @@ class CKAWarning(UserWarning):
     """Category of every warning of this package: filter it to silence or to raise."""
 
 
+# What may lie between a user's line and this package.
+_BETWEEN = frozenset({"torch", "lightning", "pytorch_lightning", "transformers", "accelerate"})
+
+
 def warn(message: str) -> None:
     """Warn with :class:`CKAWarning`, pointing at the user's line: the one that called this package.
 
-    From a hook it is the line of the user's own code that led to it, not one of PyTorch.
+    From a hook or a callback it is the line of the user's own code that led to it, not one of PyTorch or a trainer.
     """
     frame, level, levels = sys._getframe(1), 2, []
     while frame is not None:
         levels.append((level, str(frame.f_globals.get("__name__")).split(".")[0]))
         frame, level = frame.f_back, level + 1  # type: ignore[assignment]
     outermost = max(level for level, package in levels if package == __package__)
-    of_the_user = (level for level, package in levels if level > outermost and package != "torch")
+    of_the_user = (level for level, package in levels if level > outermost and package not in _BETWEEN)
     warnings.warn(message, CKAWarning, stacklevel=next(of_the_user, outermost))
