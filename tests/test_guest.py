@@ -396,19 +396,27 @@ class Fills(nn.Module):
         self.fc = nn.Linear(4, 3)
         self.register_buffer("cache", None)
         self.register_buffer("emptied", torch.ones(3))
+        self.register_buffer("range", torch.empty(0))
+        self.register_parameter("scale", None)
 
     def forward(self, x: Tensor) -> Tensor:
         self.cache, self.emptied = x.mean(0), None
+        self.scale = nn.Parameter(torch.ones(3))
+        # As observers of quantisation do.
+        self.range.resize_(4).copy_(x.amax(0))
         return self.fc(x)
 
 
 def test_a_buffer_that_forward_fills_is_none_again() -> None:
     model = Fills()
-    emptied = model.emptied
+    emptied, observed = model.emptied, model.range
     before = list(model.state_dict())
     cka_hooks.compare(model, inputs(), progress=False)
     assert model.cache is None
+    assert model.scale is None
     assert model.emptied is emptied
+    assert model.range is observed
+    assert observed.shape == (0,)
     assert list(model.state_dict()) == before
 
 

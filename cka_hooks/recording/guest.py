@@ -130,8 +130,8 @@ def warned_of_train_mode(varying: Mapping[str, nn.Module]) -> bool:
 def untouched(model: nn.Module) -> AbstractContextManager[None]:
     """Put the model in eval mode, and afterwards restore every mode, and every buffer to the bit.
 
-    This sets flags one by one instead of calling ``eval()``, which some modules override to do more. A buffer that
-    was None is None again.
+    This sets flags one by one instead of calling ``eval()``, which some modules override to do more. A buffer or
+    parameter that was None is None again.
 
     Raises:
         ModelError: another thread is measuring the model.
@@ -143,17 +143,19 @@ class _Untouched:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._modes: list[tuple[nn.Module, bool]] = []
-        self._buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None, int]] = []
+        self._kept: list[tuple[dict[str, Any], str, Tensor | None, Tensor | None, int]] = []
 
     def __enter__(self) -> None:
         try:
             claim(self, self._model)
             for module in self._model.modules():
-                for name, buffer in module._buffers.items():
-                    if buffer is None:
-                        self._buffers.append((module, name, None, None, 0))
-                    elif not buffer.is_inference():
-                        self._buffers.append((module, name, buffer, buffer.detach().clone(), buffer._version))
+                entries: dict[str, Any]
+                for entries in (module._buffers, module._parameters):
+                    for name, tensor in entries.items():
+                        if tensor is None:
+                            self._kept.append((entries, name, None, None, 0))
+                        elif entries is module._buffers and not tensor.is_inference():
+                            self._kept.append((entries, name, tensor, tensor.detach().clone(), tensor._version))
             self._modes = [(module, module.training) for module in self._model.modules()]
             for module, _ in self._modes:
                 module.training = False
@@ -170,17 +172,20 @@ class _Untouched:
     def _restore(self) -> None:
         for module, training in self._modes:
             module.training = training
-        for module, name, buffer, copy, version in self._buffers:
-            if buffer is not None and copy is not None:
-                _write_back(buffer, copy, version)
-            if module._buffers.get(name) is not buffer:
-                module._buffers[name] = buffer
+        for entries, name, tensor, copy, version in self._kept:
+            if tensor is not None and copy is not None:
+                _write_back(tensor, copy, version)
+            if entries.get(name) is not tensor:
+                entries[name] = tensor
         release(self)
-        self._modes, self._buffers = [], []
+        self._modes, self._kept = [], []
 
 
 def _write_back(buffer: Tensor, copy: Tensor, version: int) -> None:
-    if buffer._version != version:
+    if buffer.shape != copy.shape:
+        # Resized in place, as observers of quantisation do.
+        buffer.data = copy
+    elif buffer._version != version:
         buffer.detach().copy_(copy)
     elif buffer.layout is torch.strided and 0 not in buffer.stride():
         # A write through `.data` does not count as a version, and neither does this. (Expanded tensors cannot be

@@ -95,7 +95,10 @@ class Snapshot:
 
 def _write_back(tensor: Tensor, copy: Tensor) -> None:
     # Leave alone what has not changed: a graph that holds it would notice a write.
-    if tensor.shape == copy.shape and not torch.equal(tensor, copy):
+    if tensor.shape != copy.shape:
+        # Resized in place, as observers of quantisation do.
+        tensor.data = copy.clone()
+    elif not torch.equal(tensor, copy):
         tensor.copy_(copy)
 
 
