@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -208,7 +209,8 @@ def test_nothing_but_empty_batches() -> None:
 def test_arrays_become_tensors() -> None:
     model = Images()
     expected = cka_hooks.compare(model, pictures(), progress=False)
-    for batch in (lambda x: x.numpy(), lambda x: (x.numpy()[::-1][::-1], 0), lambda x: {"image": x.numpy()}):
+    arrays = (lambda x: x.numpy(), lambda x: x.numpy().astype(">f4"))
+    for batch in (*arrays, lambda x: (x.numpy()[::-1][::-1], 0), lambda x: {"image": x.numpy()}):
         assert torch.equal(cka_hooks.compare(model, map(batch, pictures()), progress=False).matrix, expected.matrix)
     # What the user's own function gets is what the loader yields.
     seen = []
@@ -229,6 +231,8 @@ UNFIT: dict[str, tuple[Any, str]] = {
     ),
     "uint8 alone": (lambda x: (x * 9).byte(), r"model\(batch\.to\(torch\.float32\) / 255\)"),
     "float64": (lambda x: (x.double(), 0), r"float64 and the model float32.*model\(batch\[0\].to\(torch.float32\)\)"),
+    "float64 array": (lambda x: (x.double().numpy(), 0), r"float64 and the model float32"),
+    "masked array": (lambda x: (np.ma.masked_greater(x.numpy(), 0), 0), "has masked entries"),
     "float64 in a dict": (lambda x: {"image": x.double()}, "float64 and the model float32: convert it in the loader"),
     "index": (lambda x: (torch.arange(len(x)), x), r"may be the index of the samples.*model\(batch\[1\]\)"),
     "views": (lambda x: ([x, x + 1], 0), r"a list of 2. Of two views of the samples.*model\(batch\[0\]\[0\]\)"),
@@ -243,9 +247,44 @@ def test_a_batch_that_the_model_cannot_take(kind: str) -> None:
     good = {"image": first} if isinstance(make(first), dict) else first if kind == "uint8 alone" else (first, 0)
     with pytest.raises(cka_hooks.BatchError, match=message) as caught:
         cka_hooks.compare(Images(), [good, make(others[0])], progress=False)
+    if kind == "masked array":
+        return
     assert isinstance(caught.value.__cause__, RuntimeError | TypeError | AttributeError)
     assert str(caught.value).endswith(")")
     assert type(caught.value.__cause__).__name__ in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_batches_of_their_parts() -> None:
+    class Sums(nn.Module):
+        def forward(self, texts: Tensor) -> Tensor:
+            return torch.stack([text.sum(0) for text in texts.unbind()])
+
+    model = nn.Sequential(nn.Linear(4, 5), Sums(), nn.Linear(5, 2))
+    texts = [[torch.randn(n, 4) for n in (2, 3, 2, 5, 4, 3)] for _ in range(3)]
+    jagged = [torch.nested.nested_tensor(some, layout=torch.jagged) for some in texts]
+    result = cka_hooks.compare(model, jagged, progress=False)
+    assert (result.layers, result.samples) == (("1", "2"), 18)
+    with pytest.raises(cka_hooks.BatchError, match=r"layout=torch\.jagged"):
+        cka_hooks.compare(model, [torch.nested.nested_tensor(some, layout=torch.strided) for some in texts])
+
+
+def test_what_cannot_be_copied_stays_in_the_batch() -> None:
+    class Locked(Images):
+        def forward(self, image: Tensor, lock: Any) -> Tensor:
+            with lock:
+                return super().forward(image).relu()
+
+    found = cka_hooks.compare(Locked(), [{"image": x, "lock": Lock()} for x in pictures()], progress=False)
+    assert found.samples == 18
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_weights_without_values(whole: bool) -> None:
+    model = Images()
+    (model if whole else model.head).to("meta")
+    with pytest.raises(cka_hooks.BatchError, match="on the meta device and have no values: load its weights"):
+        cka_hooks.compare(model, pictures(), progress=False)
 
 
 def test_another_device_than_the_models() -> None:

@@ -326,6 +326,20 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
         run(tmp_path / "short.ckpt", iter(tensors().split(8)[:2]))
 
 
+def test_other_arrays_are_refused(tmp_path: Path) -> None:
+    arrays = [x.numpy() for x in tensors().split(8)]
+
+    def broken_off():
+        yield from arrays[:4]
+        raise Stop
+
+    options = {"checkpoint": tmp_path / "run.ckpt", "progress": False}
+    with pytest.raises(Stop):
+        cka_hooks.compare(model(), broken_off(), **options)
+    with pytest.raises(cka_hooks.CheckpointError, match="the first 4 batches of the loader are not those"):
+        cka_hooks.compare(model(), iter([x + 1 for x in arrays]), **options)
+
+
 @pytest.mark.parametrize("loader", [
     lambda: DataLoader(tensors(), batch_size=8, shuffle=True),
     lambda: DataLoader(tensors(), batch_size=8, sampler=torch.utils.data.RandomSampler(range(100))),

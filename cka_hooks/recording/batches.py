@@ -119,7 +119,13 @@ def leading_shape(*values: Any) -> tuple[int, ...]:
     """The shape of the first tensor in a call's arguments, (n,) for n entries or graphs, () if there is none."""
     for value in values:
         shape: tuple[int, ...] = ()
-        if isinstance(value, Tensor | np.ndarray):
+        if isinstance(value, Tensor) and value.is_nested:
+            if value.layout is torch.strided:
+                raise BatchError(
+                    "a nested tensor of the strided layout has no shape: make it with layout=torch.jagged"
+                )
+            shape = (value.size(0),)
+        elif isinstance(value, Tensor | np.ndarray):
             shape = tuple(value.shape)
         elif isinstance(value, PackedSequence):
             shape = (int(value.batch_sizes[0]),)
@@ -276,6 +282,9 @@ def cut(value: Any, samples: int, index: Sequence[int]) -> Any:
 
     def chosen(item: Any, _: str) -> Any:
         if isinstance(item, Tensor):
+            if item.is_nested:
+                parts = item.unbind()
+                return torch.nested.as_nested_tensor([parts[i] for i in index], layout=item.layout)
             rows = item.ndim > 0 and item.shape[0] == samples
             return item[torch.tensor(index, device=item.device)] if rows else item.clone()
         if isinstance(item, np.ndarray):
@@ -287,7 +296,13 @@ def cut(value: Any, samples: int, index: Sequence[int]) -> Any:
             return type(item)([copy.deepcopy(item[i]) for i in index])
         if getattr(item, "num_graphs", None) == samples:
             return type(item).from_data_list([item[i] for i in index])
-        return None if _is_container(item) else copy.deepcopy(item)
+        if _is_container(item):
+            return None
+        try:
+            return copy.deepcopy(item)
+        except Exception:
+            # Locks, open files and the like are the same for every part of the batch.
+            return item
 
     return mapped(value, chosen)
 
@@ -308,7 +323,7 @@ def arguments(
     transformers, only encoder-decoders without a decoder input get them, since they make it from the labels.
     """
     form = Form.of(batch) if form is None else form
-    value = mapped(form.input_of(batch), _as_tensor)
+    value = with_tensors(form.input_of(batch))
     keywords = fields_of(value) if isinstance(value, Mapping) or dataclasses.is_dataclass(value) else None
     if keywords is None:
         return (value,), {}
@@ -317,9 +332,21 @@ def arguments(
     }
 
 
-def _as_tensor(item: Any, _: str = "") -> Tensor | None:
-    is_numeric = isinstance(item, np.ndarray) and item.dtype.kind in "bifc"
-    return torch.tensor(np.ascontiguousarray(item), device="cpu") if is_numeric else None
+def with_tensors(value: Any) -> Any:
+    """A batch with tensors in place of NumPy arrays of numbers.
+
+    Raises:
+        BatchError: an array has masked entries.
+    """
+
+    def as_tensor(item: Any, key: str) -> Tensor | None:
+        if not isinstance(item, np.ndarray) or item.dtype.kind not in "bifc":
+            return None
+        if np.ma.is_masked(item):
+            raise BatchError(f"an array of shape {item.shape} has masked entries: fill them with .filled(...)")
+        return torch.tensor(np.ascontiguousarray(item, item.dtype.newbyteorder("=")), device="cpu")
+
+    return mapped(value, as_tensor)
 
 
 def keeps_labels(model: nn.Module | None, key: str, keywords: Mapping[str, Any]) -> bool:
@@ -421,6 +448,8 @@ def _explain(error: Exception, model: nn.Module, batch: Any, which: str, *, is_o
 def _about_tensors(error: Exception, model: nn.Module, batch: Any) -> str | None:
     """Advice about the device or dtype of a batch's tensors; None if neither is the problem."""
     text = str(error)
+    if any(p.is_meta for p in model.parameters()) and "meta" in text:
+        return "some of its parameters are on the meta device and have no values: load its weights first"
     weights = next((p for p in model.parameters() if p.is_floating_point()), None)
     if weights is None or not isinstance(error, RuntimeError):
         return None
@@ -431,7 +460,7 @@ def _about_tensors(error: Exception, model: nn.Module, batch: Any) -> str | None
         )
     if not any(word in text for word in ("dtype", "type", "Byte", "Long", "Double", "Half")):
         return None
-    first = next(tensors_in(batch), None)
+    first = next(tensors_in(with_tensors(batch)), None)
     if first is None or first.dtype is weights.dtype:
         return None
     have, want = (str(tensor.dtype).removeprefix("torch.") for tensor in (first, weights))

@@ -21,7 +21,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from cka_hooks.recording.batches import sample_count
+from cka_hooks.recording.batches import sample_count, with_tensors
 from cka_hooks.recording.outputs import tensors_in
 
 # Batches, or indices, that a sampler of an unknown kind is asked for.
@@ -189,12 +189,15 @@ def fingerprint(batch: Any) -> str:
     elsewhere the hash begins with "?": equal ones may be of different batches.
     """
     hasher, is_seen = hashlib.blake2b(digest_size=16), False
-    for tensor in tensors_in(batch):
+    for tensor in tensors_in(with_tensors(batch)):
+        if tensor.is_nested:
+            continue
         hasher.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
         if (
             type(tensor) is Tensor
             and tensor.device.type == "cpu"
             and tensor.layout is torch.strided
+            and not tensor.is_quantized
             and tensor.numel()
         ):
             hasher.update(_some(tensor).numpy().tobytes())
