@@ -20,6 +20,7 @@ from cka_hooks.errors import LayerError, OptionError
 from cka_hooks.precision import without_gradients
 from cka_hooks.recording import batches, guest
 from cka_hooks.recording.batches import Given
+from cka_hooks.recording.calls import call
 from cka_hooks.recording.describe import Description, described
 from cka_hooks.recording.layers import Layers, check_model, named_layers, select_layers, unwrap
 from cka_hooks.recording.left_out import silent, twice_named
@@ -253,7 +254,7 @@ class LayerRecorder:
         return Given(batch, batch, self._form, self._form.shape(batch), value, call)
 
     def _call(self, batch: Any, number: int | None = None) -> Any:
-        return batches.call(guest.runnable(self.model), batch, self._forward, self._form, number)
+        return call(guest.runnable(self.model), batch, self._forward, self._form, number)
 
     def _confirm(self, given: Given) -> None:
         dimension = self._long_way.dimension
