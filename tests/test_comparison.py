@@ -276,7 +276,7 @@ def test_a_random_state_that_would_read_beyond_its_memory_is_refused(tmp_path: P
     content = checkpoint_file.read(path)
     content["place"]["now"]["numpy"][2] = 2**30
     checkpoint_file.write(path, content)
-    with pytest.raises(CheckpointError, match="the state of a random generator is not one"):
+    with pytest.raises(CheckpointError, match="the state of a random generator is invalid"):
         cka_hooks.compare(net(), batches(), forward=failing, checkpoint=path, progress=False)
 
 

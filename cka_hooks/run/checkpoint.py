@@ -1,4 +1,4 @@
-"""How far a run has come, kept in a file, so that the same call continues from there."""
+"""Keep the progress of a run in a file, so that the same call continues from there."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ _log = logging.getLogger("cka_hooks")
 
 
 class Keeper:
-    """Keeps a run in a file: puts it back where it was, and saves it every so many seconds.
+    """Keeps a run in a file: restores it, and saves it every so many seconds.
 
     Args:
         path: the file, None to keep nothing.
         every: seconds between two saves.
-        loader: what the run goes over.
-        settings: what has to be the same for a run to go on, text and numbers by name.
+        loader: the loader of the run.
+        settings: what has to be the same to continue a run, text and numbers by name.
 
     Raises:
-        OptionError: the loader's order cannot be had again, or `every` is not positive.
+        OptionError: the loader's order cannot be repeated, or `every` is not positive.
         CheckpointError: the file is not a checkpoint, or belongs to another run.
         OSError: the file cannot be read.
     """
@@ -91,13 +91,13 @@ class Keeper:
                 "generator: DataLoader(..., shuffle=True, generator=torch.Generator().manual_seed(0))"
             )
 
-    # Going on
+    # Resuming
 
     def resume(self, restore: Callable[[dict[str, Any]], None]) -> bool:
-        """Hand the saved state of the run to `restore`; whether there was one.
+        """Hand the saved state of the run to `restore`. Return whether there was one.
 
         Raises:
-            CheckpointError: the state is not one that a run has.
+            CheckpointError: the file does not hold the state of a run.
         """
         if self._saved is None:
             return False
@@ -110,10 +110,10 @@ class Keeper:
         return True
 
     def batches(self) -> Iterator[Any]:
-        """The batches of one pass over the loader; of the pass that broke off, those that were not seen yet.
+        """The batches of one pass over the loader; in an interrupted pass, only those that were not seen yet.
 
         Raises:
-            CheckpointError: the loader brings other batches than it did.
+            CheckpointError: the loader brings other batches than before.
         """
         if self.path is None:
             return iter(self._loader)
@@ -128,24 +128,24 @@ class Keeper:
 
     def _watched(self, stream: Iterator[Any]) -> Iterator[Any]:
         for batch in stream:
-            # Before the model has it, which may change it in place.
+            # Before the model gets the batch, which may change it in place.
             self._current = replay.fingerprint(batch)
             yield batch
 
     def _place_now(self, start: dict[str, Any], batches: int, fingerprint: str) -> dict[str, Any]:
-        """Where the loader is; taken after each batch, since a loader that has gone on cannot tell."""
+        """The loader's position. Taken after each batch, because a loader that has gone on no longer knows it."""
         loader = None
         if self._stateful:
             try:
                 loader = copy.deepcopy(self._loader.state_dict())  # type: ignore[attr-defined]
             except (AttributeError, NotImplementedError):
-                # Some wrappers have the method and only pass it on to a loader that may not.
+                # Some wrappers have the method, but pass it on to a loader that may not.
                 self._stateful = False
                 self._check_order()
         return {
             "start": start,
             "batches": batches,
-            # Of all of them: each batch that is repeated has to be the one that it was.
+            # Fingerprints of all of them: every batch that is repeated has to be the same as before.
             "fingerprint": fingerprint,
             "now": self._randomness.state(),
             "loader": loader if is_plain(loader) else None,
@@ -176,30 +176,30 @@ class Keeper:
                 found = _chained(found, replay.fingerprint(next(stream)))
             except StopIteration:
                 raise self._refused(
-                    f"it has seen {batches} batches and the loader ended after {number}: it is another loader"
+                    f"the run has seen {batches} batches and the loader ended after {number}: it is another loader"
                 ) from None
         if found != fingerprint:
             raise self._refused(
-                f"the first {batches} batches of the loader are not those that they were: the data, their order or a "
+                f"the first {batches} batches of the loader are not the same as before: the data, their order or a "
                 "random augmentation changed"
             )
 
     # Saving
 
     def seen(self) -> None:
-        """A batch is in the sums."""
+        """Note that a batch is in the sums."""
         if self._place is not None:
             place = self._place
             chained = _chained(place["fingerprint"], self._current)
             self._place = self._place_now(place["start"], place["batches"] + 1, chained)
 
     def save_if_due(self, state: Callable[[], dict[str, Any]]) -> None:
-        """Save where it is time to."""
+        """Save if it is time to."""
         if self.path is not None and time.monotonic() >= self._next_save:
             self.save(state())
 
     def save(self, state: dict[str, Any], *, finished: bool = False) -> None:
-        """Replace the file by one with this state of the run. Where that fails it warns, and the run continues."""
+        """Write this state of the run to the file. If that fails, warn; the run continues."""
         if self.path is None or self.finished:
             return
         try:
@@ -217,15 +217,15 @@ class Keeper:
         self.finished = finished
 
     def broke_off(self, error: BaseException, state: Callable[[], dict[str, Any]]) -> None:
-        """Save what an error or Ctrl-C ended, and say in it how to go on."""
+        """Save a run that an error or Ctrl-C ended, and add to the error how to continue."""
         if self.path is None or self._place is None or self.finished:
             return
         try:
             self._write(state(), False)
         except OSError as failure:
-            note = f"the checkpoint {self.path} could not be written ({failure}); it is as old as its last save"
+            note = f"the checkpoint {self.path} could not be written ({failure}); it holds the last save"
         else:
-            note = f"saved in {self.path} up to here: the same call continues from there"
+            note = f"saved to {self.path} up to here: the same call continues from there"
         _log.warning("run ended by %s; %s", type(error).__name__, note)
         if isinstance(error, KeyboardInterrupt) and not error.args:
             error.args = (note,)
@@ -233,7 +233,7 @@ class Keeper:
             error.add_note(note)
 
     def done(self) -> None:
-        """Let others have the file, and give Python's and NumPy's random state back where resuming has changed it."""
+        """Release the file, and restore Python's and NumPy's random states if resuming has changed them."""
         if self._lock is not None:
             self._lock.release()
         if self._outer is not None:
@@ -241,8 +241,8 @@ class Keeper:
             self._randomness.restore({**self._outer, "generators": generators})
             self._outer = None
 
-    def tell(self, samples: int, progress: bool) -> None:
-        """Say that the run continues, or had ended already."""
+    def announce(self, samples: int, progress: bool) -> None:
+        """Log that the run continues, or had already finished."""
         where = "is finished: its saved result" if self.finished else "continues from there"
         note = f"{self.path} has {samples} samples and {where}"
         _log.info(note)
@@ -267,7 +267,7 @@ class Keeper:
 
 
 def path_of_rank(path: str | os.PathLike[str], ranks: Ranks | None) -> Path:
-    """Each rank's own file.
+    """The file of one rank.
 
     Raises:
         CheckpointError: there are files of a run on another number of ranks.
@@ -288,7 +288,7 @@ def path_of_rank(path: str | os.PathLike[str], ranks: Ranks | None) -> Path:
 
 @contextmanager
 def undisturbed(needed: bool = True) -> Iterator[None]:
-    """Ctrl-C inside takes effect at the end: sums that are kept must not have a part of a minibatch."""
+    """Delay Ctrl-C until the end of the block, so that sums never hold part of a minibatch."""
     if not needed or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -307,13 +307,13 @@ def undisturbed(needed: bool = True) -> Iterator[None]:
 
 
 def _check_place(place: Any) -> None:
-    """Raise :class:`ValueError` unless it is None, or has what :meth:`Keeper.seen` goes on from."""
+    """Raise :class:`ValueError` unless the place is None, or one that :meth:`Keeper.seen` can continue from."""
     if place is None:
         return
     if place.keys() != {"start", "batches", "fingerprint", "now", "loader"}:
-        raise ValueError("its place in the loader is none")
+        raise ValueError("its place in the loader is invalid")
     if type(place["batches"]) is not int or type(place["fingerprint"]) is not str:
-        raise ValueError("its number of batches is none")
+        raise ValueError("its number of batches is invalid")
 
 
 def _is_stateful(loader: Any) -> bool:
@@ -325,7 +325,7 @@ def _chained(before: str, fingerprint: str) -> str:
 
 
 def _difference(theirs: Any, ours: Any, name: str = "") -> tuple[str, str, str]:
-    """The first setting that differs, with both values."""
+    """The name of the first setting that differs, and both values."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         for key in (*ours, *theirs):
             if theirs.get(key, _difference) != ours.get(key, _difference):

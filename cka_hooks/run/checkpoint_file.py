@@ -1,7 +1,7 @@
-"""A run's state as a file: a safetensors file, read without pickle, refused where it is damaged or edited.
+"""Store a run's state as a safetensors file: read without pickle, refused if it is damaged or edited.
 
-Its tensors are the sums and the states of random generators; its metadata has one JSON text with all the rest, and a
-SHA-256 of both, so that a damaged or edited file does not pass for a good one.
+The tensors are the sums and the states of random generators. The metadata holds one JSON text with everything else,
+and a SHA-256 of both, so that a damaged or edited file is recognised.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from cka_hooks.files import replace_file
 
 FORMAT = "cka_hooks.checkpoint"
 VERSION = 2
-# Larger files are refused unread: 4 GiB are the sums of 11,000 layers.
+# Larger files are refused unread: 4 GiB hold the sums of 11,000 layers.
 MAX_BYTES = 1 << 32
 
-# What reading and restoring a file that somebody made up may raise.
+# The errors that reading and restoring a forged file may raise.
 WRONG = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError, ArithmeticError)
 
 
 def write(path: Path, content: Any) -> None:
     """Write nested plain values and tensors to a file, by replacing it.
 
-    A reader, and whoever comes after a power cut, finds the file before or the one after.
+    A reader finds either the old file or the new one, even after a power cut.
 
     Raises:
         OSError: it cannot be written.
@@ -48,10 +48,10 @@ def write(path: Path, content: Any) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What :func:`write` has written.
+    """Read what :func:`write` wrote.
 
     Raises:
-        CheckpointError: the file is anything else; the message says what.
+        CheckpointError: the file is anything else. The message says what is wrong.
         OSError: it cannot be read.
     """
 
@@ -76,17 +76,17 @@ def read(path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise refused("it is nested too deeply") from error
     except WRONG as error:
-        raise refused(f"its content is none ({type(error).__name__}: {error})") from error
+        raise refused(f"its content is invalid ({type(error).__name__}: {error})") from error
 
 
 def _content(data: bytes) -> dict[str, Any]:
-    # Else safetensors makes them on PyTorch's default device.
+    # Otherwise safetensors makes them on PyTorch's default device.
     with torch.device("cpu"):
         tensors = safetensors.torch.load(data)
     metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
     text = metadata["cka_hooks"]
     if metadata["sha256"] != _digest(text, tensors):
-        raise CheckpointError("its checksum does not fit its content, so it was edited or damaged")
+        raise CheckpointError("its checksum does not match its content, so it was edited or damaged")
     decoded = json.loads(text)
     if isinstance(decoded, list):
         raise CheckpointError("an earlier version wrote it, and its sums differ")
@@ -100,13 +100,13 @@ def _content(data: bytes) -> dict[str, Any]:
     found = whole["content"]
     if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
         raise CheckpointError("it has no settings")
-    # Plain values: tensors do not compare with others.
+    # Plain values only, because comparing tensors gives no truth value.
     json.dumps(found["settings"])
     return found
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a file gives it back as it was."""
+    """Whether the file would give the value back as it was."""
     try:
         tensors: dict[str, Tensor] = {}
         return _same(_joined(json.loads(json.dumps(_without_tensors(value, tensors))), tensors), value)
@@ -125,7 +125,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _without_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Nested lists and mappings with the name of each tensor in its place."""
+    """Nested lists and mappings in which each tensor is replaced by its name."""
     if isinstance(value, Tensor):
         name = f"t{len(tensors)}"
         tensors[name] = value.detach().cpu().contiguous().clone()
@@ -136,7 +136,7 @@ def _without_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _joined(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `_without_tensors` was given."""
+    """The inverse of `_without_tensors`."""
     if isinstance(value, dict):
         if value.keys() == {"__tensor__"}:
             return tensors[value["__tensor__"]]

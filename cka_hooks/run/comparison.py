@@ -1,4 +1,4 @@
-"""`Comparison`: models, batches and an accumulator brought together, one batch at a time."""
+"""`Comparison`: compare models one batch at a time, with everything that a result needs."""
 
 from __future__ import annotations
 
@@ -33,23 +33,22 @@ from cka_hooks.similarity.state import State, Step
 class Comparison:
     """CKA of every pair of layers of one or several models, one batch at a time.
 
-    :func:`cka_hooks.compare` is a loop over one of these. Use it as a context manager in a loop of your own, or in a
-    callback: hooks are on, and the models in eval mode, inside the block. After it the models are as they were.
+    :func:`cka_hooks.compare` is a loop over one of these. Use it as a context manager in your own loop or in a
+    callback. Inside the block, hooks are on and the models are in eval mode. Afterwards the models are as they were.
 
     Args:
-        model: one model, or a mapping from names to models, whose layers are then ``name/layer``, and features that
-            somebody else computed.
-        layers: see :func:`cka_hooks.compare`, as all options here.
+        model: one model, or a mapping from names to models and precomputed features. Layers are then ``name/layer``.
+        layers: see :func:`cka_hooks.compare`, like all options here.
 
     Attributes:
         entries: models and precomputed features by name.
-        models: those of them that are models.
-        provenance: further settings of the results, plain JSON values.
+        models: the entries that are models.
+        provenance: further settings for the results, plain JSON values.
 
     Raises:
-        LayerError: an entry of `layers` that matches nothing.
-        ModelError: a model that hooks cannot see into.
-        OptionError: an option with a value that it cannot have.
+        LayerError: an entry of `layers` matches nothing.
+        ModelError: hooks cannot see into a model.
+        OptionError: an option has an invalid value.
 
     Example:
         >>> import torch
@@ -124,7 +123,7 @@ class Comparison:
                 positions=self._places,
                 **self._options.of_recorder(),
             )
-            # Two names may stand for one model, or for models that share a part.
+            # Two names may stand for the same model, or for models that share a part.
             self._recorders[name].only_in_passes = True
         self.provenance: dict[str, Any] = {}
         self._random = RandomStream()
@@ -156,25 +155,25 @@ class Comparison:
         try:
             _leave(self._guests)
         finally:
-            # Ctrl-C may have broken off the first time; guests leave once, however often they are asked to.
+            # Ctrl-C may have cut the first attempt short. Guests leave once, however often they are asked to.
             _leave(self._guests)
             self._guests = []
 
     def update(self, batch: Any) -> int:
-        """Run every model on a batch, and add it; with `join_batches` when enough samples are there for a minibatch.
+        """Run every model on a batch and add it; with `join_batches`, as soon as there are enough samples.
 
         Args:
-            batch: as a loader yields it: ``(input, target)``, a tensor, or a dict of keyword arguments.
+            batch: a batch as a loader yields it: ``(input, target)``, a tensor, or a dict of keyword arguments.
 
         Returns:
-            How many samples were counted.
+            The number of samples that were counted.
 
         Raises:
-            OptionError: outside of the ``with`` block.
-            BatchError: a model that cannot be called with the batch.
+            OptionError: the call is outside of the ``with`` block.
+            BatchError: a model cannot be called with the batch.
             LayerError: none of the chosen layers ran.
-            SampleCountError: two models, or two layers, with different numbers of samples.
-            OutOfMemoryError: nothing was added; you can go on with the next batch.
+            SampleCountError: two models, or two layers, have different numbers of samples.
+            OutOfMemoryError: memory does not suffice. Nothing was added; you can continue with the next batch.
         """
         samples = self._accumulator.samples
         if not self.passes_over(batch):
@@ -183,7 +182,7 @@ class Comparison:
         return self._accumulator.samples - samples
 
     def passes_over(self, batch: Any) -> bool:
-        """Whether a batch has no samples, as a ``collate_fn`` makes it that drops bad ones. Then it is counted."""
+        """Whether a batch has no samples, as from a ``collate_fn`` that drops bad ones. Such batches are counted."""
         empty = batches.is_empty(batch)
         self._accumulator.state.empty += empty
         return empty
@@ -193,8 +192,8 @@ class Comparison:
 
         Args:
             batch: as in :meth:`update`.
-            limit: count only so many samples of it, the first ones. Of none the models see the batch whole, and it
-                is to be discarded.
+            limit: how many of its samples to count, from the first one on. With 0, the models see the whole batch,
+                and you have to discard it.
         """
         if not self._within:
             raise OptionError("call update() inside the block: with Comparison(...) as comparison: ...")
@@ -216,7 +215,7 @@ class Comparison:
             if self.models and not observed:
                 raise LayerError(nothing_ran(self._labelled("skipped")))
             if silent is not None:
-                # Else the result would compare the other models only, as if this one had not been asked for.
+                # Otherwise the result would compare only the other models, as if this one had not been asked for.
                 raise SampleCountError(f"of the model {silent!r} {nothing_ran(self._recorders[silent].skipped)}")
             if limit == 0:
                 return
@@ -243,7 +242,7 @@ class Comparison:
         self._taker.discard()
 
     def flush(self) -> Step | None:
-        """Add what waits for further batches to be joined with, None where nothing does.
+        """Add what still waits to be joined with further batches. Return None if nothing waits.
 
         Returns:
             What was added.
@@ -252,27 +251,27 @@ class Comparison:
 
     @property
     def places(self) -> int | None:
-        """What tells the positions that were samples from those of another run, None where samples are whole."""
+        """A digest of the positions that were samples; None if samples are whole inputs."""
         return None if self._places is None else self._places.digest
 
     @property
     def positions(self) -> int:
-        """Samples of the loader that have gone by, over all passes, with those that wait to be joined."""
+        """Number of the loader's samples so far, over all passes, including those that wait to be joined."""
         if self._places is not None:
             return self._brought.counted.samples
         return self._accumulator.state.positions + self._taker.waiting
 
     def check(self, loader: Iterable[Any]) -> None:
-        """Refuse a loader whose order precomputed features without identifiers do not have.
+        """Refuse a loader whose order does not match precomputed features without identifiers.
 
         Raises:
-            OptionError: it shuffles.
-            SampleCountError: it has another number of samples than they have rows.
+            OptionError: the loader shuffles.
+            SampleCountError: the number of its samples is not that of the rows.
         """
         self._brought.check(loader)
 
     def end_pass(self) -> None:
-        """The loader has no more batches.
+        """End a pass over the loader.
 
         Raises:
             SampleCountError: precomputed features without identifiers have more rows.
@@ -280,7 +279,7 @@ class Comparison:
         self._brought.end_pass()
 
     def start_pass(self) -> None:
-        """From here on come the samples seen before, in other minibatches: they are not new samples."""
+        """Begin another pass over the same samples, in other minibatches. They are not new samples."""
         self._accumulator.start_pass()
         self._brought.start_pass()
         self._looked_at.start_pass()
@@ -292,13 +291,13 @@ class Comparison:
         self._looked_at.start_pass()
         self._ran = False
 
-    # What was added up
+    # Results
 
     @property
     def state(self) -> State:
-        """Everything that was added up, with what was skipped and why."""
+        """Everything that was added, with what was skipped and why."""
         state = self._accumulator.state
-        # A batch that broke off has not called every layer yet.
+        # A batch that was cut short has not called every layer.
         if self._ran:
             self._accumulator.skips(self._labelled("skipped"))
             shapes = {**self._labelled("shapes"), **self._brought.shapes}
@@ -311,7 +310,7 @@ class Comparison:
         self._accumulator.state = state
 
     def _labelled(self, attribute: str) -> dict[str, Any]:
-        """What the recorder of each model says of its layers, under the layers' labels."""
+        """An attribute of each model's recorder, under the layers' labels in the result."""
         return {
             _label(name, layer): value
             for name, recorder in self._recorders.items()
@@ -320,7 +319,7 @@ class Comparison:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Provenance as it stands in a result: plain JSON values."""
+        """Provenance as a result has it: plain JSON values."""
         own = self._options.spelled(*self._options.of_comparison())
         return {**own, "minibatch": self._accumulator.settings["minibatch"]}
 
@@ -330,26 +329,26 @@ class Comparison:
         return types_of(self.entries)
 
     def compute(self) -> CKAResult:
-        """The result so far; nothing changes. What waits to be joined is one more minibatch of fewer samples.
+        """The result so far. Nothing changes. What waits to be joined counts as one more, smaller minibatch.
 
         Raises:
-            TooFewSamplesError: no minibatch had the 4 samples an HSIC estimate needs.
-            NonFiniteError: NaN or infinity in a layer; `.partial` is the result of all others.
+            TooFewSamplesError: no minibatch had the 4 samples that an HSIC estimate needs.
+            NonFiniteError: a layer has NaN or infinity. `.partial` has the result of all others.
         """
         self._accumulator.state = self.state
         return finished(self._taker.with_rest(), self.types, {**self.settings, **self.provenance})
 
     def state_dict(self) -> dict[str, Any]:
-        """All that was added, as numbers, text and float64 tensors: copies, safe to save and to send."""
+        """Everything that was added, as numbers, text and float64 tensors: copies, safe to save and to send."""
         self._accumulator.state = self.state
         own = {"counted": list(self._brought.counted), "waiting": self._taker.state_list()}
         return {**self._accumulator.state_dict(), **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Become what :meth:`state_dict` gave, whatever was added here before.
+        """Restore what :meth:`state_dict` returned, and forget what was added here before.
 
         Raises:
-            OptionError: it is from a comparison with other options, or from something else.
+            OptionError: the state is from a comparison with other options, or from something else.
         """
         own = state if isinstance(state, Mapping) else {}
         counted = Counted(*(whole("counted", number, 0) for number in own.get("counted", ())))
@@ -360,9 +359,9 @@ class Comparison:
         self._taker.waiting_batches = waiting
 
     def sync(self, group: dist.ProcessGroup | None = None) -> None:
-        """Become the sum of the comparisons of all ranks of a process group; see :meth:`CKAAccumulator.sync`.
+        """On every rank, become the sum of the comparisons of all ranks; see :meth:`CKAAccumulator.sync`.
 
-        What waits to be joined becomes a minibatch of fewer samples.
+        What waits to be joined becomes one smaller minibatch.
         """
         self.flush()
         self._accumulator.state = self.state
@@ -388,12 +387,12 @@ class _Labelled:
         self._taker.observe(_label(self._name, layer), activation)
 
     def slot(self, layer: str) -> Callable[[Tensor], None] | None:
-        """What takes the features of one layer, see :meth:`CKAAccumulator.slot`."""
+        """A function of one layer's features, see :meth:`CKAAccumulator.slot`."""
         return self._taker.slot(_label(self._name, layer))
 
 
 def _leave(guests: Sequence[AbstractContextManager[object]]) -> None:
-    """All of them, whatever one of them raises, the last one first."""
+    """Leave all guests, the last one first, even if one of them raises."""
     if guests:
         try:
             guests[-1].__exit__(None, None, None)

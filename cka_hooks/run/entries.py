@@ -1,4 +1,4 @@
-"""The entries of the mapping that `compare` takes, and what is chosen for each."""
+"""Read the mapping that `compare` takes, and the options for each of its entries."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from cka_hooks.run.precomputed import Precomputed, is_features
 
 
 def named_models(model: Any) -> dict[str, Any]:
-    """The models by name, "" for one without; features that somebody brings are each a `Precomputed`.
+    """The models by name, "" for a single one. Arrays in the mapping become `Precomputed`.
 
     Raises:
-        OptionError: an empty mapping, a name that is not text, or features without a name.
-        ModelError: a ``state_dict``.
+        OptionError: the mapping is empty, a name is not text, or features have no name.
+        ModelError: an entry is a ``state_dict``.
     """
     if not isinstance(model, Mapping):
         if is_features(model):
@@ -50,7 +50,7 @@ def per_model(option: Any, models: Mapping[str, Any], name: str) -> dict[str, An
 
 
 def each_where_it_matches(models: Mapping[str, nn.Module], layers: Any) -> dict[str, Any]:
-    """One choice for several models: an entry has to match in one of them, and each needs a match."""
+    """One choice for several models: each entry has to match in at least one model, and each model needs a match."""
     if layers is None or isinstance(layers, str | type) or callable(layers):
         return dict.fromkeys(models, layers)
     chosen: dict[str, list[Any]] = {name: [] for name in models}
@@ -74,12 +74,12 @@ def each_where_it_matches(models: Mapping[str, nn.Module], layers: Any) -> dict[
 
 
 def types_of(entries: Mapping[str, Any]) -> dict[str, str]:
-    """The class of each model, and of features, by name."""
+    """The class of each model, or of features, by name."""
     return {name: type(unwrap(it) if isinstance(it, nn.Module) else it).__qualname__ for name, it in entries.items()}
 
 
 def identities_of(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells models and precomputed features from others, by name."""
+    """The identity of each model and of precomputed features, by name."""
     return {
         name: of_rows(it.arrays, it.sample_ids) if isinstance(it, Precomputed) else of_model(it)
         for name, it in entries.items()

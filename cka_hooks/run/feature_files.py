@@ -1,4 +1,4 @@
-"""Files of features: `.npy`, `.npz`, `.safetensors` and HDF5, read a batch at a time and without pickle."""
+"""Read files of features: `.npy`, `.npz`, `.safetensors` and HDF5, a batch at a time and without pickle."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ IDS = "sample_ids"
 
 
 def is_feature_file(spec: str) -> bool:
-    """Whether a word names such a file, or one array of it."""
+    """Whether a word names such a file, or one array in it."""
     return spec.partition("::")[0].lower().endswith(SUFFIXES)
 
 
 def opened(file: str | os.PathLike[str]) -> tuple[dict[str, Any], Any]:
-    """The arrays of a file by name, "" where there is one, and the identifiers of their rows, None without.
+    """The arrays of a file by name, "" for a single one, and the identifiers of their rows, None if it has none.
 
     Args:
-        file: its path, with ``::name`` for one of its arrays.
+        file: path of the file, with ``::name`` for one of its arrays.
 
     Raises:
-        OptionError: it is not such a file, is damaged, or has no array of that name.
+        OptionError: this is not such a file, it is damaged, or it has no array of that name.
         MissingExtraError: h5py is not installed.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     path, _, name = os.fspath(file).partition("::")
     readers = {".npy": _npy, ".npz": _npz, ".safetensors": _safetensors, ".h5": _hdf5, ".hdf5": _hdf5}
@@ -65,7 +65,7 @@ def write(path: Path, arrays: Mapping[str, Tensor], sample_ids: Sequence[int | s
     """Write arrays (N, ...) with the identifiers of their rows to a safetensors file, by replacing it.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     metadata = {"format": "cka_hooks.features"}
     if sample_ids is not None:
@@ -75,7 +75,7 @@ def write(path: Path, arrays: Mapping[str, Tensor], sample_ids: Sequence[int | s
 
 
 class _Slices:
-    """A tensor of a safetensors file, read where it is sliced."""
+    """A tensor of a safetensors file that is read as it is sliced."""
 
     def __init__(self, file: Any, name: str) -> None:
         self._slice = file.get_slice(name)

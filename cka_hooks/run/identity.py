@@ -1,4 +1,4 @@
-"""What distinguishes one model, loader, function or setting from another, so that only the same run is resumed."""
+"""Identify a model, a loader, a function or a setting, so that only the same run is resumed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cka_hooks.options import spelled
 
 
 def of_model(model: nn.Module) -> dict[str, Any]:
-    """The kinds and settings of a model's modules; names, shapes and some numbers of its parameters and buffers."""
+    """Kinds and settings of a model's modules; names, shapes and some numbers of its parameters and buffers."""
     kinds = [f"{name} {type(module).__qualname__} {module.extra_repr()}" for name, module in model.named_modules()]
     names: list[str] = []
     some: list[Tensor] = []
@@ -26,7 +26,7 @@ def of_model(model: nn.Module) -> dict[str, Any]:
         if local.numel() and local.device.type != "meta" and local.layout is torch.strided and not local.is_quantized:
             numbers = local.reshape(-1)[:: max(1, local.numel() // 64)][:65]
             some.append(numbers.to(torch.float64 if local.device.type != "mps" else torch.float32))
-    # One copy from each device, not one a tensor.
+    # One copy from each device instead of one for each tensor.
     values = [
         torch.cat([t for t in some if t.device == device]).cpu().numpy().tobytes()
         for device in dict.fromkeys(tensor.device for tensor in some)
@@ -56,7 +56,7 @@ def of_rows(arrays: Mapping[str, Any], sample_ids: Any) -> dict[str, Any]:
 
 
 def of_loader(loader: Any) -> dict[str, Any]:
-    """What tells a loader from another without asking it for a batch."""
+    """The identity of a loader, without asking it for a batch."""
     found: dict[str, Any] = {"batch_size": getattr(loader, "batch_size", None)}
     try:
         found["length"] = len(loader)
@@ -67,7 +67,7 @@ def of_loader(loader: Any) -> dict[str, Any]:
 
 
 def of_option(option: Any) -> Any:
-    """An option as a result's settings spell it, and of a callable a digest of its code and what it refers to."""
+    """An option as a result's settings spell it; for a callable, a digest of its code and what it refers to."""
     if isinstance(option, Mapping):
         return {str(key): of_option(value) for key, value in option.items()}
     if isinstance(option, type) or not callable(option):
@@ -78,14 +78,14 @@ def of_option(option: Any) -> Any:
 
 
 def _code(function: Any, depth: int) -> list[str | bytes]:
-    """What a callable does, as far as it is known: its code, constants, defaults and what it closes over."""
+    """What a callable does, as far as it is known: its code, constants, defaults and closure."""
     if depth > 3:
         return []
     if isinstance(function, functools.partial):
         parts = [function.func, *function.args, *function.keywords.items()]
         return [piece for part in parts for piece in _piece(part, depth)]
     if not isinstance(function, types.FunctionType | types.MethodType | types.BuiltinFunctionType):
-        # Of an object what its class does: what it holds may change while it runs.
+        # For an object, the code of its class: what the object holds may change while it runs.
         return [type(function).__qualname__, *_code(type(function).__call__, depth + 1)]
     function = getattr(function, "__func__", function)
     if not isinstance(function, types.FunctionType):
@@ -110,7 +110,7 @@ def _piece(part: Any, depth: int) -> list[str | bytes]:
         return [type(part).__qualname__]
     if callable(part) and not isinstance(part, type):
         return _code(part, depth + 1)
-    # What has no spelling of its own is spelled by its place in memory, which differs between processes.
+    # Without a spelling of its own, an object is spelled by its address, which differs between processes.
     text = repr(part)
     return [type(part).__qualname__ if " at 0x" in text else text]
 

@@ -1,4 +1,4 @@
-"""More models than fit into memory at once: one after another, each leaving its centred Gram matrices behind."""
+"""Compare more models than fit into memory: run one after another, and keep their centred Gram matrices."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ Builder = nn.Module | Precomputed | Callable[[], nn.Module]
 def added_up_in_turn(
     models: Mapping[str, Builder], loader: Iterable[Any], options: Options, ranks: Ranks | None, *, progress: bool
 ) -> tuple[State, dict[str, str], dict[str, Any]]:
-    """All batches through one model before the next one is built.
+    """Run all batches through one model before the next one is built.
 
     Args:
         models: models, functions that build them, or precomputed features, by name.
         loader: iterated once for each model.
-        options: of the run.
-        ranks: that share it.
-        progress: show a progress bar for each model.
+        options: options of the run.
+        ranks: the ranks that share it.
+        progress: whether to show a progress bar for each model.
 
     Returns:
-        What was added up as if all models had run together, the class of each, and the settings of their runs.
+        The sums as if all models had run together, the class of each model, and the settings of their runs.
 
     Raises:
-        ModelError: something is neither a model nor a function, or a function returned something else.
+        ModelError: an entry is neither a model nor a function, or a function did not return a model.
         OptionError: the loader is an iterator, which can be iterated only once.
         BatchError: the loader brings other batches for another model.
         SampleCountError: a batch had different numbers of samples, or other positions, in two models.
@@ -73,7 +73,7 @@ def added_up_in_turn(
             )
         types |= comparison.types
         settings = comparison.settings | options.spelled("layers", "forward")
-        # The next one is built when nothing holds this one any more.
+        # Build the next model when nothing holds this one any more.
         del model, comparison, loop
     batches = (dict(zip(steps, parts, strict=True)) for parts in zip_longest(*steps.values()))
     state = State.joined(states, batches, keep=options.keep_minibatches)
@@ -81,12 +81,12 @@ def added_up_in_turn(
 
 
 def _kept_on_cpu(steps: list[Step | None]) -> Callable[[Step | None], None]:
-    # On the CPU: a device has room for the model that comes next, not for all that were.
+    # On the CPU, because the device has room for the next model, but not for the Gram matrices of all earlier ones.
     return lambda step: steps.append(step and step._replace(groups=[group.cpu() for group in step.groups]))
 
 
 def _built(models: Mapping[str, Builder]) -> Iterator[tuple[str, nn.Module | Precomputed]]:
-    """Each model, built when it is its turn. Whoever takes it must let go of it before the next."""
+    """Each model, built when it is its turn. The caller must let go of it before the next one."""
     for given in models.values():
         if not isinstance(given, Precomputed) and (not callable(given) or isinstance(given, nn.Module | type)):
             check_model(given)
@@ -104,10 +104,10 @@ class Replayed:
     """A loader that is iterated once for each model, and has to bring the same batches each time.
 
     Attributes:
-        known: a fingerprint of each batch of the first pass, which those of later passes have to have.
+        known: a fingerprint of each batch of the first pass. Later passes have to have the same.
 
     Raises:
-        OptionError: it is an iterator, which can be iterated only once.
+        OptionError: the loader is an iterator, which can be iterated only once.
     """
 
     def __init__(self, loader: Iterable[Any]) -> None:
@@ -124,11 +124,11 @@ class Replayed:
         self._model = ""
 
     def batches(self) -> list[str]:
-        """What `known` is, or will be."""
+        """The value that `known` has, or will have after the first pass."""
         return self._seen if self.known is None else self.known
 
     def rewind(self, model: str) -> Replayed:
-        """Back to the start, for the next model."""
+        """Go back to the start, for the next model."""
         if self.known is None and self._model:
             self.known = self._seen
         self._seen = []
@@ -138,12 +138,12 @@ class Replayed:
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
-            # A copy has no loader yet when it is asked how to be made.
+            # While a copy is being made, it has no loader yet.
             raise AttributeError(name)
         return getattr(self._loader, name)
 
     def __iter__(self) -> Iterator[Any]:
-        """One pass.
+        """Make one pass over the loader.
 
         Raises:
             BatchError: a batch differs from the one for the first model.

@@ -1,4 +1,4 @@
-"""Minibatches that are larger than the loader's batches: the features of consecutive batches, joined."""
+"""Join the features of consecutive batches into minibatches that are larger than the loader's batches."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _NOTHING = Step(0, 0, [], {})
 
 
 class Joined:
-    """Stands before an accumulator, and hands it so many samples at a time, whatever the loader's batches are.
+    """Hands an accumulator a fixed number of samples at a time, whatever the loader's batches are.
 
-    It has the accumulator's words, and copies what it is given: features that were averaged are small.
+    It has the accumulator's methods, and copies the features it is given: averaged features are small.
 
     Args:
-        accumulator: what takes the minibatches.
-        size: samples in each. None hands over each batch as it comes, without a copy.
+        accumulator: takes the minibatches.
+        size: number of samples in each. None hands over each batch as it comes, without a copy.
 
     Attributes:
         waiting_batches: features of earlier batches that are in no minibatch yet, by layer.
@@ -42,21 +42,21 @@ class Joined:
 
     @property
     def observing_samples(self) -> int:
-        """How many samples of each were observed since the last `step`."""
+        """Number of samples of each layer observed since the last `step`."""
         return self._accumulator.observing_samples if self._size is None else _samples(self._now)
 
     @property
     def waiting(self) -> int:
-        """Samples of earlier batches that are in no minibatch yet."""
+        """Number of samples of earlier batches that are in no minibatch yet."""
         return sum(map(_samples, self.waiting_batches))
 
     def observe(self, layer: str, activation: Tensor) -> None:
-        """Keep a copy of one layer's features, where they are joined.
+        """Keep a copy of one layer's features, if they are to be joined.
 
         Raises:
-            LayerError: the layer was observed already since the last `step`.
-            SampleCountError: its number of samples is not that of the layers before it.
-            OptionError: it has another number of features than in the batch before.
+            LayerError: the layer has already been observed since the last `step`.
+            SampleCountError: the number of samples differs from that of the layers before it.
+            OptionError: the number of features differs from that in the batch before.
         """
         if self._size is None:
             self._accumulator.observe(layer, activation)
@@ -80,18 +80,18 @@ class Joined:
         self._now[layer] = rows
 
     def slot(self, layer: str) -> Callable[[Tensor], None] | None:
-        """See :meth:`CKAAccumulator.slot`. Where features are joined, no product takes an activation at once."""
+        """See :meth:`CKAAccumulator.slot`. If features are joined, no product takes an activation at once."""
         return self._accumulator.slot(layer) if self._size is None else None
 
     def step(self) -> Step:
-        """The batch is complete: hand over what is enough for whole minibatches.
+        """Complete the batch, and hand over as many whole minibatches as there are.
 
         Returns:
             What was added.
 
         Raises:
             LayerError: no layer was observed since the last `step`.
-            OutOfMemoryError: nothing was added, and the samples are forgotten.
+            OutOfMemoryError: memory does not suffice. Nothing was added, and the samples are forgotten.
         """
         if self._size is None:
             return self._accumulator.step()
@@ -103,12 +103,12 @@ class Joined:
         return self._hand_over(whole) if whole else _NOTHING
 
     def flush(self) -> Step:
-        """Hand over what waits, as a minibatch of fewer samples."""
+        """Hand over what waits, as one smaller minibatch."""
         return self._hand_over(self.waiting) if self.waiting_batches else _NOTHING
 
     def _hand_over(self, samples: int) -> Step:
         batches, self.waiting_batches = self.waiting_batches, []
-        # A layer that did not run in one of them is not in the minibatch.
+        # A layer that did not run in one of the batches is not in the minibatch.
         layers = [layer for layer in batches[0] if all(layer in batch for batch in batches)]
         try:
             for layer in layers:
@@ -124,7 +124,7 @@ class Joined:
             raise
 
     def with_rest(self) -> State:
-        """What the accumulator would have after a `flush`; nothing changes."""
+        """The state that the accumulator would have after a `flush`. Nothing changes."""
         if not self.waiting_batches:
             return self._accumulator.state
         own, waiting = self._accumulator.state, self.waiting_batches
@@ -146,15 +146,15 @@ class Joined:
         self.waiting_batches = []
 
     def state_list(self) -> list[dict[str, Tensor]]:
-        """What waits, as copies."""
+        """Copies of what waits."""
         return [{layer: rows.clone() for layer, rows in batch.items()} for batch in self.waiting_batches]
 
 
 def checked_batches(waiting: Any) -> list[dict[str, Tensor]]:
-    """What :meth:`Joined.state_list` gave.
+    """Check what :meth:`Joined.state_list` returned.
 
     Raises:
-        OptionError: it is anything else.
+        OptionError: this is anything else.
     """
     if not isinstance(waiting, list) or not all(map(_is_batch, waiting)):
         raise OptionError("the features that wait to be joined are not those of batches")

@@ -1,4 +1,4 @@
-"""One run at a time on a file."""
+"""Hold a file for one run at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ except ImportError:  # Windows, where two runs on one file are on their own
 
 
 class FileLock:
-    """Holds a file for this run, until it is released or the process ends, however that ends.
+    """Holds a file for this run until it is released or the process ends, in whatever way.
 
     Raises:
         CheckpointError: another run holds it; the message says which.
@@ -34,7 +34,7 @@ class FileLock:
                 raise CheckpointError(
                     f"{path} is in use by {holder}: wait for that run, stop it, or name another file with checkpoint="
                 ) from error
-            # Between the two calls its last holder may have removed it, and somebody made a new one.
+            # Between the two calls, the last holder may have removed it and somebody else made a new one.
             if self._is_still_there(descriptor):
                 self._descriptor = descriptor
                 os.truncate(descriptor, 0)
@@ -49,7 +49,7 @@ class FileLock:
             return False
 
     def release(self) -> None:
-        """Let others have it."""
+        """Let others have the file."""
         if self._descriptor is not None:
             self._path.unlink(missing_ok=True)
             os.close(self._descriptor)

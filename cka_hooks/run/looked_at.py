@@ -1,4 +1,4 @@
-"""What the batches of a run tell by themselves: their classes, and whether one of them came twice."""
+"""Look at the batches of a run themselves: at their classes, and at whether one of them came twice."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from cka_hooks.recording import batches
 from cka_hooks.run import class_order, replay
 from cka_hooks.similarity.state import State
 
-# Batches of a pass that are known again.
+# How many batches of a pass to recognise.
 _REMEMBERED = 256
 
 
 class LookedAt:
-    """Looks at each batch before the models have it, which may change it in place."""
+    """Looks at each batch before the models get it, since they may change it in place."""
 
     def __init__(self) -> None:
         self._targets: Tensor | None = None
         self._fingerprints: set[str] = set()
 
     def look_at(self, batch: Any, state: State) -> None:
-        """A batch comes; what is found wrong is noted in the state."""
+        """Look at a new batch, and note in the state what is wrong with it."""
         self._targets = batches.targets(batch)
         fingerprint = replay.fingerprint(batch)
         if fingerprint.startswith("?"):
@@ -34,15 +34,15 @@ class LookedAt:
                 "a batch came twice in one pass over the data, and its samples count twice: with an IterableDataset "
                 "and several workers, each worker has to yield its own part (torch.utils.data.get_worker_info())"
             )
-        # Workers that yield the same, and data that begin again, show in the first ones.
+        # If workers yield the same samples, or data start over, the first batches show it.
         if len(self._fingerprints) < _REMEMBERED:
             self._fingerprints.add(fingerprint)
 
     def step(self, state: State) -> None:
-        """The batch was counted."""
+        """Note that the batch was counted."""
         if len(state.classes) <= class_order.MOST_CLASSES:
             state.merge(class_order.counted(self._targets))
 
     def start_pass(self) -> None:
-        """From here on come the samples seen before."""
+        """Begin another pass over the same samples."""
         self._fingerprints.clear()

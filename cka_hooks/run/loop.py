@@ -1,4 +1,4 @@
-"""The loop of `compare`: every batch of a loader, with all that can end, interrupt or resume it."""
+"""The loop of `compare`: go over every batch of a loader, and end, interrupt or resume the run."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from cka_hooks.run.ranks import Ranks
 from cka_hooks.similarity.estimate import largest_stderr, too_few
 from cka_hooks.similarity.state import State, Step
 
-# With `tolerance`, the first look at the standard errors is after this many minibatches (a look at the third
-# one covers too little: it stops where the spread happens to be small), the next ones at this ratio.
+# With `tolerance`, first look at the standard errors after this many minibatches. (After three, they cover too
+# little: the run would stop where the spread happens to be small.) Then look again at this ratio.
 FIRST_LOOK = 30
 LOOK_RATIO = 1.25
-# Batches below 4 samples after which a loader that does not tell their size is taken to have no others.
+# If a loader does not say how large its batches are, stop after this many with fewer than 4 samples.
 _TRIED = 8
-# How far a rank is: in the first pass over its loader, through with it, through with all passes.
+# How far a rank is: in the first pass over its loader, done with that pass, done with all passes.
 LOOKING, LOOKED, DONE = range(3)
 
 
 class Loop:
-    """One run over a loader: what it has to know between two batches.
+    """One run over a loader, with what it has to remember between two batches.
 
     Args:
-        comparison: what takes each batch.
-        options: what ends the run: `epochs`, `max_samples`, `tolerance`.
+        comparison: takes each batch.
+        options: the options that end a run: `epochs`, `max_samples`, `tolerance`.
         keeper: keeps the run in a file.
-        ranks: the ranks that it compares notes with, None for none.
-        alone: whether an empty loader is an error; by default where there are no ranks.
-        on_step: is given what each batch added, and None where another pass begins.
+        ranks: the ranks to share the run with, None for a single process.
+        alone: whether an empty loader is an error; by default, if there are no ranks.
+        on_step: called with what each batch added, and with None when another pass begins.
     """
 
     def __init__(
@@ -71,21 +71,21 @@ class Loop:
 
     @property
     def _seen(self) -> int:
-        """Samples of this pass."""
+        """Number of samples in this pass."""
         return self._comparison.positions - self._before
 
     def over(self, loader: Iterable[Any], *, progress: bool, name: str = "cka") -> State:
-        """Every batch, until the loader or one of the bounds ends it.
+        """Go over every batch, until the loader or one of the bounds ends the run.
 
         Returns:
-            What was added up, by all ranks together.
+            The sums of all ranks together.
         """
         progress = progress and (self._ranks is None or self._ranks.rank == 0)
         sampler = replay.distributed_sampler(loader)
         shuffle = getattr(sampler, "epoch", 0)
         try:
             if self._keeper.resume(self._restore):
-                self._keeper.tell(self._comparison.state.samples, progress)
+                self._keeper.announce(self._comparison.state.samples, progress)
             with ExitStack() as stack:
                 stack.enter_context(self._comparison)
                 bounds = [bound for bound in (samples_of(loader), self._share) if bound is not None]
@@ -104,7 +104,7 @@ class Loop:
             self._keeper.broke_off(error, self._state)
             raise
         finally:
-            # For Ctrl-C in the first instant of entering or leaving.
+            # Needed if Ctrl-C arrives in the first instant of entering or leaving.
             self._comparison.__exit__()
             if sampler is not None:
                 sampler.set_epoch(shuffle)
@@ -113,7 +113,7 @@ class Loop:
         return self._total
 
     def _passes(self, loader: Iterable[Any], sampler: Any, shuffle: int) -> bool:
-        """All passes over the loader; whether small standard errors ended them."""
+        """Make all passes over the loader. Return whether small standard errors ended them."""
         own = replay.own_samples(loader)
         self._small_after = small_after(loader) if self._alone else None
         repeats = replay.repeats_samples(loader) if self._ranks is not None else None
@@ -141,17 +141,17 @@ class Loop:
         return False
 
     def _start(self, epoch: int) -> None:
-        """A pass begins, unless it is one that broke off."""
+        """Begin a pass, unless it continues an interrupted one."""
         if epoch >= self._comparison.state.passes:
             self._before += self._seen
             self._comparison.start_pass()
             self._on_step(None)
 
     def _batches(self, stream: Iterable[Any], own: int | None, epoch: int) -> bool:
-        """One pass; whether small standard errors ended the run."""
+        """Make one pass. Return whether small standard errors ended the run."""
         for batch in stream:
             left = self._left(own)
-            # Where a model's ranks work together in each forward pass, all of them have to make all of these.
+            # If a model's ranks work together in each forward pass, all of them have to make all of these passes.
             if left == 0 and not self._collective:
                 break
             self._bar.update(self._batch(batch, left))
@@ -165,12 +165,12 @@ class Loop:
         return False
 
     def _left(self, own: int | None) -> int | None:
-        """How many further samples of this pass count, None for all."""
+        """How many more samples of this pass count, None for all."""
         bounds = [bound for bound in (own, self._share) if bound is not None]
         return max(0, min(bounds) - self._seen) if bounds else None
 
     def _batch(self, batch: Any, limit: int | None) -> int:
-        """One batch into the sums; the number of its samples."""
+        """Add one batch to the sums. Return the number of its samples."""
         seen = self._seen
         if self._comparison.passes_over(batch):
             with undisturbed(self._keeper.path is not None):
@@ -187,7 +187,7 @@ class Loop:
         return self._seen - seen
 
     def _refuse_small(self) -> None:
-        """Do not go over a whole loader whose batches are all too small for an estimate."""
+        """Stop early if all batches of the loader are too small for an estimate."""
         state = self._comparison.state
         self._tried += 1
         if self._tried == self._small_after and not state.minibatches and self._options.join_batches is None:
@@ -201,10 +201,10 @@ class Loop:
         return True
 
     def _meet(self, stage: int) -> bool:
-        """Look at the standard errors with all other ranks, and wait until these are as far as `stage`.
+        """Look at the standard errors together with all other ranks, and wait until these are as far as `stage`.
 
-        Whether small standard errors end the run: all ranks see the same sums, so all say the same. This is the
-        only place in the loop that waits for the device.
+        Returns whether small standard errors end the run. All ranks see the same sums, so all return the same. This
+        is the only place in the loop that waits for the device.
         """
         tolerance = self._options.tolerance
         while True:
@@ -239,7 +239,7 @@ class Loop:
 
 
 def small_after(loader: Iterable[Any]) -> int | None:
-    """After how many batches below 4 samples it is known, or likely, that all are; None where some are not.
+    """After how many batches it is known, or likely, that all have fewer than 4 samples; None if some have more.
 
     Example:
         >>> import torch
@@ -258,7 +258,7 @@ def small_after(loader: Iterable[Any]) -> int | None:
 
 
 def samples_of(loader: Iterable[Any]) -> int | None:
-    """How many samples a loader brings, None where it does not say."""
+    """How many samples a loader brings; None if it does not say."""
     if isinstance(loader, Sequence):
         counts = [batches.sample_count(batch) for batch in loader]
         return None if None in counts else sum(cast(list[int], counts))

@@ -1,4 +1,4 @@
-"""From what a run added up to its result, with warnings about the order and repetition of samples."""
+"""Turn the sums of a run into its result, and warn about the order and repetition of samples."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def finished(state: State, types: Mapping[str, str], settings: Mapping[str, Any]
     """The result of a run, with warnings about the order and repetition of samples.
 
     Args:
-        state: what it added up.
-        types: the class of each model by its name, "" for one model without a name.
+        state: the sums of the run.
+        types: the class of each model by its name, "" for a single model.
         settings: further provenance, plain JSON values.
     """
     class_order.warn_of_order(state)

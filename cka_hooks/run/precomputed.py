@@ -1,4 +1,4 @@
-"""Features that somebody else computed: rows of arrays, in the order of a loader or found by identifiers."""
+"""Features that somebody else computed: rows of arrays, in the order of the loader or found by identifiers."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from cka_hooks.run.feature_files import opened
 from cka_hooks.similarity.state import State
 
 Identifier: TypeAlias = int | str
-# A key of the batch, or what returns the identifiers of its samples.
+# A key of the batch, or a function that returns the identifiers of its samples.
 SampleIds: TypeAlias = str | int | Callable[[Any], Any]
 
 
 class Precomputed:
     """Features that somebody else computed, as an entry of the mapping that :func:`cka_hooks.compare` takes.
 
-    An array without identifiers can stand in the mapping as it is. Before the run one row is read, and then one batch
-    at a time.
+    You can also put an array without identifiers into the mapping as it is. One row is read before the run, and then
+    one batch at a time.
 
     Args:
-        array: (N, ...) numbers, a row for each sample: a tensor, a NumPy array or memmap, a data set of h5py or zarr,
-            or anything else with ``shape`` and slicing. Or a mapping from layer to such arrays: ``name/layer``.
-        sample_ids: N whole numbers or texts, the identifiers of the samples. With them, `sample_ids` of
+        array: (N, ...) numbers, one row per sample: a tensor, a NumPy array or memmap, a data set of h5py or zarr, or
+            anything else with ``shape`` and slicing. Or a mapping from layer to such arrays: ``name/layer``.
+        sample_ids: the identifiers of the N samples, whole numbers or texts. With them, `sample_ids` of
             :func:`cka_hooks.compare` finds the row of each sample of a batch, in whatever order a loader brings them.
-            None: the rows are the samples of the loader, in its order, which must not shuffle.
+            None: the rows are the samples of the loader, in its order; it must not shuffle.
 
     Attributes:
         samples: N.
 
     Raises:
-        OptionError: something is not an array of numbers, arrays differ in their number of rows, or an identifier is
-            there twice.
+        OptionError: an entry is not an array of numbers, arrays have different numbers of rows, or an identifier is
+            repeated.
 
     Example:
         >>> import torch, cka_hooks
@@ -82,17 +82,17 @@ class Precomputed:
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> Precomputed:
-        """What a file has, ``file::name`` for one array of several.
+        """Open a file of features, ``file::name`` for one array of several.
 
         Args:
             file: ``.npy``, ``.npz``, ``.safetensors``, or ``.h5``/``.hdf5`` (needs h5py). All but ``.npz`` are read a
-                batch at a time. Identifiers are an array ``sample_ids`` beside the others, or what
-                ``cka-hooks record`` wrote. Pickled arrays are not read.
+                batch at a time. Identifiers come from an array ``sample_ids`` beside the others, or from ``cka-hooks
+                record``. Pickled arrays are not read.
 
         Raises:
-            OptionError: it is not such a file, is damaged, or has no array of that name.
+            OptionError: this is not such a file, it is damaged, or it has no array of that name.
             MissingExtraError: h5py is not installed.
-            OSError: it cannot be read.
+            OSError: the file cannot be read.
 
         Example:
             >>> import numpy, os, tempfile, cka_hooks
@@ -105,14 +105,14 @@ class Precomputed:
         return cls(arrays, sample_ids=sample_ids)
 
     def ordered(self, order: Sequence[int]) -> Precomputed:
-        """The same rows in another order, without identifiers and without reading them."""
+        """The same rows in another order, without identifiers. The rows are not read."""
         return Precomputed({layer: _Ordered(array, order) for layer, array in self.arrays.items()})
 
     def rows_of(self, samples: Sequence[Identifier]) -> list[int]:
         """The row of each sample.
 
         Raises:
-            SampleCountError: one has none.
+            SampleCountError: a sample has no row.
         """
         missing = [identifier for identifier in samples if identifier not in self._row]
         if missing:
@@ -124,15 +124,15 @@ class Precomputed:
         return [self._row[identifier] for identifier in samples]
 
     def features(self, rows: Sequence[int] | slice) -> Iterator[tuple[str, Tensor]]:
-        """Some rows of each array, (n, ...): layer, "" for one without a name, and features."""
+        """Some rows of each array: pairs of layer ("" for one without a name) and features (n, ...)."""
         for layer, array in self.arrays.items():
             yield layer, as_features(gathered(array, rows), layer or "precomputed features", counts=True)
 
 
 class Counted(NamedTuple):
-    """What was added: batches, samples of the loader over all passes, and of this pass.
+    """How much was added: batches, samples of the loader over all passes, and samples of this pass.
 
-    Without precomputed features, and where a sample of the loader is one of the run, nothing is counted here.
+    Nothing is counted here without precomputed features, or if each sample of the loader is a sample of the run.
     """
 
     batches: int = 0
@@ -141,18 +141,18 @@ class Counted(NamedTuple):
 
 
 class Brought:
-    """All precomputed features of a run: which rows belong to a batch.
+    """All precomputed features of a run, and which of their rows belong to a batch.
 
     Args:
-        entries: by name.
+        entries: precomputed features by name.
         sample_ids: see :func:`cka_hooks.compare`.
-        counts: count samples of the loader though there is no entry.
+        counts: whether to count samples of the loader even without an entry.
 
     Attributes:
-        counted: so far.
+        counted: what was added so far.
 
     Raises:
-        OptionError: identifiers without `sample_ids`, or with a kind of it that there is not.
+        OptionError: there are identifiers but no `sample_ids`, or `sample_ids` is of the wrong kind.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class Brought:
                     "of the batch or a function of it"
                 )
         self.entries = dict(entries)
-        # Where positions are samples, identifiers are of something else.
+        # If positions are samples, identifiers are of something else.
         self._key = None if counts else sample_ids
         self._aligned = any(one.sample_ids is not None for one in entries.values())
         self._counts = counts or bool(entries) or sample_ids is not None
@@ -189,11 +189,11 @@ class Brought:
         }
 
     def check(self, loader: Iterable[Any]) -> None:
-        """Refuse a loader whose order the rows do not have.
+        """Refuse a loader whose order does not match the rows.
 
         Raises:
-            OptionError: it shuffles, and there are no identifiers.
-            SampleCountError: it has another number of samples than an array has rows.
+            OptionError: the loader shuffles, and there are no identifiers.
+            SampleCountError: the number of its samples is not that of the rows.
         """
         in_order = {name: one for name, one in self.entries.items() if one.sample_ids is None}
         why = replay.out_of_order(loader) if in_order else None
@@ -213,10 +213,10 @@ class Brought:
                 )
 
     def end_pass(self) -> None:
-        """A whole pass over the loader ended.
+        """End a whole pass over the loader.
 
         Raises:
-            SampleCountError: rows are left of entries that are in the order of the loader.
+            SampleCountError: rows are left over in an entry that is in the order of the loader.
         """
         for name, one in self.entries.items():
             ends = self._lengths or {one.samples}
@@ -227,14 +227,14 @@ class Brought:
                 )
 
     def look_at(self, batch: Any, limit: int | None) -> None:
-        """What is known of a batch before models have it, which may change it in place.
+        """Read the identifiers of a batch before the models get it, since they may change it in place.
 
         Args:
-            batch: what the loader yielded.
+            batch: a batch of the loader.
             limit: how many of its samples count, at most.
 
         Raises:
-            BatchError: no identifiers in the batch.
+            BatchError: the batch has no identifiers.
         """
         if self._counts:
             samples = sample_count(batch) or 0
@@ -242,14 +242,14 @@ class Brought:
             self._pending = samples if limit is None else min(samples, limit), ids
 
     def features(self, samples: int) -> Iterator[tuple[str, Tensor]]:
-        """What belongs to the batch that was looked at: the label of each layer, and its features.
+        """The features that belong to the batch: pairs of label and features.
 
         Args:
-            samples: how many samples of it models were measured on, 0 where there are none.
+            samples: on how many of its samples models were measured, 0 if there are no models.
 
         Raises:
-            BatchError: too few identifiers, or one of them twice.
-            SampleCountError: no row for a sample.
+            BatchError: there are too few identifiers, or one is repeated.
+            SampleCountError: a sample has no row.
         """
         likely, ids = self._pending
         if self._key is not None:
@@ -292,7 +292,7 @@ class Brought:
         return slice(self.counted.row, self.counted.row + samples)
 
     def step(self, state: State) -> None:
-        """The batch was counted: the identifiers of its samples, where there are any, are noted in the state."""
+        """Note that the batch was counted, with the identifiers of its samples if there are any."""
         samples, ids = self._pending
         batches, total, row = self.counted
         self.counted = Counted(batches + 1, total + samples, row + samples)
@@ -303,7 +303,7 @@ class Brought:
             state.merge(State(identifiers=list(map(json.dumps, ids))))
 
     def start_pass(self) -> None:
-        """From here on come the samples seen before."""
+        """Begin another pass over the same samples."""
         self.counted = self.counted._replace(row=0)
         self._seen.clear()
 
@@ -314,7 +314,7 @@ class Brought:
 
 
 class _Ordered:
-    """Rows of an array in another order."""
+    """The rows of an array in another order."""
 
     def __init__(self, array: Any, order: Sequence[int]) -> None:
         self._array, self._order = array, order
@@ -325,7 +325,7 @@ class _Ordered:
 
 
 def is_features(value: Any) -> bool:
-    """Whether an entry of the mapping of models is one of features: an array, a mapping of arrays, `Precomputed`."""
+    """Whether an entry of the mapping is features: an array, a mapping of arrays, or a `Precomputed`."""
     if isinstance(value, Precomputed | Mapping):
         return True
     is_code = isinstance(value, nn.Module | type) or (callable(value) and not hasattr(value, "shape"))
@@ -358,8 +358,8 @@ def ids_of(batch: Any, key: SampleIds) -> list[Identifier]:
     """The identifiers of a batch's samples.
 
     Raises:
-        BatchError: it has no such entry.
-        OptionError: what is there is no identifier.
+        BatchError: the batch has no such entry.
+        OptionError: the entry does not hold identifiers.
     """
     if callable(key):
         return identifiers(key(batch), "what sample_ids= returned")
@@ -373,17 +373,17 @@ def ids_of(batch: Any, key: SampleIds) -> list[Identifier]:
 
 
 def without_ids(batch: Any, key: SampleIds | None) -> Any:
-    """A mapping without the identifiers of its samples, which are nothing to a model."""
+    """A mapping without the identifiers of its samples, which a model does not take."""
     if isinstance(batch, Mapping) and isinstance(key, str) and key in batch:
         return {name: item for name, item in batch.items() if name != key}
     return batch
 
 
 def identifiers(given: Any, what: str) -> list[Identifier]:
-    """Identifiers of samples from a list, an array, a tensor or a data set of these, or from one alone.
+    """Identifiers of samples from a list, an array, a tensor or a data set, or from a single one.
 
     Raises:
-        OptionError: one is neither a whole number nor text.
+        OptionError: one of them is neither a whole number nor text.
     """
     if not isinstance(given, list | tuple | str | bytes | int | range):
         given = given.tolist() if hasattr(given, "tolist") else np.asarray(given).tolist()
@@ -400,7 +400,7 @@ def identifiers(given: Any, what: str) -> list[Identifier]:
 
 
 def repeated(ids: Sequence[Identifier]) -> list[Identifier]:
-    """Those that are there again, once each."""
+    """The identifiers that are repeated, once each."""
     seen: set[Identifier] = set()
     return list(dict.fromkeys(one for one in ids if one in seen or seen.add(one)))  # type: ignore[func-returns-value]
 
@@ -421,7 +421,7 @@ def _checked(array: Any, layer: Any) -> int:
     """The number of rows, after a look at the first one.
 
     Raises:
-        OptionError: it is not an array of numbers, or has none.
+        OptionError: this is not an array of numbers, or it has no rows.
     """
     what = f"precomputed features {layer!r}" if layer else "precomputed features"
     if not isinstance(layer, str):

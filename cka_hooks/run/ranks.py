@@ -1,9 +1,9 @@
-"""The ranks that share a run: they agree before it, meet in it, and hear of one another's errors.
+"""The ranks that share a run: they agree before it, meet during it, and hear of each other's errors.
 
-All ranks of a run meet in one kind of collective only. A rank that is through with its loader meets the
-others until all are through; one that looks at its standard errors meets them in between; one that fails
-leaves a note in the group's store, for which the others look about once a second, and meets them to say so.
-So ranks with unequal numbers of batches, or none, do not wait for each other in different places.
+All ranks of a run meet in one kind of collective only. A rank that is done with its loader meets the others until all
+are done. One that looks at its standard errors meets them in between. One that fails leaves a note in the group's
+store, which the others check about once a second, and meets them to say so. So ranks with unequal numbers of batches,
+or with none, never wait for each other in different places.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from cka_hooks.errors import OptionError, RankError, warn
 from cka_hooks.similarity.reduce import exchanged, lost, reduced
 from cka_hooks.similarity.state import State
 
-# Seconds between two looks for a note of a rank that failed: each is a question to another machine.
+# Seconds between two checks for the note of a failed rank. Each check asks another machine.
 _LISTEN_EVERY = 1.0
-# Of how many runs a group has seen the start: it makes the notes of different runs different.
+# How many runs a group has started, which keeps the notes of different runs apart.
 _runs: Counter[str] = Counter()
 
 
@@ -42,10 +42,10 @@ class Ranks:
 
     @classmethod
     def of(cls, distributed: bool | None, group: dist.ProcessGroup | None) -> Ranks | None:
-        """The ranks of `group` or of the default process group, None for a run of one process alone.
+        """The ranks of `group`, or of the default process group; None for a run of one process alone.
 
         Raises:
-            OptionError: there is no process group and one was asked for, or this rank is not in it.
+            OptionError: a process group was asked for and there is none, or this rank is not in it.
         """
         if distributed is False:
             if group is not None:
@@ -76,14 +76,14 @@ class Ranks:
             self.fail(error)
 
     def share(self, samples: int, *, equal: bool) -> int:
-        """This rank's part of `samples`; the same for every rank, rounded up, where it has to be `equal`."""
+        """This rank's part of `samples`. If it has to be `equal` on every rank, it is rounded up."""
         return -(-samples // self.size) if equal else len(range(self.rank, samples, self.size))
 
     def called(self) -> bool:
-        """Whether a rank has failed and waits for this one; looks at most once a second.
+        """Whether a rank has failed and waits for this one. Looks at most once a second.
 
         Raises:
-            RankError: a rank was stopped and waits for nobody.
+            RankError: a rank was stopped and does not wait.
         """
         now = time.monotonic()
         if now < self._listen_at or self._store is None:
@@ -98,10 +98,10 @@ class Ranks:
         return bool(note)
 
     def exchange(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
-        """What every rank has handed in, in the order of ranks.
+        """What every rank contributed, in the order of ranks.
 
         Raises:
-            RankError: a rank failed, or does not answer.
+            RankError: a rank failed or does not answer.
         """
         everyone = exchanged({**mine, "error": None}, self.group)
         failures = [f"rank {rank} failed: {its['error']}" for rank, its in enumerate(everyone) if its["error"]]
@@ -110,14 +110,14 @@ class Ranks:
         return everyone
 
     def agree(self, plan: Mapping[str, Any]) -> None:
-        """See that all ranks are about to do the same.
+        """Check that all ranks are about to do the same.
 
         Args:
-            plan: what has to be the same on every rank: the settings of the run, and what its models are.
+            plan: what has to be the same on every rank: the settings of the run, and the identity of its models.
 
         Raises:
-            OptionError: it is not; all ranks say so.
-            RankError: a rank failed, or does not answer.
+            OptionError: the plans differ. All ranks raise it.
+            RankError: a rank failed or does not answer.
         """
         everyone = self.exchange({"plan": dict(plan)})
         first = everyone[0]["plan"]
@@ -130,16 +130,16 @@ class Ranks:
                     )
 
     def meet(self, state: State, *, stage: int) -> tuple[State, int]:
-        """The state of all ranks together, and the lowest `stage` that a rank is at.
+        """The state of all ranks together, and the lowest `stage` that any rank has reached.
 
         Raises:
-            RankError: a rank failed, or does not answer.
+            RankError: a rank failed or does not answer.
         """
         lowest = min(its["stage"] for its in self.exchange({"stage": stage}))
         return reduced(state, self.group), lowest
 
     def fail(self, error: BaseException) -> None:
-        """Tell the other ranks, so that they end with an error too and do not wait for this one."""
+        """Notify the other ranks, so that they end with an error, too, instead of waiting for this one."""
         text = f"{type(error).__name__}: {error}"
         waits = isinstance(error, Exception) and not isinstance(error, RankError)
         try:
@@ -148,5 +148,5 @@ class Ranks:
             if waits:
                 exchanged({"error": text}, self.group)
         except (RankError, RuntimeError):
-            # The others are gone already, and what went wrong here is what the user should see.
+            # The others are already gone, and the user should see the error of this rank.
             pass

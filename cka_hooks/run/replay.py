@@ -1,4 +1,4 @@
-"""Going over a loader again: the same batches in the same order, and proof that they are the same."""
+"""Go over a loader again: the same batches in the same order, with proof that they are the same."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from torch.utils.data.distributed import DistributedSampler
 from cka_hooks.recording.batches import sample_count, with_tensors
 from cka_hooks.recording.outputs import tensors_in
 
-# Batches, or indices, that a sampler of an unknown kind is asked for.
+# How many batches, or indices, to ask of a sampler of an unknown kind.
 _DRAWN = 100_000
-# Numbers of a sample that go into a batch's fingerprint.
+# How many numbers of a sample go into a batch's fingerprint.
 _LOOKED_AT = 64
 
 
@@ -55,7 +55,7 @@ class Randomness:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Back to what :meth:`state` gave.
+        """Restore what :meth:`state` returned.
 
         Raises:
             ValueError: the loader has other generators now.
@@ -65,8 +65,8 @@ class Randomness:
         version, words, gauss = state["python"]
         name, key, position, *rest = state["numpy"]
         if not (len(words) == 625 and 0 <= words[-1] <= 624 and len(key) == 624 and 0 <= position <= 624):
-            # NumPy believes what it is given, and reads beyond its memory.
-            raise ValueError("the state of a random generator is not one")
+            # NumPy trusts its argument, and would read beyond its memory.
+            raise ValueError("the state of a random generator is invalid")
         torch.set_rng_state(state["torch"])
         random.setstate((version, tuple(words), gauss))
         np.random.set_state((name, key.numpy().astype(np.uint32), position, *rest))
@@ -75,7 +75,7 @@ class Randomness:
 
 
 def _parts(loader: Any) -> Iterator[Any]:
-    """The loader and its samplers, none twice."""
+    """The loader and its samplers, each once."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     found = [loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
     seen: set[int] = set()
@@ -101,9 +101,9 @@ def shuffles_unseeded(loader: Any) -> bool:
 
 
 def out_of_order(loader: Any) -> str | None:
-    """Why a loader does not bring the samples of its data set one after another, None where nothing says so.
+    """Why a loader does not bring the samples of its data set in order; None if nothing says so.
 
-    A sampler of a kind that is not known is asked for its order, which must not change what it brings later.
+    A sampler of an unknown kind is asked for its order, which must not change what it brings later.
     """
     for part in _parts(loader):
         if isinstance(part, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
@@ -132,9 +132,9 @@ def out_of_order(loader: Any) -> str | None:
 
 
 def lengths(loader: Any) -> set[int] | None:
-    """How many samples a loader may be said to have: those of its data set, and those that it brings of them.
+    """The possible sizes of a loader: the number of samples of its data set, and of those that it brings.
 
-    None where it does not say.
+    None if it does not say.
     """
     sampler, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
     if isinstance(loader, list | tuple):
@@ -151,15 +151,15 @@ def lengths(loader: Any) -> set[int] | None:
 
 
 def distributed_sampler(loader: Any) -> DistributedSampler[Any] | None:
-    """The `DistributedSampler` that decides which samples this rank has."""
+    """The `DistributedSampler` that decides which samples this rank gets."""
     return next((part for part in _parts(loader) if isinstance(part, DistributedSampler)), None)
 
 
 def own_samples(loader: Any) -> int | None:
-    """How many samples of a rank are its own, None where all are.
+    """How many samples of a rank are its own; None if all are.
 
-    A `DistributedSampler` without `drop_last` pads its list so that every rank has equally many; what it
-    repeats comes at the end of each rank's part.
+    A `DistributedSampler` without `drop_last` pads its list so that every rank gets the same number. The samples that
+    it repeats come at the end of each rank's part.
     """
     sampler = distributed_sampler(loader)
     if sampler is None or sampler.drop_last:
@@ -169,7 +169,7 @@ def own_samples(loader: Any) -> int | None:
 
 
 def repeats_samples(loader: Any) -> str | None:
-    """Why some samples may be counted twice, for loaders whose repetitions cannot be told from their samples."""
+    """Why some samples may be counted twice, for loaders whose repeated samples look like any others."""
     for part in _parts(loader):
         if getattr(part, "even_batches", False) and getattr(part, "num_processes", 1) > 1:
             together = (part.batch_size or 0) * (1 if part.split_batches else part.num_processes)
@@ -185,8 +185,8 @@ def repeats_samples(loader: Any) -> str | None:
 def fingerprint(batch: Any) -> str:
     """A hash of some numbers of every sample and of every shape: equal for equal batches, and cheap.
 
-    Tensors on other devices than the CPU count with their shape, since looking at them would wait. Where all are
-    elsewhere the hash begins with "?": equal ones may be of different batches.
+    Only the shapes of tensors outside the CPU count, since reading them would wait. If all tensors are elsewhere, the
+    hash begins with "?": equal hashes may then belong to different batches.
     """
     hasher, is_seen = hashlib.blake2b(digest_size=16), False
     for tensor in tensors_in(with_tensors(batch)):
