@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -38,14 +38,14 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
 
     Attributes:
         paths: of the images, sorted.
-        names: their paths within the folder.
+        sample_ids: their paths within the folder.
         classes: names of the subfolders, sorted; empty where the images lie in the folder itself.
     """
 
     def __init__(self, root: Path, transform: Transform) -> None:
         self.paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGES and path.is_file())
         self.classes = sorted({path.relative_to(root).parts[0] for path in self.paths if path.parent != root})
-        self.names = [path.relative_to(root).as_posix() for path in self.paths]
+        self.sample_ids = [path.relative_to(root).as_posix() for path in self.paths]
         self._root = root
         self._transform = transform
 
@@ -127,14 +127,6 @@ def loader_of(arguments: argparse.Namespace, transform: Transform | None) -> Ite
     return load_data(arguments.data, transform=transform, **{name: getattr(arguments, name) for name in names})
 
 
-def sample_names(loader: Iterable[Any]) -> Sequence[str] | None:
-    """The file of each sample in the order of the loader, None where the data does not lie in files we know."""
-    dataset = getattr(loader, "dataset", None)
-    if isinstance(dataset, Subset) and isinstance(dataset.dataset, ImageFiles):
-        return [str(dataset.dataset.paths[index]) for index in dataset.indices]
-    return None
-
-
 def identifiers(loader: Iterable[Any]) -> list[int | str] | None:
     """What identifies each sample in the order of the loader, None where its file says what it brings.
 
@@ -144,7 +136,7 @@ def identifiers(loader: Iterable[Any]) -> list[int | str] | None:
     if not isinstance(dataset, Subset):
         return None
     if isinstance(dataset.dataset, ImageFiles):
-        return [dataset.dataset.names[index] for index in dataset.indices]
+        return [dataset.dataset.sample_ids[index] for index in dataset.indices]
     return list(dataset.indices)
 
 

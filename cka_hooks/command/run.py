@@ -7,7 +7,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -15,7 +15,7 @@ from typing import Any, get_args
 import torch
 
 from cka_hooks.command import numbers
-from cka_hooks.command.data import DATA, described, first_batch, loader_of, loading_words, sample_names
+from cka_hooks.command.data import DATA, described, first_batch, loader_of, loading_words
 from cka_hooks.command.features import FEATURES, features_of, sample_ids_word
 from cka_hooks.command.models import MODELS, LoadedModel, SpecError, device_of, load_model
 from cka_hooks.command.outputs import check_file, check_folder, folder_words, write_all
@@ -118,7 +118,6 @@ def run(arguments: argparse.Namespace) -> int:
     loaded = _models(arguments)
     models: dict[str, Any] = {one.name: one.model.to(device) for one in loaded}
     loader = loader_of(arguments, loaded[0].transform)
-    names = sample_names(loader)
     brought = features_of(arguments.against, loader, arguments.sample_ids, loaded[0].name)
     batch, loader = first_batch(loader)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -150,7 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
         say(f"cka-hooks: {failure}", file=sys.stderr)
     asked = {name: getattr(arguments, name) for name in _PROVENANCE}
     result = replace(result, settings={**result.settings, "command": {**asked, "device": str(device)}})
-    report = _report(result, names)
+    report = _report(result)
     if report["tolerance_reached"] is False:
         largest = report["largest_stderr"]
         found = "there are no standard errors" if largest is None else f"the largest standard error is {largest:.2g}"
@@ -159,8 +158,7 @@ def run(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     if not arguments.json:
-        decisive = [f"Sample {sample} is {name}.\n" for sample, name in report["decisive_samples"].items()]
-        say(f"\n{result.summary()}\n{''.join(decisive)}")
+        say(f"\n{result.summary()}\n")
     paths = write_all(result, arguments.out)
     if arguments.json:
         files = {name: str(path) for name, path in paths.items()}
@@ -234,10 +232,10 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _report(result: CKAResult, names: Sequence[str] | None) -> dict[str, Any]:
-    """What ``--json`` prints of a result; of samples that alone account for much of a layer's HSIC, their `names`."""
+def _report(result: CKAResult) -> dict[str, Any]:
+    """What ``--json`` prints of a result; samples that alone account for much of a layer's HSIC with their names."""
     errors = result.stderr[~result.stderr.isnan()]
-    decisive = sorted({one.sample for one in result.influence.values() if one.share > SHARE})
+    decisive = [one for one in result.influence.values() if one.share > SHARE and one.identifier is not None]
     return {
         "layers": list(result.layers),
         "samples": result.samples,
@@ -245,7 +243,7 @@ def _report(result: CKAResult, names: Sequence[str] | None) -> dict[str, Any]:
         "largest_stderr": float(errors.max()) if len(errors) else None,
         "tolerance_reached": result.settings.get("tolerance_reached") and len(errors) > 0,
         "summary": result.summary().splitlines(),
-        "decisive_samples": {str(sample): names[sample] for sample in decisive if names and sample < len(names)},
+        "decisive_samples": {str(one.sample): one.identifier for one in decisive},
         "skipped": result.skipped,
         "degenerate": result.degenerate,
     }

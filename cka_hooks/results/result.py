@@ -42,7 +42,8 @@ class Influence:
             Near 2 / samples where samples are alike, 1 where everything hangs on one; above 0.25 (20 / samples in
             runs of fewer than 80 samples) the run warns.
         sample: which sample that is, its 0-based position in the run, counted on through all passes.
-        identifier: what identifies it, where the run had `sample_ids`.
+        identifier: what identifies it: what `sample_ids` named, else its index in the data set, behind any
+            ``Subset``, where a plain ``DataLoader`` tells. On the command line the file of an image.
     """
 
     share: float
@@ -52,7 +53,8 @@ class Influence:
     @property
     def spelled(self) -> str:
         """The sample in words."""
-        return f"sample {self.sample} of the run" + ("" if self.identifier is None else f" ({self.identifier!r})")
+        it = f"{self.identifier} in the data set" if isinstance(self.identifier, int) else repr(self.identifier)
+        return f"sample {self.sample} of the run" + ("" if self.identifier is None else f" ({it})")
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)

@@ -22,6 +22,7 @@ from cka_hooks.files import unfinished_prefix
 from cka_hooks.options import above_zero
 from cka_hooks.run import replay
 from cka_hooks.run.checkpoint_file import WRONG, is_plain, read, write
+from cka_hooks.run.drawn import Drawn
 from cka_hooks.run.lock import FileLock
 from cka_hooks.run.ranks import Ranks
 
@@ -36,6 +37,9 @@ class Keeper:
         every: seconds between two saves.
         loader: the loader of the run.
         settings: what has to be the same to continue a run, text and numbers by name.
+
+    Attributes:
+        drawn: the loader, as it is iterated.
 
     Raises:
         OptionError: the loader's order cannot be repeated, or `every` is not positive.
@@ -53,6 +57,7 @@ class Keeper:
         self.path = None if path is None else Path(path)
         self.finished = False
         self._loader = loader
+        self.drawn = loader if isinstance(loader, Drawn) else Drawn(loader)
         self._settings = json.loads(json.dumps(settings))
         self._saved: dict[str, Any] | None = None
         self._place: dict[str, Any] | None = None
@@ -116,13 +121,13 @@ class Keeper:
             CheckpointError: the loader brings other batches than before.
         """
         if self.path is None:
-            return iter(self._loader)
+            return iter(self.drawn)
         saved, self._saved = self._saved, None
         if saved is not None and saved["place"] is not None:
             stream = self._again(saved["place"])
         else:
             start = self._randomness.state()
-            stream = iter(self._loader)
+            stream = iter(self.drawn)
             self._place = self._place_now(start, 0, "")
         return self._watched(stream)
 
@@ -158,7 +163,7 @@ class Keeper:
             self._randomness.restore(place["start"])
             if place["loader"] is not None:
                 self._loader.load_state_dict(place["loader"])  # type: ignore[attr-defined]
-            stream = iter(self._loader)
+            stream = iter(self.drawn)
             if place["loader"] is None:
                 self._skip(stream, int(place["batches"]), place["fingerprint"])
             self._randomness.restore(place["now"])

@@ -25,7 +25,7 @@ from cka_hooks.run.entries import each_where_it_matches, named_models, per_model
 from cka_hooks.run.joined import Joined, checked_batches
 from cka_hooks.run.looked_at import LookedAt
 from cka_hooks.run.outcome import finished
-from cka_hooks.run.precomputed import Brought, Counted, Precomputed, SampleIds, is_features, without_ids
+from cka_hooks.run.precomputed import Brought, Counted, Identifier, Precomputed, SampleIds, is_features, without_ids
 from cka_hooks.similarity.accumulator import CKAAccumulator
 from cka_hooks.similarity.state import State, Step
 
@@ -92,7 +92,7 @@ class Comparison:
         self._brought = Brought(
             {name: it for name, it in self.entries.items() if isinstance(it, Precomputed)},
             self._options.sample_ids,
-            counts=self._places is not None,
+            of_positions=self._places is not None,
         )
         self._accumulator = CKAAccumulator(**self._options.of_accumulator())
         if self._places is not None:
@@ -187,18 +187,19 @@ class Comparison:
         self._accumulator.state.empty += empty
         return empty
 
-    def observe(self, batch: Any, *, limit: int | None = None) -> None:
+    def observe(self, batch: Any, *, limit: int | None = None, drawn: Sequence[Identifier] | None = None) -> None:
         """The first half of :meth:`update`: run every model on a batch. An error leaves nothing behind.
 
         Args:
             batch: as in :meth:`update`.
             limit: how many of its samples to count, from the first one on. With 0, the models see the whole batch,
                 and you have to discard it.
+            drawn: identifiers of its samples, if the loader tells them.
         """
         if not self._within:
             raise OptionError("call update() inside the block: with Comparison(...) as comparison: ...")
         self._looked_at.look_at(batch, self._accumulator.state)
-        self._brought.look_at(batch, limit)
+        self._brought.look_at(batch, limit, drawn)
         number, self._number = self._number, self._number + 1
         observed: frozenset[str] = frozenset()
         silent: str | None = None

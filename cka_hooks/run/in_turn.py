@@ -16,6 +16,7 @@ from cka_hooks.recording.layers import check_model
 from cka_hooks.run import replay
 from cka_hooks.run.checkpoint import Keeper
 from cka_hooks.run.comparison import Comparison
+from cka_hooks.run.drawn import Drawn
 from cka_hooks.run.entries import per_model
 from cka_hooks.run.loop import DONE, Loop
 from cka_hooks.run.precomputed import Precomputed
@@ -100,7 +101,7 @@ def _built(models: Mapping[str, Builder]) -> Iterator[tuple[str, nn.Module | Pre
         gc.collect()
 
 
-class Replayed:
+class Replayed(Drawn):
     """A loader that is iterated once for each model, and has to bring the same batches each time.
 
     Attributes:
@@ -116,7 +117,7 @@ class Replayed:
                 "this loader is an iterator, which can be iterated only once, and each model needs all of its "
                 "batches: pass a DataLoader or a list of batches"
             )
-        self._loader = loader
+        super().__init__(loader)
         self._randomness = replay.Randomness(loader)
         self._start = self._randomness.state()
         self.known: list[str] | None = None
@@ -148,7 +149,7 @@ class Replayed:
         Raises:
             BatchError: a batch differs from the one for the first model.
         """
-        for batch in self._loader:
+        for batch in super().__iter__():
             number = len(self._seen)
             self._seen.append(replay.fingerprint(batch))
             if self.known is not None and self.known[number : number + 1] != self._seen[-1:]:

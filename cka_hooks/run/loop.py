@@ -176,7 +176,7 @@ class Loop:
             with undisturbed(self._keeper.path is not None):
                 self._keeper.seen()
             return 0
-        self._comparison.observe(batch, limit=limit)
+        self._comparison.observe(batch, limit=limit, drawn=self._keeper.drawn.ids)
         if limit == 0:
             self._comparison.discard()
             return 0

@@ -130,10 +130,7 @@ class Precomputed:
 
 
 class Counted(NamedTuple):
-    """How much was added: batches, samples of the loader over all passes, and samples of this pass.
-
-    Nothing is counted here without precomputed features, or if each sample of the loader is a sample of the run.
-    """
+    """How much was added: batches, samples of the loader over all passes, and samples of this pass."""
 
     batches: int = 0
     samples: int = 0
@@ -146,7 +143,7 @@ class Brought:
     Args:
         entries: precomputed features by name.
         sample_ids: see :func:`cka_hooks.compare`.
-        counts: whether to count samples of the loader even without an entry.
+        of_positions: whether the samples are positions of the loader's samples.
 
     Attributes:
         counted: what was added so far.
@@ -156,7 +153,7 @@ class Brought:
     """
 
     def __init__(
-        self, entries: Mapping[str, Precomputed], sample_ids: SampleIds | None, *, counts: bool = False
+        self, entries: Mapping[str, Precomputed], sample_ids: SampleIds | None, *, of_positions: bool = False
     ) -> None:
         if sample_ids is not None and (isinstance(sample_ids, bool) or not _is_key(sample_ids)):
             raise OptionError(
@@ -171,9 +168,9 @@ class Brought:
                 )
         self.entries = dict(entries)
         # If positions are samples, identifiers are of something else.
-        self._key = None if counts else sample_ids
+        self._of_positions = of_positions
+        self._key = None if of_positions else sample_ids
         self._aligned = any(one.sample_ids is not None for one in entries.values())
-        self._counts = counts or bool(entries) or sample_ids is not None
         self.counted = Counted()
         self._seen: set[Identifier] = set()
         self._pending: tuple[int, list[Identifier]] = (0, [])
@@ -226,20 +223,20 @@ class Brought:
                     "then those of other samples: give them identifiers, cka_hooks.Precomputed(array, sample_ids=ids)"
                 )
 
-    def look_at(self, batch: Any, limit: int | None) -> None:
+    def look_at(self, batch: Any, limit: int | None, drawn: Sequence[Identifier] | None) -> None:
         """Read the identifiers of a batch before the models get it, since they may change it in place.
 
         Args:
             batch: a batch of the loader.
             limit: how many of its samples count, at most.
+            drawn: identifiers that the loader tells.
 
         Raises:
             BatchError: the batch has no identifiers.
         """
-        if self._counts:
-            samples = sample_count(batch) or 0
-            ids = [] if self._key is None or limit == 0 else ids_of(batch, self._key)[:limit]
-            self._pending = samples if limit is None else min(samples, limit), ids
+        samples = sample_count(batch) or 0
+        ids = list(drawn or ()) if self._key is None else [] if limit == 0 else ids_of(batch, self._key)
+        self._pending = samples if limit is None else min(samples, limit), ids[:limit]
 
     def features(self, samples: int) -> Iterator[tuple[str, Tensor]]:
         """The features that belong to the batch: pairs of label and features.
@@ -251,17 +248,17 @@ class Brought:
             BatchError: there are too few identifiers, or one is repeated.
             SampleCountError: a sample has no row.
         """
+        if self._of_positions:
+            return
         likely, ids = self._pending
-        if self._key is not None:
-            self._pending = samples, ids
-            samples = samples or len(ids)
+        samples = samples or (likely if self._key is None else len(ids))
+        self._pending = samples, ids
         if self._key is not None and len(ids) != samples:
             raise BatchError(
                 f"sample_ids={self._key!r} gives {len(ids)} identifiers for a batch of {samples} samples"
             )
         if not self.entries:
             return
-        samples = samples or likely
         if not samples:
             raise BatchError(
                 "nothing says how many samples a batch has: give identifiers, with "
@@ -279,7 +276,6 @@ class Brought:
                     yield _label(name, layer), features
             except (SampleCountError, OptionError) as error:
                 raise type(error)(f"{name!r}: {error}") from error
-        self._pending = samples, ids
 
     def _rows(self, one: Precomputed, ids: list[Identifier], samples: int) -> Sequence[int] | slice:
         if one.sample_ids is not None:
@@ -299,8 +295,8 @@ class Brought:
         if self._aligned:
             self._seen.update(ids)
         self._pending = 0, []
-        if ids:
-            state.merge(State(identifiers=list(map(json.dumps, ids))))
+        if not self._of_positions:
+            state.identifiers.append(json.dumps(ids if len(ids) == samples else samples))
 
     def start_pass(self) -> None:
         """Begin another pass over the same samples."""

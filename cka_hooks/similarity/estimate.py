@@ -176,11 +176,13 @@ def _result(
 
     own = state.moments[0].diagonal()
     shares = (state.peak[0] * (state.minibatches / max(state.first_minibatches, 1)) / own).clamp_max(1.0)
+    found = map(json.loads, state.identifiers)
+    identifiers = [one for batch in found for one in (batch if isinstance(batch, list) else [None] * batch)]
     influence = {
         layer: Influence(
             share=float(shares[position[layer]]),
             sample=(sample := int(state.peak[1, position[layer]])),
-            identifier=json.loads(state.identifiers[sample]) if sample < len(state.identifiers) else None,
+            identifier=identifiers[sample] if sample < len(identifiers) else None,
         )
         for layer in layers
         if layer not in undefined_layers

@@ -238,7 +238,7 @@ class State:
         neighbours: number of pairs of consecutive samples of a batch whose classes are known.
         equal_neighbours: number of such pairs in one class.
         first_batches: fingerprint of the first batch of each rank.
-        identifiers: identifiers of all samples in order, as JSON, if the run has them.
+        identifiers: identifiers of the samples of each batch in order, as JSON, or how many these are.
         repeats: why samples may have been counted twice.
         stopped: why the run ended before its loader did.
     """
