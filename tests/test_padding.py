@@ -13,6 +13,7 @@ import torch
 from test_features import text
 from test_models import bert, t5
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import cka_hooks
 
@@ -324,7 +325,10 @@ def test_a_mask_where_nothing_can_be_cut() -> None:
     ]
     with pytest.warns(cka_hooks.CKAWarning, match="was not used in 'embed'"):
         check(Fixed(), batches, {"embed": unmasked(mean)})
-    check(Fixed(), batches, {"embed": masked(mean)}, mask=lambda batch: batch["attention_mask"])
+    # The user says that it is a mask, and not of which layers.
+    with pytest.warns(cka_hooks.CKAWarning, match="mask= was used in 'embed', which have as many positions"):
+        check(Fixed(), batches, {"embed": masked(mean)}, mask=lambda batch: batch["attention_mask"])
+    check(Fixed(), batches, {"embed": masked(mean)}, mask={"embed": lambda batch: batch["attention_mask"]})
 
 
 @pytest.mark.parametrize(
@@ -416,6 +420,26 @@ def test_in_a_loop_of_ones_own(how: str) -> None:
         torch.testing.assert_close(found, mean(model(batch["ids"]), batch["attention_mask"]))
 
 
+def test_where_parts_of_a_model_run_nothing_confirms_a_mask() -> None:
+    model, batch = Reader(), tokens(6)[0]
+    seen: list[Tensor] = []
+    recorder = cka_hooks.LayerRecorder(
+        model,
+        "act",
+        lambda layer, x: seen.append(x.clone()),
+        features="mean",
+        batch_dim=0,
+        mask=lambda batch: batch["attention_mask"],
+    )
+    with (
+        recorder,
+        recorder.forward_pass(batch),
+        pytest.warns(cka_hooks.CKAWarning, match="could not be confirmed. Name them"),
+    ):
+        out = model.act(model.mix(model.embed(batch["ids"])))
+    torch.testing.assert_close(seen[0], mean(out, batch["attention_mask"]))
+
+
 def test_a_first_batch_without_a_mask() -> None:
     model, batches = Reader(), tokens(6)
     first = {"ids": batches[0]["ids"]}
@@ -431,3 +455,66 @@ def test_flatten_names_the_layers() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", cka_hooks.CKAWarning)
         cka_hooks.compare(bert(), [text(11)], layers=["bert.pooler.dense", "classifier"], progress=False)
+
+
+# Lengths
+
+
+class Sequences(nn.Module):
+    """Padded sequences (n, T, 4), packed and unpacked where their lengths are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(4, 6, batch_first=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        if lengths is None:
+            return self.head(self.gru(x)[0])
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.head(pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=x.shape[1])[0])
+
+
+SHORTER = torch.tensor([9, 3, 5, 9, 2, 7, 4, 6])
+
+
+def padded_sequences(fill: float = 0.0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.arange(9) < SHORTER[:, None]
+    return [torch.where(counts[..., None], torch.randn(8, 9, 4, generator=generator), fill) for _ in range(2)]
+
+
+@pytest.mark.parametrize("features", ["mean", "flatten"])
+@pytest.mark.parametrize("form", ["tuple", "dict"])
+def test_lengths_that_nobody_used_are_said(form: str, features: str) -> None:
+    batches: list[Any] = [(x, SHORTER) for x in padded_sequences(fill=-1.0)]
+    call = lambda model, batch: model(*batch)  # noqa: E731
+    options: dict[str, Any] = {"layers": ["head"], "progress": False}
+    if form == "dict":
+        batches = [{"x": x, "lengths": lengths} for x, lengths in batches]
+        what, use = r"batch\['lengths'\]", r"torch.arange\(batch\['x'\].shape\[1\]\) < batch\['lengths'\]\[:, None\]"
+    else:
+        options["forward"] = call
+        what, use = r"batch\[1\]", r"torch.arange\(batch\[0\].shape\[1\]\) < batch\[1\]\[:, None\]"
+    said = rf"{what} looks like the lengths.*counts as data in 'head'.*mask=lambda batch: {use}"
+    with pytest.warns(cka_hooks.CKAWarning, match=said) as record:
+        cka_hooks.compare(Sequences(), batches, features=features, **options)
+    assert len(record) == 1
+
+
+def test_lengths_as_they_are_advised() -> None:
+    batches = [(x, SHORTER) for x in padded_sequences()]
+    counts: Take = lambda x, batch: mean(x, torch.arange(9) < batch[1][:, None])  # noqa: E731
+    call = lambda model, batch: model(*batch)  # noqa: E731
+    mask = lambda batch: torch.arange(batch[0].shape[1]) < batch[1][:, None]  # noqa: E731
+    check(Sequences(), batches, {"head": counts}, call=call, forward=call, mask=mask)
+
+
+@pytest.mark.parametrize(
+    "classes", [SHORTER - 1, SHORTER, SHORTER + 5, torch.ones(8).long(), torch.tensor([9, 9, 9, 9, 9, 9, 9, 8])]
+)
+def test_classes_are_no_lengths(classes: Tensor) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(8, 9, 4, generator=generator), classes) for _ in range(2)]
+    take = {"head": unmasked(mean)}
+    check(Sequences(), batches, take, call=lambda model, batch: model(batch[0]))

@@ -31,6 +31,8 @@ MASK, DECODER_MASK, LABELS = "attention_mask", "decoder_attention_mask", "labels
 # The value of labels that losses leave out.
 _IGNORED = -100
 _FRAMES = "_get_feature_vector_attention_mask"
+# Batches that are looked at for padding that nobody named.
+_LOOKED_AT = 32
 
 
 class _Fit(NamedTuple):
@@ -74,8 +76,11 @@ class Padding:
         self._framed: dict[tuple[Source, int], Tensor] = {}
         self._zeros: bool | None = None
         self._is_first = True
-        self._suspect: str | None = None
+        self._looks = _LOOKED_AT
+        self._suspect: _Suspect | None = None
+        self._suspected: list[str] = []
         self._unused: dict[str, Source] = {}
+        self._by_size: dict[str, None] = {}
         self._kept: list[str] = []
         self._warned: set[str] = set()
 
@@ -102,7 +107,8 @@ class Padding:
                 if makes_input and batches.keeps_labels(self._model, LABELS, keywords):
                     found[LABELS] = labels != _IGNORED
             self._found |= {key: it for key, it in found.items() if isinstance(it, Tensor) and it.ndim == 2}
-            if not self._warned and not self._is_named:
+            if self._looks and self._suspect is None and not self._is_named:
+                self._looks -= 1
                 self._suspect = _suspect(batch, form, keywords)
 
     @property
@@ -113,7 +119,9 @@ class Padding:
     @property
     def is_due(self) -> bool:
         """Whether the warning about padding that is kept as data may still come."""
-        return "kept" not in self._warned and self.has_zeros
+        return (self._suspect is not None and "suspect" not in self._warned) or (
+            "kept" not in self._warned and self.has_zeros
+        )
 
     @property
     def has_zeros(self) -> bool:
@@ -191,6 +199,7 @@ class Padding:
             label: label of the layer.
             shape: shape of the module's output.
         """
+        self._suspects(label, shape)
         if len(shape) < 3 or not self._found:
             return []
         masks, unused = [], None
@@ -201,6 +210,8 @@ class Padding:
             if callable(source) and (fit is None or (self._is_named and fit in (_OTHER, _APART))):
                 # Only the user can know.
                 fit = _Fit(tuple(dim for dim, size in enumerate(shape) if dim > 0 and size == mask.shape[1]))
+                if fit.dims and not self._is_named:
+                    self._by_size[label] = None
             if fit is _APART:
                 continue
             dims = fit.dims if fit is not None else ()
@@ -232,18 +243,19 @@ class Padding:
 
     def keeps(self, label: str, name: str, shape: tuple[int, ...]) -> None:
         """Note that a layer keeps all positions as data. An unconfirmed one may be padded if sizes are alike."""
-        for source in self._sources(name) if self.is_due and len(shape) > 2 else ():
+        self._suspects(label, shape)
+        for source in self._sources(name) if self.has_zeros and len(shape) > 2 else ():
             fit, length = self._fits.get((label, source)), self._found[source].shape[1]
             lengths = {length, *(_frames_of(module, length, {}) for module in self._frames.values())}
             if fit.dims != (-1,) and fit.dims if fit is not None else not lengths.isdisjoint(shape[1:]):
                 self._kept.append(label)
 
-    def warn(self, *, reduces: bool) -> None:
-        """At the end of a pass, warn once about padding that counts as data.
+    def _suspects(self, label: str, shape: tuple[int, ...]) -> None:
+        if self._suspect is not None and "suspect" not in self._warned and len(shape) > 2:
+            self._suspected.append(label)
 
-        Args:
-            reduces: whether any layer averages or chooses positions.
-        """
+    def warn(self) -> None:
+        """At the end of a pass, warn once about padding that counts as data."""
         if self._kept:
             self._warn_once(
                 "kept",
@@ -261,8 +273,20 @@ class Padding:
                 "function of the batch that returns (n, T), nonzero where a position counts, or a mapping from layer "
                 "pattern to such functions",
             )
-        if reduces and self._suspect is not None:
-            self._warn_once("suspect", self._suspect)
+        if self._by_size and self.has_zeros:
+            self._warn_once(
+                "by size",
+                f"mask= was used in {_listed(list(self._by_size))}, which have as many positions: that these are the "
+                "mask's could not be confirmed. Name them: a mapping from layer pattern to the function",
+            )
+        if self._suspect is not None and self._suspected:
+            what, use = self._suspect
+            self._warn_once(
+                "suspect",
+                f"{what}, and was not used: padding counts as data in {_listed(self._suspected)}. With "
+                f"features='mean', 'token' or 'last', mask=lambda batch: {use} uses it (nonzero where a position "
+                "counts)",
+            )
         self._is_first = False
 
     def _warn_once(self, what: str, message: str) -> None:
@@ -365,28 +389,56 @@ def _frames_of(module: nn.Module, length: int, how: Mapping[str, bool]) -> int |
         return None
 
 
-def _suspect(batch: Any, form: batches.Form, keywords: Mapping[str, Any]) -> str | None:
-    """What to say about an unused item that looks like a mask; None if there is none."""
+class _Suspect(NamedTuple):
+    """What looks like padding that nobody used, and how it is used, both in words."""
+
+    what: str
+    use: str
+
+
+def _suspect(batch: Any, form: batches.Form, keywords: Mapping[str, Any]) -> _Suspect | None:
+    """A mask or lengths in the batch that nobody used; None if nothing looks like these."""
     first = form.input_of(batch)
-    shape = tuple(first.shape[:2]) if isinstance(first, Tensor) and first.ndim >= 2 else None
+    inside = "batch" if first is batch else "batch[0]" if batches.fields_of(first) is not None else "batch[-1]"
     entries = enumerate(batch) if isinstance(batch, tuple | list) and form.listed is None else ()
-    numbered = {f"[{number}]": entry for number, entry in entries if number > 0}
-    named = {
-        f"[{key!r}]": item
-        for key, item in keywords.items()
-        if key not in (MASK, DECODER_MASK)
-        and ("mask" in key or "pad" in key or getattr(item, "dtype", None) is torch.bool)
-    }
-    for where, item in (numbered | named).items():
-        if not isinstance(item, Tensor) or item.ndim != 2 or item.is_floating_point() or item.device.type != "cpu":
+    items = [(f"batch[{number}]", "", item) for number, item in entries]
+    items += [(f"{inside}[{key!r}]", key, item) for key, item in keywords.items() if key not in (MASK, DECODER_MASK)]
+    items = [one for one in items if type(one[2]) is Tensor and one[2].device.type == "cpu" and not one[2].is_nested]
+    for where, key, item in items:
+        if item is first or item.is_floating_point() or item.is_complex() or not item.numel():
             continue
-        counts = item != 0
-        is_alike = where in named or tuple(item.shape) == shape
-        is_padding = bool((item == counts).all()) and bool((counts[:, 1:] != counts[:, :-1]).sum(1).amax() == 1)
-        if is_alike and is_padding and item.shape[1] > 1:
-            inverted = "~" if "pad" in where else ""
-            return (
-                f"batch{where} looks like a mask of padding, {tuple(item.shape)}, and was not used: padding counts "
-                f"as data. mask=lambda batch: {inverted}batch{where} uses it (nonzero where a position counts)"
-            )
+        if item.ndim == 2 and item.shape[1] > 1:
+            counts = item != 0
+            is_named = bool(key) and ("mask" in key or "pad" in key or item.dtype is torch.bool)
+            is_alike = is_named or (not key and isinstance(first, Tensor) and item.shape == first.shape[:2])
+            if is_alike and bool((item == counts).all()) and bool((counts.diff(dim=1) != 0).sum(1).amax() == 1):
+                what = f"{where} looks like a mask of padding, {tuple(item.shape)}"
+                return _Suspect(what, f"{'~' if 'pad' in key else ''}{where}")
+        for other, _, data in items if item.ndim == 1 and item.dtype is not torch.bool else ():
+            dim = _ends(data, item, is_named="len" in key)
+            if dim is not None:
+                what = f"{where} looks like the lengths of padded sequences, {other} {tuple(data.shape)}"
+                return _Suspect(what, f"torch.arange({other}.shape[{dim}]) < {where}[:, None]")
+    return None
+
+
+def _ends(data: Tensor, lengths: Tensor, *, is_named: bool) -> int | None:
+    """The dimension along which each sample of a batch has so many entries and then padding: one number only.
+
+    Classes are whole numbers, too, and what stands behind them is not all the same. Lengths that are named so are
+    believed if the longest sample fills the batch.
+    """
+    low, high = int(lengths.min()), int(lengths.max())
+    if low < 1 or data.ndim not in (2, 3) or len(data) != len(lengths):
+        return None
+    for dim, size in enumerate(data.shape[1:], start=1):
+        if low < size and high <= size:
+            rows = data.movedim(dim, 1)
+            ends = rows[lengths < size, -1]
+            if is_named and high == size:
+                return dim
+            if len(ends) > 1 and bool((ends == ends.flatten()[0]).all()):
+                padding = rows[torch.arange(size, device="cpu") >= lengths[:, None]]
+                if padding.numel() > 3 and bool((padding == padding.flatten()[0]).all()):
+                    return dim
     return None

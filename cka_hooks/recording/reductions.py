@@ -148,4 +148,4 @@ class Reductions:
     def warn(self) -> None:
         """At the end of a pass, warn about guesses and about padding that counts as data, once in all passes."""
         self._channels.warn()
-        self._padding.warn(reduces=self._reduces)
+        self._padding.warn()
