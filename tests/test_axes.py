@@ -462,7 +462,7 @@ def test_random_numbers_leave_only_the_size() -> None:
     assert result.layers == ("mean", "decode", "act")
 
 
-@pytest.mark.parametrize("n", [N, 300])
+@pytest.mark.parametrize("n", [5, N, 7, 300])
 def test_a_model_that_shuffles_its_samples_inside(n: int) -> None:
     """As in momentum contrast: sizes follow, samples do not."""
 
@@ -482,6 +482,30 @@ def test_a_model_that_shuffles_its_samples_inside(n: int) -> None:
         result = cka_hooks.compare(Shuffles(), data(n, 5, count=4), progress=False)
         assert result.layers == ("first", "last")
         assert "another order than those of the batch" in result.skipped["shuffled"]
+
+
+@pytest.mark.parametrize("n", [4, 5, N, 9])
+@pytest.mark.parametrize("kind", ["flip", "roll", "halves"])
+def test_samples_in_an_order_that_no_random_number_makes(kind: str, n: int) -> None:
+    """As in mixing samples, or in the negatives of a contrastive loss."""
+    change: dict[str, Callable[[Tensor], Tensor]] = {
+        "flip": lambda x: x.flip(0),
+        "roll": lambda x: x.roll(1, 0),
+        "halves": lambda x: torch.cat([x[len(x) // 2 :], x[: len(x) // 2]]),
+    }
+
+    class Mixes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.other = nn.Linear(5, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return x + self.other(change[kind](x))
+
+    result = cka_hooks.compare(Mixes(), data(n, 5, count=4), layers=["first", "*"], progress=False)
+    assert result.layers == ("first",)
+    assert "followed the samples when these were turned round" in result.skipped["other"]
 
 
 def test_noise_of_a_position_is_no_other_sample() -> None:

@@ -3,7 +3,7 @@
 A size that happens to match decides nothing. First a few samples of the batch run, then one fewer of them, in another
 order. A dimension holds the samples if its size follows and its slices are those of the same samples. If this cannot
 be done, if two dimensions follow, or if the model draws random numbers (with which it may shuffle its samples), the
-whole batch runs as it is and in reversed order.
+whole batch runs as it is and in another order.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ class Probe:
             always: make every pass, even if it is not needed. Ranks that make each pass together must do so.
         """
         first, samples = self.first, self._samples
-        order = {1: [0, 0], 2: [1, 0, 0]}.get(first.samples, [2, 0])
+        # Not the last and the first: these are in place where a model flips its samples.
+        order = {1: [0, 0], 2: [1, 0, 0]}.get(first.samples, [1, 0])
         second = self.look(cut(self._batch, samples, [self.chosen[i] for i in order]), len(order))
         labels = {**first.seen, **second.seen}
         found = {label: _by_size(label, first, second, order) for label in labels}
@@ -138,14 +139,25 @@ class Probe:
         several = min(samples, _SLICES)
         looked_at = [(samples - 1) * i // (several - 1) for i in range(several)]
         whole = self.look(cut(self._batch, samples, range(samples)), samples, looked_at)
-        mirrored = [samples - 1 - i for i in looked_at]
-        turned = self.look(cut(self._batch, samples, range(samples)[::-1]), samples, mirrored)
+        turned_round = _turned(samples)
+        now_at = {sample: place for place, sample in enumerate(turned_round)}
+        turned = self.look(cut(self._batch, samples, turned_round), samples, [now_at[i] for i in looked_at])
         for label in {**labels, **whole.seen}:
             if found.get(label, OPEN) == OPEN:
                 found[label] = _by_order(label, whole, turned, problem or whole.problem or turned.problem)
             elif drew and _shuffled(label, whole, turned, found[label]):
                 found[label] = "its samples are in another order than those of the batch: the model shuffles them"
         return Findings(found, whole.problem)
+
+
+def _turned(samples: int) -> list[int]:
+    """An order in which shuffles show: all samples but the last moved round in a ring.
+
+    A shuffle shows unless it and this order may change places: n - 1 of all n! do, and neither flipping nor rolling.
+    """
+    ring = max(2, samples - 1)
+    step = next(step for step in range(ring // 2, 0, -1) if math.gcd(step, ring) == 1)
+    return [*((i + step) % ring for i in range(ring)), *range(ring, samples)]
 
 
 class Findings(NamedTuple):
