@@ -433,8 +433,8 @@ def test_where_parts_of_a_model_run_nothing_confirms_a_mask() -> None:
     )
     with (
         recorder,
-        recorder.forward_pass(batch),
         pytest.warns(cka_hooks.CKAWarning, match="could not be confirmed. Name them"),
+        recorder.forward_pass(batch),
     ):
         out = model.act(model.mix(model.embed(batch["ids"])))
     torch.testing.assert_close(seen[0], mean(out, batch["attention_mask"]))

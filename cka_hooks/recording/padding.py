@@ -374,7 +374,9 @@ def _shortened(batch: Any, samples: int, length: int, less: int, chosen: set[int
 
     def shorter(item: Any, key: str) -> Any:
         if not isinstance(item, Tensor | np.ndarray) or tuple(item.shape[:2]) != (samples, length):
-            return None
+            # Lengths beyond the end are an error.
+            is_lengths = isinstance(item, Tensor) and item.shape == (samples,) and item.dtype is torch.int64
+            return item.clamp(max=less) if is_lengths and bool((item <= length).all()) else None
         return item[:, :less] if next(number) in chosen else item
 
     return batches.mapped(batch, shorter)

@@ -72,7 +72,7 @@ def _iterator(loader: Any, told: deque[list[Any]]) -> Iterator[Any]:
     vars(ours)["batch_sampler"] = telling
     if loader._iterator is not None:  # noqa: SLF001
         vars(loader._iterator)["_index_sampler"] = telling  # noqa: SLF001
-    found = iter(ours)
+    found: Iterator[Any] = iter(ours)
     if ours._iterator is not None:  # noqa: SLF001
         # Workers that stay are the user's.
         vars(found)["_index_sampler"] = loader.batch_sampler
