@@ -279,6 +279,14 @@ def test_what_cannot_be_copied_stays_in_the_batch() -> None:
     assert found.samples == 18
 
 
+@pytest.mark.parametrize("container", [nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3)}), nn.ModuleList([nn.Identity()])])
+def test_a_model_without_a_forward(container: nn.Module) -> None:
+    with pytest.raises(cka_hooks.BatchError, match=r"no forward of its own: pass forward="):
+        cka_hooks.compare(container, pictures(), progress=False)
+    part = next(container.children())
+    cka_hooks.compare(container, pictures(), forward=lambda model, batch: part(batch), progress=False)
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_weights_without_values(whole: bool) -> None:
     model = Images()

@@ -145,6 +145,15 @@ def test_what_a_function_may_return() -> None:
         cka_hooks.compare({"a": lambda: model(0)}, iter(loader()), progress=False)
 
 
+def test_functions_that_need_arguments_are_refused_before_anything_runs() -> None:
+    def builds() -> nn.Module:
+        raise AssertionError("was built")
+
+    for wrong in (model(0).forward, lambda seed: model(seed)):
+        with pytest.raises(cka_hooks.ModelError, match="model 'b' is a function that needs arguments"):
+            cka_hooks.compare({"a": builds, "b": wrong}, loader(), progress=False)
+
+
 def test_the_example_of_a_training_run(tmp_path, capsys) -> None:
     pytest.importorskip("sklearn")
     path = Path(__file__).parents[1] / "examples" / "training_run.py"

@@ -105,6 +105,8 @@ def _about_tensors(error: Exception, model: nn.Module, batch: Any) -> str | None
 
 def _about_kind(error: Exception, batch: Any) -> str | None:
     """Advice for a model that was called with something other than a tensor; None if that is not the problem."""
+    if isinstance(error, NotImplementedError) and "forward" in str(error):
+        return "it has no forward of its own: pass forward=lambda model, batch: ... to say what runs"
     if not isinstance(error, TypeError | AttributeError):
         return None
     value = batch[0] if isinstance(batch, tuple | list) and batch else batch

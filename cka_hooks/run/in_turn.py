@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import zip_longest
@@ -88,9 +89,11 @@ def _kept_on_cpu(steps: list[Step | None]) -> Callable[[Step | None], None]:
 
 def _built(models: Mapping[str, Builder]) -> Iterator[tuple[str, nn.Module | Precomputed]]:
     """Each model, built when it is its turn. The caller must let go of it before the next one."""
-    for given in models.values():
-        if not isinstance(given, Precomputed) and (not callable(given) or isinstance(given, nn.Module | type)):
+    for name, given in models.items():
+        if isinstance(given, nn.Module | type) or not (callable(given) or isinstance(given, Precomputed)):
             check_model(given)
+        elif not isinstance(given, Precomputed):
+            _check_builder(name, given)
     for name, given in models.items():
         model = given if isinstance(given, nn.Module | Precomputed) else given()
         if not isinstance(model, nn.Module | Precomputed):
@@ -99,6 +102,19 @@ def _built(models: Mapping[str, Builder]) -> Iterator[tuple[str, nn.Module | Pre
         del model
         # Hooks and closures make cycles, which would keep a model alive beside the next one.
         gc.collect()
+
+
+def _check_builder(name: str, builder: Callable[..., Any]) -> None:
+    try:
+        inspect.signature(builder).bind()
+    except TypeError as error:
+        raise ModelError(
+            f"model {name!r} is a function that needs arguments ({error}): pass the nn.Module, or a function that "
+            "builds it without any, such as lambda: build(...)"
+        ) from None
+    except ValueError:
+        # Some callables do not say what they take.
+        pass
 
 
 class Replayed(Drawn):
