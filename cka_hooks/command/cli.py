@@ -1,4 +1,4 @@
-"""``cka-hooks``: the table of commands, and what becomes of their errors.
+"""``cka-hooks``: the table of commands, and the handling of their errors.
 
 Exit codes: 0 done; 1 a layer was not finite and the result of all others was saved, or, with ``diff --exit-code``,
 there are differences; 2 the arguments, or what they name, cannot be used; 130 interrupted.
@@ -21,8 +21,8 @@ from cka_hooks.errors import CKAError, CKAWarning
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
-# Each is a file of this folder with LINE and DESCRIPTION for the help, `words`, which adds its arguments to a parser,
-# and `run`, which takes what was parsed and returns the exit code.
+# Each is a file in this folder with LINE and DESCRIPTION for the help, `words`, which adds its arguments to a parser,
+# and `run`, which takes the parsed arguments and returns the exit code.
 COMMANDS = ("demo", "run", "layers", "record", "show", "diff")
 
 DESCRIPTION = """\
@@ -47,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
     Args:
-        argv: its words, by default those of the process.
+        argv: its arguments, by default those of the process.
     """
     if "matplotlib" not in sys.modules:
-        # A notebook leaves its own backend here, and matplotlib cannot be imported where that is not installed.
+        # A notebook sets its own backend here, and matplotlib cannot be imported if that one is not installed.
         os.environ["MPLBACKEND"] = "agg"
     arguments = parser().parse_args(argv)
     try:
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
-        # The reader of a pipe has seen enough. What is left to flush goes nowhere.
+        # The reader of a pipe has seen enough. Discard what is left to flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of all commands: ``parse_args(...).command`` is the `run` of the one that was named."""
+    """The parser of all commands. ``parse_args(...).command`` is the `run` of the command that was given."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     top = argparse.ArgumentParser(
@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _message(error: Exception) -> str:
-    """What an error says. One from a worker of a loader has the whole traceback of the worker in front of that."""
+    """The message of an error. An error from a loader's worker starts with the worker's whole traceback."""
     text = str(error)
     return text.rpartition(f"{type(error).__name__}: ")[2].strip() if "\nOriginal Traceback" in text else text
 

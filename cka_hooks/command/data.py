@@ -1,4 +1,4 @@
-"""Data from the command line's words: an image folder, ``torchvision:NAME:ROOT``, or ``file.py:name``."""
+"""Load the data that the command line names: an image folder, ``torchvision:NAME:ROOT``, or ``file.py:name``."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ from cka_hooks.run.replay import Randomness
 DATA = """\
 data is one of
   photos/                        a folder of images, or of one subfolder per class
-  torchvision:CIFAR10:data/      the test part of a torchvision data set, with the folder it lies in
+  torchvision:CIFAR10:data/      the test split of a torchvision data set, with the folder that holds it
   nets.py:test_loader            a loader or data set in a Python file of yours, or a function there that
                                  returns one
 
-Images are prepared as the weights of --model ask for, or else as is usual for ImageNet."""
+Images are prepared as the weights of --model ask for, or as is usual for ImageNet."""
 
 KINDS = "an image folder, torchvision:NAME:ROOT or file.py:NAME"
 IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
-# What may be behind these suffixes. Pillow goes by the content, and would start Ghostscript for PostScript.
+# The formats that may be behind these suffixes. Pillow looks at the content, and would start Ghostscript for
+# PostScript.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF")
 
 
 class ImageFiles(Dataset[tuple[Tensor, int]]):
-    """The images of a folder; those in a subfolder are of the class that it names.
+    """The images of a folder. Each subfolder is a class, named after the folder.
 
     Attributes:
-        paths: of the images, sorted.
+        paths: paths of the images, sorted.
         sample_ids: their paths within the folder.
-        classes: names of the subfolders, sorted; empty where the images lie in the folder itself.
+        classes: names of the subfolders, sorted; empty if the images are in the folder itself.
     """
 
     def __init__(self, root: Path, transform: Transform) -> None:
@@ -75,21 +76,21 @@ def load_data(
     workers: int = 0,
     download: bool = False,
 ) -> Iterable[Any]:
-    """The loader that `spec` names, over a random subset in random order, the same one for the same seed.
+    """The loader that `spec` names, over a random subset in random order, the same for the same seed.
 
-    A loader in a file is taken as it is; a data set there is treated as the others.
+    A loader in a file is used as it is. A data set there is treated like the others.
 
     Args:
         spec: ``photos/``, ``torchvision:CIFAR10:data/`` or ``file.py:name``.
-        transform: from a PIL image to a tensor; None is ImageNet's usual one.
-        batch_size: of the loader.
-        samples: how many, None for all.
-        seed: of the subset and its order.
-        workers: processes that read images.
-        download: let torchvision download a data set that is not at ROOT.
+        transform: from a PIL image to a tensor; None for ImageNet's usual one.
+        batch_size: batch size of the loader.
+        samples: how many samples to draw, None for all.
+        seed: seed of the subset and of its order.
+        workers: number of processes that read images.
+        download: whether torchvision may download a data set that is not at ROOT.
 
     Raises:
-        SpecError: there is no such folder, data set, file or name in it, or it holds nothing.
+        SpecError: the folder, data set, file or name does not exist, or it is empty.
         MissingExtraError: torchvision is not installed.
     """
     dataset: Any
@@ -113,7 +114,7 @@ def load_data(
 
 
 def loading_words(parser: Any) -> None:
-    """Add ``--device`` and how data is read, which :func:`loader_of` goes by."""
+    """Add ``--device`` and the arguments that :func:`loader_of` reads."""
     parser.add_argument("--device", default="auto", metavar="D", help="auto (cuda if there is one), cpu, cuda:1, mps")
     parser.add_argument("--batch-size", type=numbers.count, default=64, metavar="N", help="default: %(default)s")
     parser.add_argument("--workers", type=numbers.count_or_none, default=0, metavar="N",
@@ -128,9 +129,9 @@ def loader_of(arguments: argparse.Namespace, transform: Transform | None) -> Ite
 
 
 def identifiers(loader: Iterable[Any]) -> list[int | str] | None:
-    """What identifies each sample in the order of the loader, None where its file says what it brings.
+    """The identifier of each sample in the order of the loader; None for a loader from a file.
 
-    Of an image folder these are paths within it, of another data set the positions of samples.
+    For an image folder these are paths within it, for other data sets the positions of samples.
     """
     dataset = getattr(loader, "dataset", None)
     if not isinstance(dataset, Subset):
@@ -177,7 +178,7 @@ def imagenet_transform() -> Transform:
 
 
 def first_batch(loader: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
-    """The first batch of a loader, and a loader that will yield it again, first and in the same order.
+    """The first batch of a loader, and a loader that yields it again, first and in the same order.
 
     Raises:
         SpecError: the loader is empty.
@@ -194,7 +195,7 @@ def first_batch(loader: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
 
 
 def described(spec: str, loader: Iterable[Any]) -> str:
-    """A few words on the data for the plan."""
+    """Describe the data in a few words for the plan."""
     dataset = getattr(loader, "dataset", None)
     if isinstance(dataset, Subset):
         return f"{len(dataset):,} of {len(dataset.dataset):,} samples of {spec}, drawn and ordered at random"  # type: ignore[arg-type]

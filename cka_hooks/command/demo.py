@@ -1,4 +1,4 @@
-"""``cka-hooks demo``: two small ResNets trained from two seeds on handwritten digits, and how alike their blocks are.
+"""``cka-hooks demo``: train two small ResNets from two seeds on handwritten digits, and compare their blocks.
 
 Everything is real and comes with the dependencies: the images are scikit-learn's, the network is torchvision's.
 """
@@ -41,22 +41,22 @@ def words(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the demo; the exit code."""
+    """Run the demo. Return the exit code."""
     check_folder(arguments)
     demo(arguments.out, epochs=arguments.epochs, progress=not arguments.quiet)
     return 0
 
 
 def demo(out: Path, *, epochs: int = EPOCHS, progress: bool = True) -> CKAResult:
-    """Train both networks, compare all their residual blocks, write pictures and the result into `out`.
+    """Train both networks, compare all their residual blocks, and write pictures and the result into `out`.
 
     Args:
-        out: a folder, made where it does not exist.
-        epochs: passes over the training images; fewer make a quicker demo of worse networks.
-        progress: show progress bars on stderr.
+        out: a folder, created if it does not exist.
+        epochs: passes over the training images. Fewer make the demo quicker and the networks worse.
+        progress: whether to show progress bars on stderr.
 
     Returns:
-        The result: both networks' blocks against each other, 16 by 16.
+        The result: the blocks of both networks against each other, 16 by 16.
 
     Raises:
         MissingExtraError: scikit-learn, torchvision or matplotlib is not installed.
@@ -84,7 +84,7 @@ def demo(out: Path, *, epochs: int = EPOCHS, progress: bool = True) -> CKAResult
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
-    """Scikit-learn's 1797 handwritten digits, (n, 1, 8, 8) from 0 to 1: for training, and held out."""
+    """Scikit-learn's 1797 handwritten digits, (n, 1, 8, 8) from 0 to 1, split into training and held-out images."""
     from sklearn.datasets import load_digits
 
     images, classes = load_digits(return_X_y=True)
@@ -96,7 +96,7 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
 
 
 def small_resnet18() -> nn.Module:
-    """torchvision's ResNet-18 for images of few pixels: a 3x3 stem on one channel, no max pooling."""
+    """torchvision's ResNet-18 for small images: a 3x3 stem on one channel, no max pooling."""
     from torchvision.models import resnet18
 
     network: nn.Module = resnet18(num_classes=10)
@@ -106,7 +106,7 @@ def small_resnet18() -> nn.Module:
 
 
 def trained(data: TensorDataset, seed: int, *, epochs: int = EPOCHS, progress: bool = True) -> nn.Module:
-    """A network trained on `data`; the seed decides its first weights and the order of the images."""
+    """A network trained on `data`. The seed decides its initial weights and the order of the images."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = small_resnet18()

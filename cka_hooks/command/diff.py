@@ -32,7 +32,7 @@ def words(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Load both, print how they differ; the exit code."""
+    """Load both results and print how they differ. Return the exit code."""
     found = diff(CKAResult.load(arguments.first), CKAResult.load(arguments.second), level=arguments.level)
     say(json.dumps(found.as_json(), indent=2) if arguments.json else found)
     return 1 if arguments.exit_code and found.differing else 0

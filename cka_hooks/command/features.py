@@ -1,4 +1,4 @@
-"""Features from the command line's words: a file, its rows brought into the order of the data."""
+"""Load the features that the command line names: a file, with its rows in the order of the data."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from cka_hooks.run.feature_files import is_feature_file
 from cka_hooks.run.precomputed import Precomputed
 
 FEATURES = """\
-features are a file .npy, .npz, .safetensors (as cka-hooks record writes it) or .h5, whose arrays have a row for
-each sample; file.h5::NAME is one array of it. Rows with identifiers (an array sample_ids beside the others) are
-found by them: those of an image folder are paths within it, such as cat/1.jpg, those of another data set the
-positions of samples, 0 and up. Rows without are those of the whole data set, in its own order."""
+features are a .npy, .npz, .safetensors (as cka-hooks record writes it) or .h5 file, whose arrays have a row for
+each sample; file.h5::NAME is one array in it. If the file has identifiers (an array sample_ids beside the others),
+rows are found by them: paths within an image folder, such as cat/1.jpg, or positions in another data set, from 0.
+Without identifiers, the rows are those of the whole data set, in its own order."""
 
 
 def sample_ids_word(parser: Any) -> None:
@@ -25,16 +25,16 @@ def sample_ids_word(parser: Any) -> None:
 
 
 def features_of(spec: str | None, loader: Iterable[Any], key: str | int | None, model: str) -> dict[str, Precomputed]:
-    """The features that `spec` names, by a name that no model has; nothing where it names no file of them.
+    """The features that `spec` names, under a name that no model has; empty if it names no file of features.
 
     Args:
-        spec: what ``--against`` says.
-        loader: the rows are brought into its order.
-        key: what ``--sample-ids`` says; rows are found with it during the run.
+        spec: the value of ``--against``.
+        loader: the loader whose order the rows get.
+        key: the value of ``--sample-ids``, to find rows with during the run.
         model: the name that is taken.
 
     Raises:
-        SpecError: they have other rows than the data set has samples, or identifiers that nothing is known of.
+        SpecError: the number of rows is not that of the data set, or nothing says what the identifiers refer to.
         SampleCountError: a sample has no row.
     """
     if spec is None or not is_feature_file(spec):

@@ -29,7 +29,7 @@ _SAMPLES = 4
 def words(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("--model", required=True, metavar="MODEL", help="see above")
-    parser.add_argument("--weights", default="none", metavar="W", help="default: none, for random weights")
+    parser.add_argument("--weights", default="none", metavar="W", help="weights of the model; default: none (random)")
     parser.add_argument("--data", metavar="DATA", help="take the first batch of this data instead of random images")
     parser.add_argument("--input", type=numbers.shape, metavar="C,H,W",
         help="the shape of one random input, such as 3,224,224")  # fmt: skip
@@ -37,7 +37,7 @@ def words(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the table of :meth:`LayerRecorder.describe`; the exit code."""
+    """Print the table of :meth:`LayerRecorder.describe`. Return the exit code."""
     loaded = load_model(arguments.model, arguments.weights)
     if arguments.data:
         data = load_data(arguments.data, transform=loaded.transform, batch_size=_SAMPLES, samples=_SAMPLES)
@@ -55,4 +55,4 @@ def _random_batch(loaded: LoadedModel, shape: tuple[int, ...] | None) -> Any:
     vocabulary = getattr(getattr(loaded.model, "config", None), "vocab_size", None)
     if isinstance(vocabulary, int):
         return {"input_ids": torch.randint(vocabulary, (_SAMPLES, 16))}
-    raise SpecError(f"the input that {loaded.name} takes is not known: pass its shape with --input C,H,W, or --data")
+    raise SpecError(f"nothing says what input {loaded.name} takes: pass its shape with --input C,H,W, or --data")

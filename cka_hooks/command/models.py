@@ -1,4 +1,4 @@
-"""Models from the command line's words: ``torchvision:NAME``, ``timm:NAME``, ``hf:NAME``, ``file.py:function``."""
+"""Load the models that the command line names: ``torchvision:NAME``, ``timm:NAME``, ``hf:NAME``, ``file.py:NAME``."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ weights are the name of torchvision weights (IMAGENET1K_V2), "none" for random o
 (.pt, .pth, .safetensors), which is loaded without running any code in it."""
 
 KINDS = "torchvision:NAME, timm:NAME, hf:NAME or file.py:NAME"
-# Where training scripts keep the state dict in a checkpoint, and what wrappers put before its names.
+# Where training scripts keep the state dict in a checkpoint, and the prefixes that wrappers put before its names.
 _NESTED = ("state_dict", "model_state_dict", "model", "net")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 class SpecError(CKAError, ValueError):
-    """Words for a model or for data that name nothing that could be loaded."""
+    """The words for a model or for data do not name anything that can be loaded."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, and what its weights were trained with.
+    """A model, and what is known about its input.
 
     Attributes:
-        name: short, for labels and file names.
-        model: in eval mode, on the CPU.
-        transform: from a PIL image to the tensor its weights expect, None where they do not say.
-        input_shape: (C, H, W) of one image, None where the model does not take images.
+        name: a short name, for labels and file names.
+        model: the model, in eval mode, on the CPU.
+        transform: from a PIL image to the tensor that the weights expect; None if they do not say.
+        input_shape: (C, H, W) of one image; None if the model does not take images.
     """
 
     name: str
@@ -65,13 +65,13 @@ def load_model(spec: str, weights: str | None = None, *, seed: int = 0) -> Loade
     Args:
         spec: ``torchvision:resnet50``, ``timm:vit_tiny_patch16_224``, ``hf:bert-base-uncased`` or ``file.py:name``,
             where the name is that of a module, or of a function that returns one.
-        weights: None takes what the name stands for (pretrained ones; for a file, what it has). "none"
-            draws random ones. Else the name of torchvision weights, or a checkpoint file, which is loaded
-            without running any code in it.
-        seed: of random weights.
+        weights: None uses what the name stands for: pretrained weights, or for a file, what it has. "none" draws
+            random ones. Otherwise the name of torchvision weights, or a checkpoint file, which is loaded without
+            running any code in it.
+        seed: seed of random weights.
 
     Raises:
-        SpecError: there is no such model, function, name of weights or file, or they do not fit together.
+        SpecError: the model, function, name of weights or file does not exist, or they do not fit together.
         MissingExtraError: the package is not installed.
     """
     kind, _, name = spec.partition(":")
@@ -106,7 +106,7 @@ def load_model(spec: str, weights: str | None = None, *, seed: int = 0) -> Loade
 
 
 def _is_file(weights: str) -> bool:
-    """Whether these are a file, be it one that is missing, and not a name."""
+    """Whether these weights are a file, possibly a missing one, rather than a name."""
     return Path(weights).is_file() or (weights.lower() != "none" and Path(weights).suffix != "")
 
 
@@ -125,7 +125,7 @@ def _from_file(spec: str) -> LoadedModel:
 
 
 def unknown(package: str, kind: str, name: str, names: Sequence[str]) -> SpecError:
-    """The error where a package has no model or data set of this name."""
+    """The error for a package that has no model or data set of this name."""
     return SpecError(f"{package} has no {kind} {name!r}; the closest are {', '.join(closest(name, names))}")
 
 
@@ -177,7 +177,7 @@ def _hf_transform(name: str) -> Transform | None:
     return lambda image: processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
-# From a name, and the name of weights, "none" for random ones or None for the usual ones.
+# Takes a name, and the name of weights: "none" for random ones, None for the usual ones.
 _BUILDERS: dict[str, Callable[[str, str | None], LoadedModel]] = {
     "torchvision": _torchvision,
     "timm": _timm,
@@ -186,10 +186,10 @@ _BUILDERS: dict[str, Callable[[str, str | None], LoadedModel]] = {
 
 
 def device_of(name: str) -> torch.device:
-    """The device that a word names, "auto" for the best there is.
+    """The device that a word names, "auto" for the best one available.
 
     Raises:
-        OptionError: there is none of that name.
+        OptionError: there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -202,12 +202,12 @@ def device_of(name: str) -> torch.device:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Fill `model` from a checkpoint file, a ``.safetensors`` or what ``torch.save`` wrote, running no code in it.
+    """Load a checkpoint file into `model`, ``.safetensors`` or from ``torch.save``, without running any code in it.
 
-    A state dict under "state_dict" or "model" is found, and prefixes that wrappers add are dropped.
+    A state dict under "state_dict" or "model" is found, and prefixes of wrappers are dropped.
 
     Raises:
-        SpecError: no such file, one that holds more than tensors, or one that does not fit the model.
+        SpecError: the file does not exist, holds more than tensors, or does not fit the model.
     """
     if not path.is_file():
         raise SpecError(f"no weights file {path}")
@@ -253,12 +253,12 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def from_file(spec: str) -> Any:
-    """What ``file.py:name`` stands for: what a function or class of this name returns, anything else as it is.
+    """What ``file.py:name`` names: what a function or class of this name returns, anything else as it is.
 
     A module is copied, so that two sets of weights can be loaded into it.
 
     Raises:
-        SpecError: there is no such file or name, or the function raised; its own error is chained.
+        SpecError: the file or name does not exist, or the function raised. Its own error is chained.
     """
     file, _, name = spec.rpartition(":")
     path = Path(file)
@@ -280,7 +280,7 @@ def from_file(spec: str) -> Any:
 
 
 def _own_names(module: ModuleType) -> list[str]:
-    """What a file of somebody's defines: its functions and classes, modules and data."""
+    """The functions, classes, modules and data that a user's file defines."""
     return [
         name
         for name, value in vars(module).items()
@@ -290,7 +290,7 @@ def _own_names(module: ModuleType) -> list[str]:
 
 
 def _imported(path: Path) -> ModuleType:
-    """The file as a module, its folder on the import path as for a script, and the same one each time."""
+    """Import a file as a module, with its folder on the import path as for a script; the same module each time."""
     resolved = path.resolve()
     name = f"cka_hooks_file_{resolved.stem}_{abs(hash(str(resolved)))}"
     if name in sys.modules:
@@ -311,11 +311,11 @@ def _imported(path: Path) -> ModuleType:
 
 
 def _where(error: BaseException, path: Path) -> str:
-    """An error of somebody's file in a line: kind, message and the line of the file it came from."""
+    """An error in a user's file, in one line: kind, message and the line of the file that it came from."""
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path.resolve()]
     return f"{type(error).__name__}: {error}" + (f" ({path}, line {lines[-1]})" if lines else "")
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error's message, its kind where it has none."""
+    """The first line of an error's message; its kind if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

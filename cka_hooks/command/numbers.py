@@ -1,11 +1,11 @@
-"""Numbers in the words of a command line: the ``type=`` of arguments."""
+"""Numbers on the command line: the ``type=`` of arguments."""
 
 from __future__ import annotations
 
 import math
 from argparse import ArgumentTypeError
 
-# One above it is the seed of a second model, and torch takes 64 bits.
+# The seed of a second model is one more, and torch takes 64 bits.
 MAX_SEED = 2**63 - 1
 
 
@@ -20,7 +20,7 @@ def count_or_none(text: str) -> int:
 
 
 def samples(text: str) -> int | None:
-    """A whole number, 1 or more, None for "all"."""
+    """A whole number, 1 or more; None for "all"."""
     return None if text == "all" else _whole(text, 1, ' or "all"')
 
 
@@ -49,7 +49,7 @@ def probability(text: str) -> float:
 
 
 def shape(text: str) -> tuple[int, ...]:
-    """Sizes with commas between them."""
+    """Sizes separated by commas."""
     try:
         return tuple(_whole(size, 1) for size in text.split(","))
     except ArgumentTypeError:

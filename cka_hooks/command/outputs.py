@@ -1,4 +1,4 @@
-"""The files that a command writes: what would go wrong is said before the run, and no earlier result is lost."""
+"""The files that a command writes: problems show before the run, and no earlier result is lost."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def folder_words(parser: Any, default: str) -> None:
     parser.add_argument("--out", type=Path, default=Path(default), metavar="DIR",
         help=f"folder for {', '.join(files_of_a_run().values())}; default: %(default)s")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true",
-        help="replace the files of an earlier run in that folder, which are kept otherwise")  # fmt: skip
+        help="replace the files of an earlier run in that folder; without it they are kept")  # fmt: skip
 
 
 def check_folder(arguments: argparse.Namespace) -> None:
-    """See that files can be written into ``--out``, which need not exist yet.
+    """Check that files can be written into ``--out``, which need not exist yet.
 
     Raises:
-        OptionError: they cannot be, or those of an earlier run are there and ``--overwrite`` was not given.
+        OptionError: they cannot, or those of an earlier run exist and ``--overwrite`` was not given.
     """
     out: Path = arguments.out
     earlier = [name for name in files_of_a_run().values() if (out / name).exists()]
@@ -43,10 +43,10 @@ def check_folder(arguments: argparse.Namespace) -> None:
 
 
 def check_file(path: Path | None, option: str) -> None:
-    """See that a file can be written at ``path``.
+    """Check that a file can be written at ``path``.
 
     Raises:
-        OptionError: its folder does not exist or is read-only, or it is a folder itself.
+        OptionError: the folder does not exist or is read-only, or ``path`` is itself a folder.
     """
     if path is None:
         return
@@ -59,12 +59,12 @@ def check_file(path: Path | None, option: str) -> None:
 
 
 def write_all(result: CKAResult, out: Path) -> dict[str, Path]:
-    """Write a result into the folder ``out``, then what can be drawn of it.
+    """Write a result into the folder ``out``, and every picture that can be drawn of it.
 
-    A picture that cannot be drawn is named on stderr; the result and the other pictures are written all the same.
+    If a picture cannot be drawn, stderr says so; the result and the other pictures are written all the same.
 
     Returns:
-        A short name of each file that was written -> its path.
+        A short name and the path of each file that was written.
     """
     paths, failed = export_all(result, out)
     for name, reason in failed.items():

@@ -1,4 +1,4 @@
-"""``cka-hooks record``: what a model's layers return, kept in a file to compare with later."""
+"""``cka-hooks record``: keep the activations of a model's layers in a file to compare with later."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from cka_hooks.run.precomputed import Identifier, SampleIds, ids_of, without_ids
 LINE = "keep a model's activations in a file, to compare with later"
 DESCRIPTION = f"""\
 Run data through a model once, and write the pooled activations of its layers, with identifiers of the samples, to
-a safetensors file: `cka-hooks run --against FILE` and cka_hooks.Precomputed.load(FILE) read it. All of them are
-held in memory until then.
+a safetensors file. `cka-hooks run --against FILE` and cka_hooks.Precomputed.load(FILE) read it. The activations
+are held in memory until the file is written.
 
 examples
   cka-hooks record --model torchvision:resnet18 --data photos/ --layers 'layer?' --out resnet18.safetensors
@@ -41,23 +41,23 @@ examples
 def words(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("--model", required=True, metavar="MODEL", help="see above")
-    parser.add_argument("--weights", metavar="W", help="default: pretrained, or as the file has it")
+    parser.add_argument("--weights", metavar="W", help="weights; default: pretrained, or as the file has it")
     parser.add_argument("--data", required=True, metavar="DATA", help="see above")
     parser.add_argument("--layers", nargs="+", metavar="L", help="names or globs; default: every leaf that runs")
     parser.add_argument("--features", default="mean", metavar="F",
         help="mean over positions, token, token:K, last or flatten; default: %(default)s")  # fmt: skip
     sample_ids_word(parser)
     parser.add_argument("--samples", type=numbers.samples, metavar="N",
-        help='how many, drawn at random; default: "all"')  # fmt: skip
+        help='number of samples, drawn at random; default: "all"')  # fmt: skip
     parser.add_argument("--seed", type=numbers.seed, default=0, metavar="N", help="default: %(default)s")
     loading_words(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a file .safetensors")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file where it is there")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .safetensors file")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Record, write; the exit code."""
+    """Record and write. Return the exit code."""
     out: Path = arguments.out
     check_file(out, "--out")
     if out.suffix != ".safetensors":
@@ -89,8 +89,8 @@ def _recorded(
     """The activations of each layer, and the identifiers that the batches have at `key`.
 
     Args:
-        bound: how many samples, at most.
-        counted: is called with the number of samples of each batch.
+        bound: the largest number of samples.
+        counted: called with the number of samples of each batch.
     """
     ids: list[Identifier] = []
 

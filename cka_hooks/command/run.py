@@ -1,4 +1,4 @@
-"""``cka-hooks run``: a plan, the run, and what it found."""
+"""``cka-hooks run``: print a plan, run it, and print what it found."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ examples
 {FEATURES}"""
 
 SAMPLES, MINIBATCH = 2048, 32
-# What the command was asked for, for the result's file.
+# The arguments of the command, for the result's file.
 _PROVENANCE = ("model", "weights", "against", "against_weights", "data", "seed", "batch_size")
-# A trial shorter than this is repeated: what the first call of a kernel costs would drown it.
+# A shorter trial is repeated, because the cost of a kernel's first call would drown it.
 _SHORT = 2.0
 
 
@@ -61,9 +61,9 @@ def words(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     what = parser.add_argument_group("what to compare")
     what.add_argument("--model", required=True, metavar="MODEL", help="see above")
-    what.add_argument("--weights", metavar="W", help="of the model; default: pretrained, or as the file has it")
+    what.add_argument("--weights", metavar="W", help="its weights; default: pretrained, or as the file has it")
     what.add_argument("--against", metavar="MODEL", help="a second model, over the same data, or a file of features")
-    what.add_argument("--against-weights", metavar="W", help="of the second model")
+    what.add_argument("--against-weights", metavar="W", help="its weights")
     what.add_argument("--data", required=True, metavar="DATA", help="see above")
     what.add_argument("--layers", nargs="+", metavar="L",
         help="names or globs (* stops at dots, ** crosses them); default: every leaf module that runs")  # fmt: skip
@@ -75,26 +75,26 @@ def words(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--per", default="sample", choices=("sample", "position"),
         help="position compares tokens or pixels, each batch a minibatch; default: %(default)s")  # fmt: skip
     what.add_argument("--positions", type=numbers.count, metavar="N",
-        help="with --per position, draw N of each batch; default: all that are no padding")  # fmt: skip
+        help="with --per position, draw N of each batch; default: all that are not padding")  # fmt: skip
     how = parser.add_argument_group("how closely")
     how.add_argument("--samples", type=numbers.samples, default=argparse.SUPPRESS, metavar="N",
-        help=f'how many, drawn at random, or "all"; default: {SAMPLES}, or all with --tolerance')  # fmt: skip
+        help=f'number of samples, drawn at random, or "all"; default: {SAMPLES}; all with --tolerance')  # fmt: skip
     how.add_argument("--tolerance", type=numbers.positive, metavar="E",
         help="stop as soon as every standard error is below E, such as 0.005")  # fmt: skip
     how.add_argument("--minibatch", type=numbers.count, metavar="N",
-        help=f"samples in each estimate: more cost more and scatter less; default: {MINIBATCH}")  # fmt: skip
+        help=f"samples in each estimate; more of them cost more and scatter less; default: {MINIBATCH}")  # fmt: skip
     how.add_argument("--join-batches", type=numbers.count, metavar="N",
-        help="join the features of consecutive batches to N samples, where batches are small")  # fmt: skip
+        help="join the features of consecutive batches to minibatches of N samples, for small batches")  # fmt: skip
     how.add_argument("--sketch", action=_Gone, help=argparse.SUPPRESS)
     how.add_argument("--kernel", default="linear", choices=tuple(KERNELS), help="default: %(default)s")
     how.add_argument("--estimator", default="unbiased", choices=get_args(Estimator), help="default: %(default)s")
     how.add_argument("--seed", type=numbers.seed, default=0, metavar="N",
-        help="of the samples that are drawn, their order, and random weights; default: %(default)s")  # fmt: skip
+        help="seed of the drawn samples, their order, and random weights; default: %(default)s")  # fmt: skip
     where = parser.add_argument_group("where")
     loading_words(where)
     folder_words(where, "cka")
     where.add_argument("--checkpoint", type=Path, metavar="FILE",
-        help="keep the run in this file: the same command continues from there")  # fmt: skip
+        help="keep the run in this file; the same command continues from it")  # fmt: skip
     where.add_argument("--json", action="store_true", help="print one JSON object, and everything else on stderr")
     where.add_argument("--quiet", action="store_true", help="print neither the plan nor the progress")
 
@@ -107,7 +107,7 @@ class _Gone(argparse.Action):
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Plan, compare, summarise, write; the exit code."""
+    """Plan, compare, summarise and write. Return the exit code."""
     check_file(arguments.checkpoint, "--checkpoint")
     check_folder(arguments)
     device = device_of(arguments.device)
@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = {field.name: getattr(arguments, field.name) for field in fields(Options) if field.name in arguments}
 
     def measured(entries: dict[str, Any], loader: Iterable[Any], **bounds: Any) -> tuple[CKAResult, str]:
-        """What is finite, and which layers are not."""
+        """The result of all finite layers, and the layers that are not finite."""
         torch.manual_seed(arguments.seed)
         try:
             model = entries if len(models) + len(brought) > 1 else models[loaded[0].name]
@@ -170,7 +170,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _models(arguments: argparse.Namespace) -> list[LoadedModel]:
-    """One model, or two with names that differ."""
+    """One model, or two with different names."""
     first = load_model(arguments.model, arguments.weights, seed=arguments.seed)
     if arguments.against is None or is_feature_file(arguments.against):
         if arguments.against_weights is not None:
@@ -193,7 +193,7 @@ def _models(arguments: argparse.Namespace) -> list[LoadedModel]:
 def _plan(
     arguments: argparse.Namespace, loader: Iterable[Any], batch: Any, measured: Callable[[list[Any]], CKAResult]
 ) -> str:
-    """What will be done and how long it will take, found out on one batch."""
+    """Say what will be done and how long it will take, from a trial on one batch."""
     size = sample_count(batch) or arguments.batch_size
     trials = 1 if arguments.join_batches is None else -(-MIN_SAMPLES // size)
     with warnings.catch_warnings():
@@ -233,7 +233,7 @@ def _duration(seconds: float) -> str:
 
 
 def _report(result: CKAResult) -> dict[str, Any]:
-    """What ``--json`` prints of a result; samples that alone account for much of a layer's HSIC with their names."""
+    """What ``--json`` prints of a result, with the names of samples that account for much of a layer's HSIC."""
     errors = result.stderr[~result.stderr.isnan()]
     decisive = [one for one in result.influence.values() if one.share > SHARE and one.identifier is not None]
     return {

@@ -1,4 +1,4 @@
-"""``cka-hooks show``: a saved result in words, and drawn again."""
+"""``cka-hooks show``: print a saved result in words, and draw it again."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def words(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Load, print, draw; the exit code."""
+    """Load, print and draw. Return the exit code."""
     if arguments.out is None:
         for option in ("values", "stderr", "profile"):
             if getattr(arguments, option):

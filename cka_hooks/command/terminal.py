@@ -1,4 +1,4 @@
-"""Printing what somebody else may have written: a label out of a file must not steer the terminal."""
+"""Print text that somebody else may have written, so that a label from a file cannot steer the terminal."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from cka_hooks.names import printable
 
 
 def say(text: object, *, file: TextIO | None = None) -> None:
-    """Print a text as :func:`plain` has it, in characters that the stream can take.
+    """Print a text as :func:`plain` spells it, in characters that the stream can take.
 
     Args:
-        text: printed as ``str`` has it.
+        text: printed as by ``str``.
         file: a stream, by default stdout.
     """
     stream = sys.stdout if file is None else file
@@ -21,7 +21,7 @@ def say(text: object, *, file: TextIO | None = None) -> None:
 
 
 def plain(text: str) -> str:
-    r"""The text with all control characters spelled out but the end of a line.
+    r"""The text with all control characters spelled out, except for the end of a line.
 
     Example:
         >>> print(plain("conv1\x1b[2J"))

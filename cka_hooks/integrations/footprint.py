@@ -1,4 +1,4 @@
-"""What a network left behind when it was measured, to be compared later without the network."""
+"""What to keep of a network that was measured, so that it can be compared later without the network."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Footprint:
     """The centred Gram matrices of a network's layers over a loader, on the CPU.
 
     Attributes:
-        state: what its run added up.
+        state: the sums of its run.
         steps: what each batch added.
-        type: its class.
-        settings: of its run, plain JSON values.
+        type: the class of the network.
+        settings: settings of its run, plain JSON values.
     """
 
     state: State
@@ -33,10 +33,10 @@ class Footprint:
 
     @classmethod
     def left_by(cls, comparison: Comparison, loader: Iterable[Any]) -> Footprint:
-        """That of the network of a comparison, by one pass over a loader.
+        """The footprint of a comparison's network, from one pass over a loader.
 
         Raises:
-            TooFewSamplesError: no batch, or no minibatch of at least 4 samples.
+            TooFewSamplesError: there is no batch, or no minibatch of at least 4 samples.
             CKAError: see :meth:`Comparison.update`.
         """
         steps: list[Step] = []
@@ -74,7 +74,7 @@ class Footprint:
         return state, steps
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers, text, lists and mappings of these, and tensors."""
+        """The footprint as numbers, text, lists and mappings of these, and tensors."""
         steps = [
             {**step._asdict(), "groups": [{**it._asdict(), "layers": list(it.layers)} for it in step.groups]}
             for step in self.steps
@@ -83,10 +83,10 @@ class Footprint:
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Footprint:
-        """What :meth:`state_dict` gave.
+        """Restore what :meth:`state_dict` returned.
 
         Raises:
-            OptionError: it is anything else.
+            OptionError: this is anything else.
         """
         try:
             steps = [
@@ -109,13 +109,13 @@ def compared(parts: Mapping[str, Footprint], settings: Mapping[str, Any]) -> CKA
     """The result of several networks, as if they had run together.
 
     Args:
-        parts: what each has left, by its name. The settings are those of the first.
-        settings: further ones.
+        parts: the footprint of each network by name. The settings are those of the first.
+        settings: further settings.
 
     Raises:
-        OptionError: they were measured with different options.
-        SampleCountError: with different numbers of samples.
-        NonFiniteError: NaN or infinity in a layer; `.partial` is the result of all others.
+        OptionError: the networks were measured with different options.
+        SampleCountError: they were measured on different numbers of samples.
+        NonFiniteError: a layer has NaN or infinity. `.partial` has the result of all others.
     """
     first, ours = next(iter(parts.items()))
     for name, part in parts.items():

@@ -23,18 +23,18 @@ except ImportError:
 
 
 class CKACallback(TrainingCKA, Callback):  # type: ignore[misc]
-    """CKA of a LightningModule with its initial weights, with the previous time, and with other networks.
+    """CKA of a LightningModule with its initial weights, with the previous measurement, and with other networks.
 
-    The loggers of the trainer get a number for each layer, and those that take figures (TensorBoard, Weights &
-    Biases) a picture of each matrix. Results are saved in the folder of the log. The process of rank 0 measures, on
-    its own, and the others wait for it in their next step. Checkpoints of the trainer keep what a resumed run needs.
+    The trainer's loggers get a number for each layer. Those that take figures (TensorBoard, Weights & Biases) also
+    get a picture of each matrix. Results are saved in the folder of the log. Rank 0 measures alone, and the others
+    wait for it in their next step. The trainer's checkpoints hold what a resumed run needs.
 
     Args:
-        loader: see :class:`cka_hooks.integrations.TrainingCKA`, as all options.
+        loader: see :class:`cka_hooks.integrations.TrainingCKA`, like all options.
 
     Raises:
         MissingExtraError: on import, Lightning is not installed.
-        ModelError: when training starts: the weights are spread over processes, as with FSDP.
+        ModelError: when training starts, the weights are spread over processes, as with FSDP.
 
     Example:
         >>> import torch
@@ -45,12 +45,12 @@ class CKACallback(TrainingCKA, Callback):  # type: ignore[misc]
 
     @property
     def state_key(self) -> str:
-        """The name of its state in a checkpoint."""
+        """The name of the callback's state in a checkpoint."""
         return f"cka_hooks.{self.name}"
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
-        """The initial weights, after those of a checkpoint were loaded."""
-        # All ranks have to ask.
+        """Measure the initial weights, after those of a checkpoint were loaded."""
+        # All ranks have to check this.
         logs = trainer.log_dir
         if self.folder is None and not trainer.fast_dev_run:
             self.folder = Path(logs or trainer.default_root_dir) / self.name
@@ -60,11 +60,11 @@ class CKACallback(TrainingCKA, Callback):  # type: ignore[misc]
                 self.start(pl_module, trainer.global_step, trainer.precision_plugin.convert_input)
 
     def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, *_: Any) -> None:
-        """After a step, with `every_n_steps`."""
+        """Measure after a step, with `every_n_steps`."""
         self._measure_if_due(trainer, pl_module, None)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: nn.Module) -> None:
-        """After an epoch, without."""
+        """Measure after an epoch, without `every_n_steps`."""
         self._measure_if_due(trainer, pl_module, trainer.current_epoch + 1)
 
     def _measure_if_due(self, trainer: Any, module: nn.Module, epoch: int | None) -> None:
@@ -80,7 +80,7 @@ class CKACallback(TrainingCKA, Callback):  # type: ignore[misc]
 
 
 def _pictures_to(logger: Any, step: int) -> Callable[[str, Any], object] | None:
-    """How a logger takes a figure with its name; None for one that has numbers only."""
+    """A function that logs a figure under a name; None for a logger that takes only numbers."""
     if hasattr(logger, "log_image"):
         return lambda name, figure: logger.log_image(name, [figure], step=step)
     if hasattr(logger.experiment, "add_figure"):

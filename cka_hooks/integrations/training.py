@@ -1,4 +1,4 @@
-"""`TrainingCKA`: how alike the layers of a network in training are to what they were, over a fixed loader."""
+"""`TrainingCKA`: compare the layers of a network in training with what they were, over a fixed loader."""
 
 from __future__ import annotations
 
@@ -31,35 +31,35 @@ from cka_hooks.run.replay import Randomness
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# What results call the network itself, its first weights, and those of the last time.
+# The names in results for the network itself, its initial weights, and those of the previous measurement.
 NOW, INITIAL, PREVIOUS = "now", "initial", "previous"
 
 
 class TrainingCKA:
-    """CKA of a network in training with its initial weights, with the previous time, and with other networks.
+    """CKA of a network in training with its initial weights, with the previous measurement, and with other networks.
 
-    Each time is one pass over the loader in eval mode. Modes, buffers, gradients, random states, and what metrics in
-    the network have added up, are then as before: the network trains to the same weights, to the bit. Kept
-    between two times are centred Gram matrices on the CPU and no copies of weights: about ``samples * minibatch * 4``
-    bytes for each layer, three times over and once for each network.
+    Each measurement is one pass over the loader in eval mode. Modes, buffers, gradients, random states, and what
+    metrics in the network have accumulated are then as before, so the network trains to the same weights, to the bit.
+    Between two measurements, centred Gram matrices are kept on the CPU, and no copies of weights: about ``samples *
+    minibatch * 4`` bytes for each layer, three times, and once more for each other network.
 
     Args:
-        loader: batches that are the same each time, some hundred samples: a `DataLoader` of its own, or a list.
-        layers: which layers, see :func:`cka_hooks.compare`, or a mapping to that from ``now`` and the names of the
-            other networks. Each layer is a curve in the log: choose a few.
-        network: another network to compare with, such as a teacher; or several by name. It is measured once.
-        every_n_epochs: how often, where `every_n_steps` is None.
-        every_n_steps: measure after every so many optimizer steps, and not after epochs.
-        folder: where results are saved; by default a folder `name` in that of the trainer's logs.
-        name: the front of the names in the log.
-        forward: ``(model, batch) -> anything`` where the default call does not fit, or a mapping as `layers`.
-        kernel: see :func:`cka_hooks.compare`, as all further options.
+        loader: batches that are the same each time, a few hundred samples: a separate `DataLoader`, or a list.
+        layers: which layers to compare, see :func:`cka_hooks.compare`, or a mapping to that from ``now`` and the
+            names of the other networks. Each layer is a curve in the log, so choose a few.
+        network: another network to compare with, such as a teacher, or several by name. It is measured once.
+        every_n_epochs: how often to measure if `every_n_steps` is None.
+        every_n_steps: measure after this many optimizer steps, instead of after epochs.
+        folder: where to save results; by default a folder `name` in the folder of the trainer's logs.
+        name: the prefix of the names in the log.
+        forward: ``(model, batch) -> anything`` if the default call does not fit, or a mapping as for `layers`.
+        kernel: see :func:`cka_hooks.compare`, like all further options.
 
     Attributes:
-        result: the last one. Its models are ``now``, ``initial``, ``previous``, and the given networks.
+        result: the latest result. Its models are ``now``, ``initial``, ``previous``, and the given networks.
 
     Raises:
-        OptionError: an option with a value that it cannot have, or a loader that can be iterated only once.
+        OptionError: an option has an invalid value, or the loader can be iterated only once.
 
     Example:
         >>> import torch
@@ -110,7 +110,7 @@ class TrainingCKA:
             "mask": mask,
             "seed": seed,
         }
-        # Refused now, not when the training has begun.
+        # Refuse it now rather than after training has begun.
         Options(**self._options)
         given = (
             {}
@@ -138,16 +138,16 @@ class TrainingCKA:
         self._last: int | None = None
 
     def start(self, model: nn.Module, step: int = 0, prepare: Callable[[Any], Any] | None = None) -> None:
-        """Take the weights as the initial ones, unless :meth:`load_state_dict` has brought those of a resumed run.
+        """Take the weights as the initial ones, unless :meth:`load_state_dict` has restored those of a resumed run.
 
         Args:
-            model: the network as it is before the first step.
-            step: how many steps have been made.
-            prepare: what a batch becomes before the network has it, such as one of another dtype.
+            model: the network before its first step.
+            step: number of steps so far.
+            prepare: converts a batch before the network gets it, for example to another dtype.
 
         Raises:
-            ModelError: its weights are spread over several processes.
-            CKAError: it cannot be measured; see :func:`cka_hooks.compare`.
+            ModelError: the weights are spread over several processes.
+            CKAError: the network cannot be measured; see :func:`cka_hooks.compare`.
         """
         self.refuse_sharded(model)
         self._networks = {name: self._footprint(network, name) for name, network in self._given.items()}
@@ -159,16 +159,16 @@ class TrainingCKA:
                     f"{INITIAL!r} are those of step {step}"
                 )
             self._then = {INITIAL: now, PREVIOUS: now}
-        # Mistakes show now, and not after an epoch.
+        # Show mistakes now and not after an epoch.
         compared({NOW: now, **self._then, **self._networks}, {})
         self._last = step
 
     @staticmethod
     def refuse_sharded(model: nn.Module) -> None:
-        """Refuse a network that one process cannot run alone: say so on all of them, or the others wait.
+        """Refuse a network that one process cannot run alone. Call this on all processes, or the others wait.
 
         Raises:
-            ModelError: its weights are spread over several processes.
+            ModelError: the weights are spread over several processes.
         """
         if is_sharded(model):
             raise ModelError(
@@ -181,8 +181,8 @@ class TrainingCKA:
         """Whether it is time to measure.
 
         Args:
-            step: how many steps have been made.
-            epoch: how many epochs, where one has ended.
+            step: number of steps so far.
+            epoch: number of epochs so far, if one has just ended.
         """
         if not self._then or step == self._last:
             return False
@@ -191,17 +191,17 @@ class TrainingCKA:
         return epoch is not None and epoch % self.every_n_epochs == 0
 
     def measure(self, model: nn.Module, step: int, prepare: Callable[[Any], Any] | None = None) -> CKAResult | None:
-        """One pass over the loader: CKA with the initial weights, the previous time, and the given networks.
+        """Measure over one pass: CKA with the initial weights, the previous measurement, and the given networks.
 
         Training continues whatever happens here: an error becomes a warning.
 
         Args:
             model: the network as it is now.
-            step: how many steps have been made; the name of the saved result, and in its settings.
+            step: number of steps so far. It names the saved result and is in its settings.
             prepare: see :meth:`start`.
 
         Returns:
-            The result, None where there is none. Where a layer is NaN or infinite it has all other layers.
+            The result; None if there is none. If a layer is NaN or infinite, the result has all other layers.
         """
         self._last, self.result = step, None
         try:
@@ -225,7 +225,7 @@ class TrainingCKA:
     def scalars(self) -> dict[str, float]:
         """CKA of each layer with itself at another time, by its name in the log: ``cka/initial/fc``.
 
-        With another network it is that of the layer of the same name; where there is none, the largest of all.
+        With another network, this is the CKA with the layer of the same name; if there is none, the largest one.
         """
         found: dict[str, float] = {}
         for other, block in self._with_others():
@@ -234,14 +234,14 @@ class TrainingCKA:
                 same = f"{other}/{layer}"
                 value = block[row, same] if same in block.columns else float(values.nan_to_num(-math.inf).max())
                 if math.isfinite(value):
-                    # Not every logger takes "relu#2" for a name.
+                    # Not every logger accepts "relu#2" as a name.
                     found[f"{self.name}/{other}/{layer.replace('#', '-')}"] = value
         return found
 
     def log_pictures(self, log: Callable[[str, Figure], object]) -> None:
-        """Hand over the picture of each block of the result, with its name in the log, where matplotlib is installed.
+        """Log the picture of each block of the result under its name, if matplotlib is installed.
 
-        A picture that cannot be drawn or logged is a warning.
+        If a picture cannot be drawn or logged, you get a warning.
         """
         try:
             from matplotlib.figure import Figure
@@ -254,17 +254,17 @@ class TrainingCKA:
             warn(f"no picture in the log: {type(error).__name__}: {error}")
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run needs to be resumed: plain values and float64 tensors; empty before :meth:`start`."""
+        """What a resumed run needs: plain values and float64 tensors; empty before :meth:`start`."""
         if not self._then:
             return {}
         parts = {name: footprint.state_dict() for name, footprint in self._then.items()}
         return {"batches": self._batches.batches(), **parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave.
+        """Restore what :meth:`state_dict` returned.
 
         Raises:
-            OptionError: it is something else.
+            OptionError: this is anything else.
         """
         if state:
             self._then = {name: Footprint.of(state.get(name, {})) for name in (INITIAL, PREVIOUS)}
@@ -288,7 +288,7 @@ class TrainingCKA:
 
 @contextmanager
 def _as_before(model: nn.Module, loader: Any) -> Iterator[None]:
-    """Random states, those of the loader, and what modules keep in attributes are as before afterwards."""
+    """Afterwards, restore random states, those of the loader, and what modules keep in attributes."""
     randomness = Randomness(loader)
     before, snapshot = randomness.state(), Snapshot(model)
     try:
@@ -300,7 +300,7 @@ def _as_before(model: nn.Module, loader: Any) -> Iterator[None]:
 
 
 def missing(package: str, extra: str) -> MissingExtraError:
-    """The error where a trainer's package is not installed."""
+    """The error to raise if a trainer's package is not installed."""
     return MissingExtraError(
         f"cka_hooks.integrations.{extra} needs {package}, which is not installed: pip install 'cka-hooks[{extra}]'"
     )

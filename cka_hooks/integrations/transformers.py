@@ -21,19 +21,19 @@ except ImportError as error:
 
 
 class CKACallback(TrainingCKA, TrainerCallback):  # type: ignore[misc]
-    """CKA of a network with its initial weights, with the previous time, and with other networks.
+    """CKA of a network with its initial weights, with the previous measurement, and with other networks.
 
-    ``trainer.log`` gets a number for each layer, and so do all of `report_to`; TensorBoard and Weights & Biases get a
-    picture of each matrix, too. Results are saved in ``output_dir``. The process of rank 0 measures, on its own, and
-    the others wait for it in their next step. Each ``checkpoint-N`` keeps what a resumed run needs.
+    ``trainer.log`` and everything in `report_to` get a number for each layer. TensorBoard and Weights & Biases also
+    get a picture of each matrix. Results are saved in ``output_dir``. Rank 0 measures alone, and the others wait for
+    it in their next step. Each ``checkpoint-N`` holds what a resumed run needs.
 
     Args:
-        trainer: the trainer whose log it writes to; give it the callback afterwards.
-        loader: see :class:`cka_hooks.integrations.TrainingCKA`, as all options.
+        trainer: the trainer whose log to write to. Add the callback to it afterwards.
+        loader: see :class:`cka_hooks.integrations.TrainingCKA`, like all options.
 
     Raises:
         MissingExtraError: on import, transformers is not installed.
-        ModelError: when training starts: the weights are spread over processes, as with FSDP.
+        ModelError: when training starts, the weights are spread over processes, as with FSDP.
 
     Example:
         >>> from cka_hooks.integrations.transformers import CKACallback
@@ -47,7 +47,7 @@ class CKACallback(TrainingCKA, TrainerCallback):  # type: ignore[misc]
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """The initial weights, after those of a checkpoint were loaded."""
+        """Measure the initial weights, after those of a checkpoint were loaded."""
         if self.folder is None:
             self.folder = Path(args.output_dir) / self.name
         self.refuse_sharded(model)
@@ -57,15 +57,15 @@ class CKACallback(TrainingCKA, TrainerCallback):  # type: ignore[misc]
             self.start(model, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """After a step, with `every_n_steps`."""
+        """Measure after a step, with `every_n_steps`."""
         self._measure_if_due(state, control, model, None)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """After an epoch, without."""
+        """Measure after an epoch, without `every_n_steps`."""
         self._measure_if_due(state, control, model, round(state.epoch))
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Into the trainer's checkpoint."""
+        """Save the state in the trainer's checkpoint."""
         if (path := self._path(args, state)).parent.is_dir() and state.is_world_process_zero:
             checkpoint_file.write(path, {"settings": {}, "training": self.state_dict()})
 
@@ -77,7 +77,7 @@ class CKACallback(TrainingCKA, TrainerCallback):  # type: ignore[misc]
         if not (state.is_world_process_zero and self.due(step, epoch)):
             return
         self.measure(model, step)
-        # What it is about to log itself would be taken for logged.
+        # The trainer would otherwise take what it is about to log as already logged.
         should_log = control.should_log
         self._trainer.log(self.scalars())
         control.should_log = should_log
@@ -90,7 +90,7 @@ def _to_tensorboard(writer: Any, step: int, name: str, figure: Any) -> None:
 
 
 def _takers_of_pictures(trainer: Any, step: int) -> Iterator[Callable[[str, Any], object]]:
-    """How TensorBoard and Weights & Biases take a figure with its name, where the trainer reports to them."""
+    """Functions of TensorBoard and Weights & Biases that log a figure, if the trainer reports to them."""
     for callback in trainer.callback_handler.callbacks:
         if (writer := getattr(callback, "tb_writer", None)) is not None:
             yield partial(_to_tensorboard, writer, step)
