@@ -32,7 +32,7 @@ def as_features(value: Any, name: str, *, counts: bool = False) -> Tensor:
         >>> as_features(numpy.ones((4, 2), ">f4"), "x").dtype
         torch.float32
     """
-    tensor = value if isinstance(value, Tensor) else _of_array(value, name, counts)
+    tensor = value if isinstance(value, Tensor) else _of_array(value, name)
     if tensor.layout is not torch.strided or tensor.is_nested:
         raise OptionError(f"{name} is {tensor.layout}: expected a dense tensor (n, ...); .to_dense() may make one")
     if counts and not (tensor.is_floating_point() or tensor.is_complex()):
@@ -46,7 +46,7 @@ def as_features(value: Any, name: str, *, counts: bool = False) -> Tensor:
     return tensor
 
 
-def _of_array(value: Any, name: str, counts: bool) -> Tensor:
+def _of_array(value: Any, name: str) -> Tensor:
     interfaces = ("__cuda_array_interface__", "__dlpack__", "__array__", "__array_interface__")
     if isinstance(value, type) or not any(hasattr(value, interface) for interface in interfaces):
         raise OptionError(
@@ -61,14 +61,12 @@ def _of_array(value: Any, name: str, counts: bool) -> Tensor:
         if not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__"):
             return dlpack.from_dlpack(value)
         array = np.asarray(value)
-        if counts and array.dtype.kind in "iu":
-            array = array.astype(f"f{4 if array.dtype.itemsize <= 2 else 8}")
-        if array.dtype.kind == "f":
+        if array.dtype.kind in "iuf":
             # PyTorch takes neither another order of bytes, nor strides below 0, nor more than 8 bytes. It warns where
             # it may not write.
             plain = array.flags.writeable and array.flags.aligned and min(array.strides, default=0) >= 0
             size = min(array.dtype.itemsize, 8)
-            array = array.astype(f"f{size}", copy=not plain)
+            array = array.astype(f"{array.dtype.kind}{size}", copy=not plain)
         return torch.from_numpy(array)
     except (TypeError, ValueError, RuntimeError, BufferError) as error:
         raise OptionError(

@@ -11,6 +11,15 @@ from typing import Any
 from cka_hooks.errors import OptionError
 from cka_hooks.hsic import MIN_SAMPLES
 
+# Whole numbers with the least that they can be, and numbers above 0 with what they are.
+_OF_SAMPLES = ("positions", "minibatch", "join_batches", "max_samples")
+_WHOLE = {**dict.fromkeys(_OF_SAMPLES, MIN_SAMPLES), "seed": 0, "epochs": 1}
+_ABOVE_ZERO = {
+    "bandwidth": "a multiple of the median distance",
+    "sigma": "in the units of the features",
+    "tolerance": "a standard error",
+}
+
 
 @dataclass(frozen=True)
 class Options:
@@ -45,10 +54,9 @@ class Options:
     epochs: int = 1
 
     def __post_init__(self) -> None:
-        if not isinstance(self.estimator, str) or self.estimator not in ("unbiased", "biased"):
-            raise OptionError(f"estimator={self.estimator!r} is not known: use 'unbiased' or 'biased'")
-        if not isinstance(self.per, str) or self.per not in ("sample", "position"):
-            raise OptionError(f"per={self.per!r} is not known: use 'sample' or 'position'")
+        for name, words in {"estimator": ("unbiased", "biased"), "per": ("sample", "position")}.items():
+            if not isinstance(word := getattr(self, name), str) or word not in words:
+                raise OptionError(f"{name}={word!r} is not known: use {words[0]!r} or {words[1]!r}")
         if self.per == "position":
             for name in ("minibatch", "join_batches"):
                 if getattr(self, name) is not None:
@@ -58,20 +66,11 @@ class Options:
                     )
         elif self.positions is not None:
             raise OptionError(f'positions={self.positions!r} is for per="position": say that, too, or leave it out')
-        plain = {
-            "positions": whole("positions", self.positions, MIN_SAMPLES),
-            "minibatch": whole("minibatch", self.minibatch, MIN_SAMPLES),
-            "join_batches": whole("join_batches", self.join_batches, MIN_SAMPLES),
-            "seed": whole("seed", self.seed, 0),
-            "max_samples": whole("max_samples", self.max_samples, MIN_SAMPLES),
-            "epochs": whole("epochs", self.epochs, 1),
-            "bandwidth": above_zero("bandwidth", self.bandwidth, "a multiple of the median distance"),
-            "sigma": above_zero("sigma", self.sigma, "in the units of the features"),
-            "tolerance": above_zero("tolerance", self.tolerance, "a standard error"),
-            "keep_minibatches": bool(self.keep_minibatches),
-        }
-        for name, value in plain.items():
-            object.__setattr__(self, name, value)
+        for name, least in _WHOLE.items():
+            object.__setattr__(self, name, whole(name, getattr(self, name), least))
+        for name, what in _ABOVE_ZERO.items():
+            object.__setattr__(self, name, above_zero(name, getattr(self, name), what))
+        object.__setattr__(self, "keep_minibatches", bool(self.keep_minibatches))
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Options:

@@ -39,8 +39,15 @@ def exactly(device: torch.device, function: Callable[P, T], *args: P.args, **kwa
         lowered = switch.get() not in _EXACT
         if autocast or lowered:
             before = _own(switch) if lowered else ""
-            # Functions of C only: between them Ctrl-C is caught by the `try` it falls into. Python 3.10 looks for it
-            # before every call, so that it may come before the first function that puts a switch back: hence twice.
+
+            def put_back() -> None:
+                if autocast:
+                    torch.set_autocast_enabled(kind, True)
+                if lowered:
+                    switch.set(before)
+
+            # Between functions of C, Ctrl-C is caught by the `try` it falls into. It may also come in the first
+            # instant of a function of Python, before this one has put a switch back: hence twice.
             try:
                 if lowered:
                     switch.set(switch.exact)
@@ -49,15 +56,9 @@ def exactly(device: torch.device, function: Callable[P, T], *args: P.args, **kwa
                 return function(*args, **kwargs)
             finally:
                 try:
-                    if autocast:
-                        torch.set_autocast_enabled(kind, True)
-                    if lowered:
-                        switch.set(before)
+                    put_back()
                 finally:
-                    if autocast:
-                        torch.set_autocast_enabled(kind, True)
-                    if lowered:
-                        switch.set(before)
+                    put_back()
     return function(*args, **kwargs)
 
 

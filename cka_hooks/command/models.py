@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import pickle
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -165,11 +165,11 @@ def _hf(name: str, weights: str | None) -> LoadedModel:
     size = getattr(model.config, "image_size", None)
     if not isinstance(size, int):
         return LoadedModel(short, model)
-    return LoadedModel(short, model, _hf_transform(name), (getattr(model.config, "num_channels", 3), size, size))
+    shape = getattr(model.config, "num_channels", 3), size, size
+    return LoadedModel(short, model, _hf_transform(transformers, name), shape)
 
 
-def _hf_transform(name: str) -> Transform | None:
-    transformers: Any = importlib.import_module("transformers")
+def _hf_transform(transformers: Any, name: str) -> Transform | None:
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError, ImportError):
@@ -178,11 +178,7 @@ def _hf_transform(name: str) -> Transform | None:
 
 
 # Takes a name, and the name of weights: "none" for random ones, None for the usual ones.
-_BUILDERS: dict[str, Callable[[str, str | None], LoadedModel]] = {
-    "torchvision": _torchvision,
-    "timm": _timm,
-    "hf": _hf,
-}
+_BUILDERS = {"torchvision": _torchvision, "timm": _timm, "hf": _hf}
 
 
 def device_of(name: str) -> torch.device:
@@ -295,15 +291,14 @@ def _imported(path: Path) -> ModuleType:
     name = f"cka_hooks_file_{resolved.stem}_{abs(hash(str(resolved)))}"
     if name in sys.modules:
         return sys.modules[name]
-    found = importlib.util.spec_from_file_location(name, resolved)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
+    loader = SourceFileLoader(name, str(resolved))
+    module = ModuleType(name)
+    module.__file__ = str(resolved)
     if str(resolved.parent) not in sys.path:
         sys.path.insert(0, str(resolved.parent))
     sys.modules[name] = module
     try:
-        found.loader.exec_module(module)
+        loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise

@@ -34,18 +34,12 @@ def seed(text: str) -> int:
 
 def positive(text: str) -> float:
     """A finite number above 0."""
-    number = _real(text)
-    if not 0 < number < math.inf:
-        raise ArgumentTypeError(f"expected a number above 0, got {text}")
-    return number
+    return _between_0_and(math.inf, text, "above 0")
 
 
 def probability(text: str) -> float:
     """A number between 0 and 1."""
-    number = _real(text)
-    if not 0 < number < 1:
-        raise ArgumentTypeError(f"expected a number between 0 and 1, got {text}")
-    return number
+    return _between_0_and(1, text, "between 0 and 1")
 
 
 def shape(text: str) -> tuple[int, ...]:
@@ -66,8 +60,11 @@ def _whole(text: str, least: int, alternative: str = "") -> int:
     return number
 
 
-def _real(text: str) -> float:
+def _between_0_and(most: float, text: str, where: str) -> float:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
-        raise ArgumentTypeError(f"expected a number, got {text:.40}") from None
+        number = math.nan
+    if not 0 < number < most:
+        raise ArgumentTypeError(f"expected a number {where}, got {text:.40}")
+    return number
