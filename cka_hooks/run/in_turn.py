@@ -79,7 +79,7 @@ def added_up_in_turn(
         del model, comparison, loop
     batches = (dict(zip(steps, parts, strict=True)) for parts in zip_longest(*steps.values()))
     state = State.joined(states, batches, keep=options.keep_minibatches)
-    return state if ranks is None else ranks.meet(state, stage=DONE)[0], types, settings
+    return state if ranks is None else ranks.meet(state, phase=DONE)[0], types, settings
 
 
 def _kept_on_cpu(steps: list[Step | None]) -> Callable[[Step | None], None]:

@@ -157,7 +157,7 @@ class Loop:
             self._bar.update(self._batch(batch, left))
             self._keeper.save_if_due(self._state)
             if self._ranks is not None and self._ranks.called():
-                self._ranks.meet(self._comparison.state, stage=LOOKING)
+                self._ranks.meet(self._comparison.state, phase=LOOKING)
             if self._share is not None and self._seen >= self._share:
                 break
             if epoch == 0 and self._look_is_due() and self._meet(LOOKING):
@@ -200,18 +200,18 @@ class Loop:
         self._next_look = int(minibatches * LOOK_RATIO) + 1
         return True
 
-    def _meet(self, stage: int) -> bool:
-        """Look at the standard errors together with all other ranks, and wait until these are as far as `stage`.
+    def _meet(self, phase: int) -> bool:
+        """Look at the standard errors together with all other ranks, and wait until these are as far as `phase`.
 
         Returns whether small standard errors end the run. All ranks see the same sums, so all return the same. This
         is the only place in the loop that waits for the device.
         """
         tolerance = self._options.tolerance
         while True:
-            own, lowest = self._comparison.state, stage
+            own, lowest = self._comparison.state, phase
             self._total = own
             if self._ranks is not None:
-                self._total, lowest = self._ranks.meet(own, stage=stage)
+                self._total, lowest = self._ranks.meet(own, phase=phase)
             if tolerance is not None and lowest == LOOKING:
                 largest = largest_stderr(self._total)
                 self._bar.set_postfix_str(f"largest stderr {largest:.2g}")
@@ -220,7 +220,7 @@ class Loop:
                         f"every standard error was below {tolerance} after {self._total.samples} samples"
                     )
                     return True
-            if lowest >= stage:
+            if lowest >= phase:
                 return False
 
     def _state(self) -> dict[str, Any]:

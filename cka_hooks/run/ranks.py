@@ -129,13 +129,13 @@ class Ranks:
                         f"{value!r:.200} on rank {rank}"
                     )
 
-    def meet(self, state: State, *, stage: int) -> tuple[State, int]:
-        """The state of all ranks together, and the lowest `stage` that any rank has reached.
+    def meet(self, state: State, *, phase: int) -> tuple[State, int]:
+        """The state of all ranks together, and the lowest `phase` that any rank has reached.
 
         Raises:
             RankError: a rank failed or does not answer.
         """
-        lowest = min(its["stage"] for its in self.exchange({"stage": stage}))
+        lowest = min(its["phase"] for its in self.exchange({"phase": phase}))
         return reduced(state, self.group), lowest
 
     def fail(self, error: BaseException) -> None:
