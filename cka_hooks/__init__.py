@@ -1,4 +1,4 @@
-"""Which layers of PyTorch models represent the data alike: centered kernel alignment by forward hooks.
+"""Find out which layers of PyTorch models represent the data alike: centered kernel alignment by forward hooks.
 
 compare            a model (or several), a loader -> CKAResult
 CKAResult          the matrix with its standard errors; save, load, plot
@@ -40,7 +40,7 @@ from cka_hooks.similarity.tensors import cka, cka_matrix
 
 __version__ = "0.1.0"
 
-# Silent unless its user says otherwise: logging.getLogger("cka_hooks").setLevel(logging.INFO) and a handler.
+# Silent unless you ask for it: logging.getLogger("cka_hooks").setLevel(logging.INFO) and a handler.
 logging.getLogger("cka_hooks").addHandler(logging.NullHandler())
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Arrays of any package as tensors: the one place where features that somebody brings are taken in."""
+"""Convert arrays of any package to tensors: the one place that takes features from outside."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from torch.utils import dlpack
 
 from cka_hooks.errors import OptionError
 
-# And whatever else has one of the array interfaces: CuPy, JAX, pandas, h5py, zarr.
+# And everything else with an array interface: CuPy, JAX, pandas, h5py, zarr.
 Features: TypeAlias = Tensor | npt.NDArray[Any]
 
 
 def as_features(value: Any, name: str, *, counts: bool = False) -> Tensor:
-    """The tensor (n, ...) of floating-point numbers that a tensor or an array is, of the same memory where possible.
+    """Convert a tensor or an array to a tensor (n, ...) of floating-point numbers, sharing memory if possible.
 
     Args:
-        value: a tensor, or what has ``__dlpack__``, ``__array__`` or ``__cuda_array_interface__``.
-        name: what an error calls it.
-        counts: take whole numbers, too, as float32 where that is exact for all of their dtype, else as float64.
+        value: a tensor, or an object with ``__dlpack__``, ``__array__`` or ``__cuda_array_interface__``.
+        name: what to call it in an error.
+        counts: whether to accept whole numbers, too, as float32 if that is exact for all of their dtype, else as
+            float64.
 
     Raises:
-        OptionError: it is neither, has other numbers or no dimension, or masked entries.
+        OptionError: this is neither, it has other numbers or no dimension, or it has masked entries.
 
     Example:
         >>> import numpy
@@ -62,8 +63,8 @@ def _of_array(value: Any, name: str) -> Tensor:
             return dlpack.from_dlpack(value)
         array = np.asarray(value)
         if array.dtype.kind in "iuf":
-            # PyTorch takes neither another order of bytes, nor strides below 0, nor more than 8 bytes. It warns where
-            # it may not write.
+            # PyTorch does not accept another byte order, negative strides, or numbers of more than 8 bytes. It warns
+            # about memory that it may not write to.
             plain = array.flags.writeable and array.flags.aligned and min(array.strides, default=0) >= 0
             size = min(array.dtype.itemsize, 8)
             array = array.astype(f"{array.dtype.kind}{size}", copy=not plain)

@@ -1,4 +1,4 @@
-"""`compare`: models and a loader in, a result out, by a loop over a `Comparison`."""
+"""`compare`: take models and a loader, return a result, by looping over a `Comparison`."""
 
 from __future__ import annotations
 
@@ -66,73 +66,76 @@ def compare(
 ) -> CKAResult:
     """CKA of every pair of layers of one or several models, in one pass over a loader.
 
-    The models run in eval mode, without gradients, on the device they are on. Afterwards they and torch's
-    random state are as they were, whether the run ended, raised or was interrupted.
+    The models run in eval mode, without gradients, on the device they are on. Afterwards they and torch's random
+    state are as they were, whether the run ended, raised or was interrupted.
 
     Args:
-        model: one model, or a mapping from names to models, whose layers are then ``name/layer``. An entry may be
-            a function that builds a model: see below. Or it is features that somebody else computed: an array of N
-            rows in the order of the loader, a mapping from layer to such arrays, or :class:`Precomputed`.
+        model: one model, or a mapping from names to models, whose layers are then ``name/layer``. An entry may also
+            be a function that builds a model (see below), or features that somebody else computed: an array of N rows
+            in the order of the loader, a mapping from layer to such arrays, or :class:`Precomputed`.
         loader: yields ``(input, target)`` pairs, tensors, or dicts of keyword arguments; see
-            :func:`cka_hooks.recording.batches.arguments`. Shuffle it where classes are stored in order.
-        layers: which layers, see :func:`cka_hooks.recording.layers.select_layers`; or a mapping from model name to
-            that.
-        kernel: see :class:`CKAAccumulator`, as `bandwidth`, `sigma`, `estimator`, `minibatch`, `seed` and
+            :func:`cka_hooks.recording.batches.arguments`. Shuffle it if classes are stored in order.
+        layers: which layers to compare, see :func:`cka_hooks.recording.layers.select_layers`; or a mapping from model
+            name to that.
+        kernel: see :class:`CKAAccumulator`, like `bandwidth`, `sigma`, `estimator`, `minibatch`, `seed` and
             `keep_minibatches`.
-        features: see :class:`LayerRecorder`, as `batch_dim`, `channel_dim` and `mask`.
-        forward: ``(model, batch) -> anything`` where the default call does not fit, or a mapping from model
-            name to that: two names for one model with different `forward` compare two views of the data.
-        sample_ids: which identifiers the samples of a batch have: a key of the batch (the position, where it is a
-            tuple), or a function of it that returns them. They find the rows of :class:`Precomputed` features in a
-            loader that shuffles. The entry of a mapping is not passed to models, unless `forward` calls them.
-        join_batches: join the features of consecutive batches to minibatches of this many samples, where the loader's
-            batches are small: images of different sizes come one at a time. Layers need as many features in each of
-            them, as with ``features="mean"``. The last minibatch of a pass may be smaller.
-        per: "sample", or "position" to compare tokens or pixels: each one that is no padding is a sample. Layers with
-            other positions than the first are left out, with the reason, and so are those without any. Each batch is
-            one minibatch, so that it holds whole inputs: positions of one input depend on one another, and there are
-            no p-values. A `features` callable gets what the layer returned, and may return any number of rows, the
-            same for all layers: nodes of graphs, boxes.
-        positions: with ``per="position"``, draw so many of each batch at random by `seed`, the same ones for all
-            layers. A Gram matrix of all 8192 tokens of a batch takes half a gigabyte for each layer.
-        tolerance: end the run once every standard error off the diagonal is below it. Looked at first after
-            30 minibatches, then at geometric intervals.
+        features: see :class:`LayerRecorder`, like `batch_dim`, `channel_dim` and `mask`.
+        forward: ``(model, batch) -> anything`` if the default call does not fit, or a mapping from model name to such
+            a function. Two names for one model with different `forward` compare two views of the data.
+        sample_ids: where to find the identifiers of the samples of a batch: a key of the batch (the position, if it
+            is a tuple), or a function of the batch that returns them. With them, rows of :class:`Precomputed`
+            features are found even if the loader shuffles. An entry of a mapping is not passed to models, unless you
+            pass `forward`.
+        join_batches: join the features of consecutive batches to minibatches of this many samples, if the loader's
+            batches are small, for example because images of different sizes come one at a time. Layers must have the
+            same number of features in each batch, as with ``features="mean"``. The last minibatch of a pass may be
+            smaller.
+        per: "sample", or "position" to compare tokens or pixels. Each position that is not padding is then a sample.
+            Layers with other positions than the first one, or with none, are left out, with the reason. Each batch is
+            one minibatch, so that it holds whole inputs: positions of one input depend on each other, and there are
+            no p-values. A `features` callable gets the layer's output and may return any number of rows, the same for
+            all layers: nodes of graphs, boxes.
+        positions: with ``per="position"``, how many positions of each batch to draw at random with `seed`, the same
+            for all layers. A Gram matrix of all 8192 tokens of a batch takes half a gigabyte for each layer.
+        tolerance: end the run once every standard error off the diagonal is below this. The first look is after 30
+            minibatches, the next ones at geometric intervals.
         max_samples: end the run after this many samples of the loader.
-        epochs: passes over the loader. Later passes of a shuffled loader are other minibatches of the same
-            samples: standard errors stay those of one pass, and `tolerance` looks at one pass's worth.
-        checkpoint: a file in which the run is kept, every `checkpoint_every` seconds and when an error or
-            Ctrl-C ends it. The same call continues from there, and returns the result at once after the end.
-            Several ranks keep a file each, ``NAME.rank0-of-2`` and so on.
-        distributed: None: share the work with the initialised process group, if there is one. Every rank calls
-            `compare` with its shard of the data and gets the same result. False: this rank runs alone; a call
-            that only one rank makes needs it, since it would wait for the others without end.
-        group: the process group to share with. Ranks that hold the same samples (tensor parallel) must not be in
-            one group: name the data-parallel one, or their samples count twice.
-        progress: show a progress bar on stderr.
+        epochs: number of passes over the loader. Later passes of a shuffled loader are other minibatches of the same
+            samples. Standard errors stay those of one pass, and `tolerance` looks at one pass's worth.
+        checkpoint: a file to keep the run in, every `checkpoint_every` seconds and when an error or Ctrl-C ends the
+            run. The same call continues from there, and after the end it returns the result at once. Each rank keeps
+            its own file, ``NAME.rank0-of-2`` and so on.
+        distributed: None shares the work with the initialised process group, if there is one. Every rank calls
+            `compare` with its shard of the data and gets the same result. False runs this rank alone. Pass False if
+            only one rank makes the call, since it would otherwise wait for the others forever.
+        group: the process group to share with. Ranks that hold the same samples (tensor parallel) must not be in one
+            group, or their samples count twice: pass the data-parallel group.
+        progress: whether to show a progress bar on stderr.
 
-    Functions in the mapping are called one after another. Each model goes over the whole loader alone and is
-    freed before the next is built, so that twenty checkpoints of a network need the memory of one of them and
-    about ``samples * (minibatch - 1) / 2 * 8`` bytes for each layer of each model: its centred Gram matrices. All
-    pairs are compared at the end. The loader has to bring the same batches each time, which is checked. An entry
-    of `layers` has to match in each of these models; `tolerance` and `checkpoint` need all models at once.
+    Functions in the mapping are called one after another. Each model goes over the whole loader alone and is freed
+    before the next one is built. So twenty checkpoints of a network need the memory of one of them, plus about
+    ``samples * (minibatch - 1) / 2 * 8`` bytes for each layer of each model: its centred Gram matrices. All pairs are
+    compared at the end. The loader has to bring the same batches each time, which is checked. An entry of `layers`
+    has to match in each of these models. `tolerance` and `checkpoint` need all models at once.
 
-    Samples that a ``DistributedSampler`` repeats so that all ranks have equally many are left out. Positions of
-    samples and numbers of minibatches count rank after rank: those of rank 1 follow those of rank 0.
+    Samples that a ``DistributedSampler`` repeats to give all ranks the same number are left out. Positions of samples
+    and numbers of minibatches count rank after rank: those of rank 1 follow those of rank 0.
 
     Returns:
-        The matrix with standard errors and all that was left out.
+        The matrix with standard errors, and everything that was left out.
 
     Raises:
-        LayerError: an entry of `layers` that matches nothing, before any forward pass; or nothing ran.
-        ModelError: a model that hooks cannot see into.
-        OptionError: an option with a value it cannot have.
-        BatchError: a model that cannot be called with a batch.
-        SampleCountError: two models, or two layers, with different numbers of samples; features that you bring with
-            another number of rows than the loader has samples, or without a row for one of them.
-        TooFewSamplesError: an empty loader, or only batches of fewer than 4 samples, after the first of them.
-        NonFiniteError: NaN or infinity in a layer; `.partial` is the result of all others.
-        OutOfMemoryError: in a layer, also in smaller pieces.
-        CheckpointError: the file at `checkpoint` is damaged, or of a run with another model or other options.
+        LayerError: an entry of `layers` matches nothing (before any forward pass), or nothing ran.
+        ModelError: hooks cannot see into a model.
+        OptionError: an option has an invalid value.
+        BatchError: a model cannot be called with a batch.
+        SampleCountError: two models, or two layers, have different numbers of samples; or precomputed features have
+            another number of rows than the loader has samples, or no row for one of them.
+        TooFewSamplesError: the loader is empty, or all batches have fewer than 4 samples. This is raised after the
+            first one.
+        NonFiniteError: a layer has NaN or infinity. `.partial` has the result of all others.
+        OutOfMemoryError: memory does not suffice for a layer, even in smaller pieces.
+        CheckpointError: the file at `checkpoint` is damaged, or belongs to a run with another model or other options.
         RankError: another rank failed, was stopped, or does not answer.
 
     Example:
@@ -186,7 +189,7 @@ def _together(
     checkpoint_every: float,
     progress: bool,
 ) -> tuple[State, dict[str, str], dict[str, Any]]:
-    """Each batch through every model before the next batch."""
+    """Run each batch through every model before the next batch."""
     comparison = Comparison.of(models, options)
     comparison.check(loader)
     if checkpoint is not None and any(is_sharded(model) for model in comparison.models.values()):

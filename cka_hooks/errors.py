@@ -1,7 +1,7 @@
 """Every exception and warning of the package. Messages say what was found, what was expected, what to do.
 
-All errors derive from :class:`CKAError`, so ``except cka_hooks.CKAError`` catches what this package
-raises on purpose and nothing else.
+All errors derive from :class:`CKAError`, so ``except cka_hooks.CKAError`` catches what this package raises on purpose
+and nothing else.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ class TooFewSamplesError(CKAError, ValueError):
 
 
 class OptionError(CKAError, ValueError):
-    """An option whose value is not one of those it can have."""
+    """An option with an invalid value."""
 
 
 class NonFiniteError(CKAError, ArithmeticError):
     """NaN or infinity in an activation.
 
     Attributes:
-        layers: layer label -> 0-based number of the first minibatch in which it was not finite.
-        partial: the result of every other layer over all minibatches, or None where nothing is left.
+        layers: for each label, the 0-based number of the first minibatch in which it was not finite.
+        partial: the result of all other layers over all minibatches, or None if nothing is left.
     """
 
     def __init__(self, message: str, layers: dict[str, int], partial: CKAResult | None) -> None:
@@ -57,12 +57,12 @@ class NonFiniteError(CKAError, ArithmeticError):
         self.partial = partial
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # By default unpickling passes the message alone, which fails, and hangs a multiprocessing.Pool.
+        # By default, unpickling passes the message alone, which fails, and hangs a multiprocessing.Pool.
         return type(self), (*self.args, self.layers, self.partial), self.__dict__
 
 
 class OutOfMemoryError(CKAError, MemoryError):
-    """The device ran out of memory inside a hook, also after retrying in smaller pieces."""
+    """The device ran out of memory inside a hook, even after a retry in smaller pieces."""
 
 
 class ResultFileError(CKAError, ValueError):
@@ -82,15 +82,15 @@ class MissingExtraError(CKAError, ImportError):
 
 
 def imported(module: str, sentence: str, install: str) -> Any:
-    """A module of a package that is optional.
+    """Import a module of an optional package.
 
     Args:
-        module: its name.
+        module: name of the module.
         sentence: what needs the package.
-        install: what ``pip install`` takes.
+        install: the argument for ``pip install``.
 
     Raises:
-        MissingExtraError: it is not installed.
+        MissingExtraError: the package is not installed.
     """
     try:
         return importlib.import_module(module)
@@ -99,17 +99,18 @@ def imported(module: str, sentence: str, install: str) -> Any:
 
 
 class CKAWarning(UserWarning):
-    """Category of every warning of this package: filter it to silence or to raise."""
+    """Category of every warning of this package. Filter it to silence warnings, or to raise them."""
 
 
-# What may lie between a user's line and this package.
+# Code that may be between a user's line and this package.
 _BETWEEN = frozenset({"torch", "lightning", "pytorch_lightning", "transformers", "accelerate"})
 
 
 def warn(message: str) -> None:
-    """Warn with :class:`CKAWarning`, pointing at the user's line: the one that called this package.
+    """Warn with :class:`CKAWarning`, pointing at the line in the user's code that called this package.
 
-    From a hook or a callback it is the line of the user's own code that led to it, not one of PyTorch or a trainer.
+    In a hook or a callback, this is the line of the user's own code that led to it, not one of PyTorch or of a
+    trainer.
     """
     frame, level, levels = sys._getframe(1), 2, []
     while frame is not None:

@@ -1,7 +1,7 @@
-"""One activation to one feature matrix: the samples in front, all else a row of features.
+"""Turn an activation into a feature matrix: samples in front, everything else a row of features.
 
-A feature matrix is a view ``(n, P, C)`` wherever strides allow it: flattening in the order in which the
-numbers lie in memory copies nothing, and a Gram matrix does not depend on the order of features.
+A feature matrix is a view ``(n, P, C)`` wherever strides allow it. Flattening in memory order copies nothing, and a
+Gram matrix does not depend on the order of features.
 """
 
 from __future__ import annotations
@@ -47,24 +47,24 @@ def feature_rows(
     masks: Sequence[tuple[Tensor, Sequence[int]]] = (),
     channels: Layout | int | None = None,
 ) -> Tensor:
-    """The features of an activation as (n, P, C), P * C features a sample, a view where that is possible.
+    """The features of an activation as (n, P, C), P * C features per sample, a view if possible.
 
     Args:
         activation: any floating-point tensor with the samples in dimension `batch_dim`.
-        features: "flatten" keeps every number; "mean" averages over positions (all dimensions but samples
-            and channels); "token" takes position 0, "token:k" position k, "last" the last position that is
-            not padding; a callable maps (n, ...) to (n, d).
-        batch_dim: where the samples are.
-        mask: (n, T), nonzero where position t of a sample is data and not padding.
-            It speaks of every dimension of that size.
-        masks: further masks, each with the numbers of the dimensions that it speaks of.
-        channels: where the channels of more than two dimensions are: "first" (n, C, ...), "last" (n, ..., C), or the
-            number of a dimension. None: last for three dimensions (tokens), else first (images).
+        features: "flatten" keeps every number. "mean" averages over positions (all dimensions but samples and
+            channels). "token" takes position 0, "token:k" position k, "last" the last position that is not padding. A
+            callable maps (n, ...) to (n, d).
+        batch_dim: the dimension with the samples.
+        mask: (n, T), nonzero where position t of a sample is data and not padding. It applies to every dimension of
+            that size.
+        masks: further masks, each with the dimensions that it applies to.
+        channels: where the channels are, with more than two dimensions: "first" (n, C, ...), "last" (n, ..., C), or
+            the number of a dimension. None: last for three dimensions (tokens), else first (images).
 
     Raises:
-        OptionError: `features` needs positions the activation does not have, or is not a reduction; `channels` is the
-            dimension with the samples, or none.
-        BatchError: a callable that does not keep the samples.
+        OptionError: `features` needs positions that the activation does not have, or is not a reduction; or
+            `channels` is the dimension with the samples, or does not exist.
+        BatchError: a callable does not keep the samples.
     """
     moved = activation if batch_dim == 0 else activation.movedim(batch_dim, 0)
     if features == "flatten":
@@ -105,9 +105,9 @@ def tokens_of(
     masks: Sequence[tuple[Tensor, Sequence[int]]] = (),
     channels: Layout | int | None = None,
 ) -> tuple[Tensor, list[tuple[Tensor, list[int]]]]:
-    """An activation as (n, *positions, C), a view, with the dimensions of that of which each mask speaks.
+    """An activation as (n, *positions, C), a view, with the dimensions of it that each mask applies to.
 
-    Args: see :func:`feature_rows`. With less than three dimensions there are no positions.
+    Args: see :func:`feature_rows`. With fewer than three dimensions there are no positions.
     """
     rank = activation.ndim
     if rank < 3:
@@ -134,7 +134,8 @@ def _channel_dim(channels: Layout | int | None, activation: Tensor, batch_dim: i
 def kept_of(tokens: Tensor, masks: Sequence[tuple[Tensor, Sequence[int]]]) -> Tensor | None:
     """Which of the positions (n, *positions) are data: (n, T) masks, each along some dimensions of T positions.
 
-    Attention scores (n, heads, T, T) have two of them. None where the activation has other positions than the masks.
+    Attention scores (n, heads, T, T) have two such dimensions. None if the activation has other positions than the
+    masks.
     """
     kept = None
     for mask, dims in masks:
@@ -149,7 +150,7 @@ def kept_of(tokens: Tensor, masks: Sequence[tuple[Tensor, Sequence[int]]]) -> Te
 
 
 def _mean(tokens: Tensor, kept: Tensor | None) -> Tensor:
-    """The average over positions, of half-precision numbers taken in float32."""
+    """The average over positions, in float32 for half-precision numbers."""
     wide = tokens if tokens.dtype is torch.float64 else tokens.float()
     positions = tuple(range(1, wide.ndim - 1))
     if kept is None:
@@ -161,7 +162,7 @@ def _mean(tokens: Tensor, kept: Tensor | None) -> Tensor:
 
 
 def _last(tokens: Tensor, kept: Tensor | None) -> Tensor:
-    """The last position, the last one that is kept where some are not."""
+    """The last position; if some are padding, the last one that is kept."""
     positions = tokens.flatten(1, -2)
     if kept is None:
         return positions[:, -1].unsqueeze(1)
@@ -171,18 +172,18 @@ def _last(tokens: Tensor, kept: Tensor | None) -> Tensor:
 
 
 def memory_order(activation: Tensor) -> Tensor:
-    """(n, ...) as (n, P, C) without a copy where strides allow it, features in the order they lie in memory.
+    """(n, ...) as (n, P, C), without a copy if strides allow it, with features in memory order.
 
-    Channels-last images and tokens whose batch is dimension 1 are read as they are.
+    Channels-last images, and tokens with the batch in dimension 1, are read as they are.
     """
     if activation.ndim == 1:
         return activation[:, None, None]
-    # An expanded dimension repeats its numbers: they are features all the same, and reshape copies them.
+    # An expanded dimension repeats its numbers. They are features all the same, and reshape copies them.
     strides_of = activation.stride()
     order = sorted(range(1, activation.ndim), key=lambda dim: -strides_of[dim])
     ordered = activation.permute(0, *order)
     sizes, strides = ordered.shape[1:], ordered.stride()[1:]
-    # Innermost dimensions that lie one behind the other are one run of C numbers.
+    # Innermost dimensions that follow each other in memory are one run of C numbers.
     run, start = 1, len(sizes)
     while start > 0 and (sizes[start - 1] == 1 or strides[start - 1] == run):
         start -= 1

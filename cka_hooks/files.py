@@ -1,4 +1,4 @@
-"""The one way in which this package writes a file: whole or not at all."""
+"""Write a file whole or not at all; everything in this package writes files this way."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ PathLike = str | os.PathLike[str]
 def replace_file(path: PathLike, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write`` fill a file beside ``path``, then move it there.
 
-    A reader, and whoever comes after a power cut, finds the old file or the new one. The new one has the mode of
-    the old one, and a symbolic link stays a link.
+    A reader finds the old file or the new one, even after a power cut. The new file has the mode of the old one, and
+    a symbolic link stays a link.
 
     Raises:
-        OSError: the file cannot be written; nothing is left behind.
+        OSError: the file cannot be written. Nothing is left behind.
     """
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
@@ -44,5 +44,5 @@ def replace_file(path: PathLike, write: Callable[[BinaryIO], object]) -> None:
 
 
 def unfinished_prefix(target: Path) -> str:
-    """How the names of unfinished files begin, which a process that is killed may leave beside ``target``."""
+    """The prefix of unfinished files, which a killed process may leave beside ``target``."""
     return f".{target.name[:100]}."

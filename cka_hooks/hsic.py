@@ -1,4 +1,4 @@
-"""Pure functions from stacks of Gram matrices to HSIC, all pairs of layers at once.
+"""Pure functions from stacks of Gram matrices to HSIC, for all pairs of layers at once.
 
 Sources: Székely & Rizzo 2014 (U-centring); Song et al. 2012, JMLR 13, eq. 5 (the unbiased estimate, which
 is the inner product of U-centred matrices / (n (n - 3))); Gretton et al. 2005 (the biased one);
@@ -15,37 +15,37 @@ from torch import Tensor
 Estimator = Literal["unbiased", "biased"]
 # Below four samples the unbiased estimate divides by zero.
 MIN_SAMPLES = 4
-# Of a sum of all K_ij^2: what centring in float64 may leave of it where nothing is left.
+# Share of a sum of all K_ij^2 that centring in float64 may leave over if the true result is 0.
 CENTRING_NOISE = (16 * torch.finfo(torch.float64).eps) ** 2
 
 
-# Samples in which features are looked at one by one.
+# How many samples to look at feature by feature.
 _LOOKED_AT = 32
 
 
 def resolution(dtype: torch.dtype) -> float:
-    """Of tr(X X'): samples whose centred trace is not above it do not differ by more than rounding can make them.
+    """Share of tr(X X'): if the centred trace is not above it, rounding may explain the difference between samples.
 
-    Layers compute in floats of two bytes and more, whose last bits are uncertain; those of one byte are made in one
-    step from wider ones.
+    Layers compute in floats of two or more bytes, whose last bits are uncertain. One-byte floats are made in one step
+    from wider ones.
     """
     eps = torch.finfo(dtype).eps
     return (eps if dtype.itemsize == 1 else 8 * eps) ** 2
 
 
 def features_differ(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Whether some feature differs between samples by more than rounding can make it: () bool.
+    """Whether some feature differs between samples by more than rounding can explain: () bool.
 
-    The sum over all features, which :func:`resolution` is for, is that of the largest ones where a few are a thousand
-    times the others, as the massive activations of language models are (Sun et al. 2024). Here every feature is
-    measured against its own size, or that of half of the features where this is larger: what is left of numbers that
-    cancel has the rounding of these.
+    A sum over all features, as for :func:`resolution`, is dominated by a few that are a thousand times larger than
+    the others, such as the massive activations of language models (Sun et al. 2024). Here every feature is compared
+    with its own size, or with that of half of the features if this is larger, because numbers that cancelled keep the
+    rounding of larger ones.
 
     Args:
-        rows: (n, P, C) features, of which the first samples are looked at.
-        dtype: of the activation.
+        rows: (n, P, C) features. Only the first samples are looked at.
+        dtype: dtype of the activation.
     """
-    # Where it costs no waiting for a device, two samples are asked first, whose features nearly always differ.
+    # If this does not wait for a device, ask two samples first, whose features nearly always differ.
     if rows.device.type == "cpu" and (of_two := _differ(rows[:2], dtype)):
         return of_two
     return _differ(rows[:_LOOKED_AT], dtype)
@@ -85,7 +85,7 @@ def pack(centred: Tensor, estimator: Estimator = "unbiased") -> Tensor:
     The matrices are symmetric, so only the lower triangle is kept, entries off the diagonal times sqrt(2):
     p = n (n - 1) / 2 for the unbiased estimator, whose diagonal is 0, else n (n + 1) / 2. The inner product of
     two such vectors is w_n * HSIC(K, L), with HSIC = <K, L> / (n (n - 3)) and w_n = n - 3 (unbiased), or
-    <K, L> / (n - 1)^2 and w_n = n - 1 (biased): the weight with which minibatches of unequal size add up.
+    <K, L> / (n - 1)^2 and w_n = n - 1 (biased), where w_n is the weight for adding minibatches of unequal size.
     """
     n = centred.shape[-1]
     unbiased = estimator == "unbiased"
@@ -93,18 +93,18 @@ def pack(centred: Tensor, estimator: Estimator = "unbiased") -> Tensor:
     packed = centred.flatten(-2)[..., rows * n + columns]
     if unbiased:
         return packed.mul_((2 / n) ** 0.5)
-    # In the dtype of the vectors from the start: `where` of two Python numbers is float32.
+    # Use the dtype of the vectors from the start: `where` of two Python numbers is float32.
     weights = torch.full_like(rows, 2, dtype=packed.dtype).sub_((rows == columns).to(packed.dtype)).div_(n - 1)
     return packed.mul_(weights.sqrt_())
 
 
 def sample_parts(centred: Tensor, estimator: Estimator = "unbiased") -> Tensor:
-    """Of each layer's own w_n * HSIC(K, K), the part from pairs that a sample is in: (..., n, n) -> (..., n).
+    """The part of each layer's own w_n * HSIC(K, K) from pairs with each sample: (..., n, n) -> (..., n).
 
-    A pair counts for both of its samples, so that a sample on which everything hangs has all of it.
+    A pair counts for both of its samples, so a sample on which everything depends has all of it.
     """
     n = centred.shape[-1]
-    # Of each row in one pass, without a matrix of squares.
+    # For each row in one pass, without a matrix of squares.
     squares = torch.linalg.vector_norm(centred, dim=-1).square()
     parts: Tensor = 2 * squares - centred.diagonal(dim1=-2, dim2=-1).square()
     return parts / (n if estimator == "unbiased" else n - 1)
@@ -113,7 +113,7 @@ def sample_parts(centred: Tensor, estimator: Estimator = "unbiased") -> Tensor:
 def all_pairs(packed: Tensor) -> Tensor:
     """Inner products of every pair of layers: centred vectors (L, m, p) -> (m, L, L), symmetric to the bit.
 
-    One matrix product, of which only the lower blocks are made: the result is symmetric.
+    This is one matrix product of which only the lower bands are computed, because the result is symmetric.
     """
     vectors = packed.transpose(0, 1)
     m, layers, _ = vectors.shape
@@ -124,7 +124,7 @@ def all_pairs(packed: Tensor) -> Tensor:
 
 def _lower_product(vectors: Tensor, out: Tensor) -> None:
     layers = vectors.shape[1]
-    # Small blocks cost more in launches than they save in arithmetic.
+    # Small bands cost more in launches than they save in arithmetic.
     if layers <= 256:
         torch.bmm(vectors, vectors.mT, out=out) if out.is_contiguous() else out.copy_(vectors @ vectors.mT)
         return

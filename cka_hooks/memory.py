@@ -1,4 +1,4 @@
-"""Running out of memory: telling it from other errors, and freeing what can be freed."""
+"""Handle running out of memory: recognise it among other errors, and free what can be freed."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 
 _divisor = ContextVar("_divisor", default=1)
 
-# What may mean that memory ran out; `raise_unless_exhausted` looks closer.
+# Errors that may mean that memory ran out; `raise_unless_exhausted` looks closer.
 EXHAUSTED = (torch.OutOfMemoryError, RuntimeError, MemoryError)
-# On the CPU, and on some backends, it is a bare RuntimeError.
+# On the CPU and some backends, it is a bare RuntimeError.
 _MESSAGES = ("out of memory", "not enough memory", "can't allocate memory", "OUT_OF_MEMORY", "ALLOC_FAILED")
 
 
 def raise_unless_exhausted(error: BaseException) -> None:
-    """Raise `error` again where it means something else than that memory ran out."""
+    """Raise `error` again unless it means that memory ran out."""
     exhausted = isinstance(error, torch.OutOfMemoryError | MemoryError)
     if not exhausted and not any(message in str(error) for message in _MESSAGES):
         raise error
 
 
 def release(device: torch.device) -> None:
-    """Give cached blocks of a device back to it, so that a smaller request finds room."""
+    """Return a device's cached memory to it, so that a smaller request finds room."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type in ("mps", "xpu"):
@@ -33,7 +33,7 @@ def release(device: torch.device) -> None:
 
 @contextmanager
 def smaller_pieces() -> Iterator[None]:
-    """Inside, scratch buffers are a sixteenth of their usual size."""
+    """Make scratch buffers a sixteenth of their usual size inside the block."""
     token = _divisor.set(16)
     try:
         yield
@@ -42,5 +42,5 @@ def smaller_pieces() -> Iterator[None]:
 
 
 def scratch(numbers: int) -> int:
-    """How many numbers a scratch buffer has that usually has `numbers`."""
+    """The size of a scratch buffer that usually has `numbers`."""
     return numbers // _divisor.get()

@@ -1,4 +1,4 @@
-"""Globs over dotted names, the closest names to one that does not exist, and names as they are printed."""
+"""Match globs to dotted names, find the closest names to one that does not exist, and print names safely."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cka_hooks.errors import OptionError
 def glob_regex(pattern: str) -> re.Pattern[str]:
     """A glob over layer names and labels, to be matched in full.
 
-    ``*`` and ``?`` stop at dots and slashes, ``**`` crosses them, ``[abc]`` is one of several characters and
+    ``*`` and ``?`` stop at dots and slashes, ``**`` crosses them. ``[abc]`` is one of several characters, and
     ``[!abc]`` any other one.
 
     Example:
@@ -38,21 +38,21 @@ def _as_regex(part: re.Match[str]) -> str:
 
 
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
-    """The names that a pattern chooses: itself where it is one of them, else those that it matches as a glob."""
+    """The names that a pattern chooses: itself if it is one of them, else those that it matches as a glob."""
     names = list(names)
     return [pattern] if pattern in names else list(filter(glob_regex(pattern).fullmatch, names))
 
 
 def closest(name: str, names: Sequence[str], count: int = 5) -> list[str]:
-    """Up to `count` of `names` that are most like `name`; the first ones where none is."""
+    """Up to `count` of `names` that are most like `name`; the first ones if none is."""
     return difflib.get_close_matches(name, names, n=count, cutoff=0.4) or list(names[:count])
 
 
 def printable(text: str) -> str:
     r"""Text on one line, with control characters spelled out.
 
-    Those are the escapes that move the cursor or set the window's title, and the marks that turn the direction of
-    writing, with which one label can pass for another.
+    Control characters include escapes that move the cursor or set the window's title, and the marks that change the
+    direction of writing, which can make one label look like another.
 
     Example:
         >>> print(printable("conv1\x1b[2J\n"))
@@ -67,10 +67,10 @@ def _spelled_out(character: str) -> str:
 
 
 class PerLayer:
-    """One value for all layers, or one per layer pattern: an exact name, else the first glob that matches, decides.
+    """One value for all layers, or one per layer pattern: an exact name decides, else the first glob that matches.
 
     Raises:
-        OptionError: a pattern that matches no layer.
+        OptionError: a pattern matches no layer.
     """
 
     def __init__(self, value: Any, names: Iterable[str], option: str) -> None:
@@ -84,7 +84,7 @@ class PerLayer:
                 raise OptionError(f"{option}= has the layer pattern {pattern!r}, which matches no layer of the model")
 
     def of(self, name: str, default: Any) -> Any:
-        """The value for the layer `name`, or the default where no pattern matches it."""
+        """The value for the layer `name`, or the default if no pattern matches it."""
         # Hooks ask this in every forward pass.
         key = name, default
         if key not in self._found:

@@ -1,4 +1,4 @@
-"""What CKA would be if two layers had nothing to do with one another: the distribution over permuted samples.
+"""The null distribution: what CKA would be for two unrelated layers, over permutations of the samples.
 
 Let A and B be the U-centred Gram matrices of a minibatch of n samples, zero on the diagonal and in every row sum, and
 P a permutation drawn at random. Then <A, P B P'> = sum_{i != j} A_ij B_{p(i)p(j)} has mean 0, and its q-th moment is
@@ -9,12 +9,12 @@ sum of the products over all ways to give the v vertices of G different samples,
 
     E <A, P B P'>^q = sum_G c_G T_G(A) T_G(B) / (n (n - 1) ... (n - v + 1)).
 
-A vertex at which one edge ends can be summed out, since rows sum to 0: it takes minus the values of the vertices that
-are taken. So every T_G with two edges is a multiple of |A|^2, which gives the variance 2 |A|^2 |B|^2 / (n (n - 3))
-(double edge: c = 2, T = |A|^2; two edges at a vertex: 4, -|A|^2; two apart: 1, 2 |A|^2), and every one with three
-edges is a combination of the triangle, t = tr A^3, and the triple edge, s = sum_ij A_ij^3: see `_GRAPHS`. Both hold
-exactly for every n >= 4. With n < v there is no such G, and T_G = 0 (so t = 2 s for n of 4 and 5). Permutations of
-minibatches are independent of one another: their variances and third central moments add up.
+A vertex at the end of a single edge can be summed out, because rows sum to 0: it takes minus the values of the
+vertices that are already in use. So every T_G with two edges is a multiple of |A|^2, which gives the variance 2 |A|^2
+|B|^2 / (n (n - 3)) (double edge: c = 2, T = |A|^2; two edges at a vertex: 4, -|A|^2; two apart: 1, 2 |A|^2). Every
+T_G with three edges is a combination of the triangle, t = tr A^3, and the triple edge, s = sum_ij A_ij^3: see
+`_GRAPHS`. Both results are exact for every n >= 4. If n < v there is no such G, and T_G = 0 (so t = 2 s for n of 4
+and 5). Permutations of different minibatches are independent, so their variances and third central moments add up.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ _GRAPHS = (
     _Graph(12, 5, 2, -4),  # two at a vertex and one apart
     _Graph(1, 6, -8, 16),  # three apart
 )
-# Skewness below which the tail is a correction to the normal distribution's.
+# If the skewness is below this, the tail is a correction to that of the normal distribution.
 _NEARLY_NORMAL = 0.02
 
 
 def null_numbers(centred: Tensor) -> Tensor:
-    """What the third moment needs of U-centred matrices: (..., n, n) -> (..., 2), tr A^3 and the sum of all A_ij^3.
+    """The numbers of U-centred matrices for the third moment, (..., n, n) -> (..., 2): tr A^3 and the sum of A_ij^3.
 
-    The product is made in float32, of matrices whose norm is 1: right to about 1e-8 |A|^3, three times as fast.
+    The product is made in float32 from matrices of norm 1: right to about 1e-8 |A|^3, three times as fast.
     """
     size = torch.linalg.vector_norm(centred, dim=(-2, -1), keepdim=True)
     unit = (centred / torch.where(size > 0, size, 1)).float()
@@ -67,17 +67,17 @@ def null_numbers(centred: Tensor) -> Tensor:
 
 
 def null_cumulants(own: Tensor, numbers: Tensor, n: int) -> Tensor:
-    """Variance and third central moment of the weighted HSIC that m minibatches of n samples add up to.
+    """Variance and third central moment of the weighted HSIC summed over m minibatches of n samples.
 
     Args:
         own: (L, m) w_n HSIC(K, K) of L layers, |A|^2 / n, see :func:`cka_hooks.hsic.pack`.
         numbers: (L, m, 2), see `null_numbers`.
-        n: samples in each of the m minibatches.
+        n: number of samples in each of the m minibatches.
 
     Returns:
         (2, L, L), of sum_b w_n HSIC(K_b, P L_b P') over random permutations P of each minibatch, for every pair of
-        layers; those of other minibatches are to be added. That of CKA_ij is the first over S_ii S_jj, the second
-        over its power of 3/2, since S_ii and S_jj do not depend on P.
+        layers. Add those of other minibatches. Divide the first by S_ii S_jj and the second by its power of 3/2 to
+        get those of CKA_ij, since S_ii and S_jj do not depend on P.
 
     Example:
         >>> import torch
@@ -88,7 +88,7 @@ def null_cumulants(own: Tensor, numbers: Tensor, n: int) -> Tensor:
         torch.Size([2, 2, 2])
     """
     of_t, of_both, of_s = _shares(n)
-    # Numbers and not tensors, which would have to be moved to the device.
+    # Python numbers rather than tensors, which would have to be moved to the device.
     t, s = numbers.unbind(-1)
     third = (of_t * t + of_both * s) @ t.mT + (of_both * t + of_s * s) @ s.mT
     return torch.stack([2 / (n * (n - 3)) * own @ own.mT, third / n**3])
@@ -96,7 +96,7 @@ def null_cumulants(own: Tensor, numbers: Tensor, n: int) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _shares(n: int) -> tuple[float, float, float]:
-    """What t of both layers, t of one with s of the other, and s of both count for in the third moment."""
+    """The weights in the third moment of t of both layers, of t of one with s of the other, and of s of both."""
     here = [(graph, graph.ways / math.perm(n, graph.vertices)) for graph in _GRAPHS if graph.vertices <= n]
     of_t = sum(share * graph.triangle**2 for graph, share in here)
     of_both = sum(share * graph.triangle * graph.triple for graph, share in here)
@@ -105,14 +105,14 @@ def _shares(n: int) -> tuple[float, float, float]:
 
 
 def pearson3_tail(z: Tensor, skewness: Tensor) -> Tensor:
-    """P(Z > z) for Z of mean 0, variance 1 and some skewness, distributed as Pearson's type III: a shifted gamma.
+    """P(Z > z) for Z with mean 0, variance 1 and a given skewness, of Pearson's type III: a shifted gamma.
 
     Args:
         z: (...) values in standard deviations.
         skewness: (...) of either sign; 0 is the normal distribution.
 
     Returns:
-        (...) float64, NaN where one of them is.
+        (...) float64, NaN if either is NaN.
 
     Example:
         >>> pearson3_tail(torch.tensor([1.6448536, 3.0]), torch.tensor([0.0, 2.0])).tolist()  # normal, exponential
@@ -127,7 +127,7 @@ def pearson3_tail(z: Tensor, skewness: Tensor) -> Tensor:
 
 
 def _nearly_normal_tail(z: Tensor, skewness: Tensor) -> Tensor:
-    """Right to 1e-8 of itself, where the incomplete gamma functions lose their digits (Lugannani & Rice 1980).
+    """A tail that is right to 1e-8 of itself where incomplete gamma functions lose digits (Lugannani & Rice 1980).
 
     With u = z skewness / 2 and w = z r, r^2 = 2 (u - log(1 + u)) / u^2, it is 1 - Phi(w) + phi(w) (1 / z - 1 / w).
     """

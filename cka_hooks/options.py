@@ -1,4 +1,4 @@
-"""The options of a comparison: converted or refused before anything is computed, and spelled in one way."""
+"""The options of a comparison: converted or refused before anything is computed, and always spelled the same way."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _ABOVE_ZERO = {
 
 @dataclass(frozen=True)
 class Options:
-    """What a comparison's numbers depend on; see :func:`cka_hooks.compare`, which spells all of it out.
+    """The options that a comparison's numbers depend on; :func:`cka_hooks.compare` explains all of them.
 
-    The first group is what :class:`cka_hooks.CKAAccumulator` takes, the second what only a run over a loader knows.
+    The first group is for :class:`cka_hooks.CKAAccumulator`. Only a run over a loader needs the second.
 
     Raises:
-        OptionError: a value that an option cannot have.
+        OptionError: an option has an invalid value.
     """
 
     kernel: Any = "linear"
@@ -56,7 +56,7 @@ class Options:
     def __post_init__(self) -> None:
         for name, words in {"estimator": ("unbiased", "biased"), "per": ("sample", "position")}.items():
             if not isinstance(word := getattr(self, name), str) or word not in words:
-                raise OptionError(f"{name}={word!r} is not known: use {words[0]!r} or {words[1]!r}")
+                raise OptionError(f"{name}={word!r} is unknown: use {words[0]!r} or {words[1]!r}")
         if self.per == "position":
             for name in ("minibatch", "join_batches"):
                 if getattr(self, name) is not None:
@@ -65,7 +65,7 @@ class Options:
                         "positions of a batch, since those of one input depend on one another. positions= draws fewer"
                     )
         elif self.positions is not None:
-            raise OptionError(f'positions={self.positions!r} is for per="position": say that, too, or leave it out')
+            raise OptionError(f'positions={self.positions!r} needs per="position": pass that, too, or leave it out')
         for name, least in _WHOLE.items():
             object.__setattr__(self, name, whole(name, getattr(self, name), least))
         for name, what in _ABOVE_ZERO.items():
@@ -74,34 +74,34 @@ class Options:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Options:
-        """Those among the arguments of a call, which are its ``locals()`` in the first line."""
+        """The options among the arguments of a call, given as its ``locals()`` in the first line."""
         return cls(**{field.name: arguments[field.name] for field in fields(cls) if field.name in arguments})
 
     def of_comparison(self) -> dict[str, Any]:
-        """What :class:`cka_hooks.Comparison` takes of them."""
+        """The arguments of :class:`cka_hooks.Comparison` among them."""
         bounds = ("tolerance", "max_samples", "epochs")
         return {name: value for name, value in vars(self).items() if name not in bounds}
 
     def of_accumulator(self) -> dict[str, Any]:
-        """What :class:`cka_hooks.CKAAccumulator` takes of them, where features reach it reduced."""
+        """The arguments of :class:`cka_hooks.CKAAccumulator` among them, for features that are already reduced."""
         names = ("kernel", "bandwidth", "sigma", "estimator", "seed", "per", "keep_minibatches")
         size = self.join_batches if self.minibatch is None else self.minibatch
         return {**{name: getattr(self, name) for name in names}, "minibatch": size}
 
     def of_recorder(self) -> dict[str, Any]:
-        """What :class:`cka_hooks.LayerRecorder` takes of them for every model alike."""
+        """The arguments of :class:`cka_hooks.LayerRecorder` among them that are the same for every model."""
         return {name: getattr(self, name) for name in ("features", "batch_dim", "channel_dim", "mask")}
 
     def spelled(self, *names: str) -> dict[str, Any]:
-        """These options, or all of them, as they stand in a result's settings: plain JSON values."""
+        """These options, or all of them, as a result's settings have them: plain JSON values."""
         return {name: spelled(getattr(self, name)) for name in names or vars(self)}
 
 
 def whole(name: str, value: Any, least: int, most: float = math.inf) -> Any:
-    """A whole number of any type that is one, or None.
+    """Convert a whole number of any type, or None.
 
     Raises:
-        OptionError: it is anything else, below `least` or above `most`.
+        OptionError: this is anything else, or below `least` or above `most`.
     """
     if value is None:
         return None
@@ -117,10 +117,10 @@ def whole(name: str, value: Any, least: int, most: float = math.inf) -> Any:
 
 
 def above_zero(name: str, value: Any, what: str) -> float | None:
-    """A finite number above 0 of any type that is one, or None.
+    """Convert a finite number above 0 of any type, or None.
 
     Raises:
-        OptionError: it is anything else.
+        OptionError: this is anything else.
     """
     if value is None:
         return None
@@ -129,12 +129,12 @@ def above_zero(name: str, value: Any, what: str) -> float | None:
     except (TypeError, ValueError, RuntimeError):
         number = math.nan
     if not 0 < number < math.inf:
-        raise OptionError(f"{name}={value!r} must be a number above 0: it is {what}")
+        raise OptionError(f"{name}={value!r}: expected a number above 0, {what}")
     return number
 
 
 def spelled(option: Any) -> Any:
-    """How an option stands in a result's settings: a plain JSON value, a callable by its name.
+    """Spell an option for a result's settings: a plain JSON value, a callable by its name.
 
     Example:
         >>> spelled({"head": len, "**": ["conv1", "fc"]})

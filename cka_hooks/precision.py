@@ -1,4 +1,4 @@
-"""What products run under: where float64 lives, products that really are float32, and no gradients."""
+"""Set the conditions for products: where float64 is available, real float32 products, and no gradients."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ import torch
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Backends whose hardware has no float64: what is n x n goes to the CPU there.
+# Backends whose hardware has no float64: everything n x n goes to the CPU there.
 _WITHOUT_FLOAT64 = frozenset({"mps"})
-# Precisions of float32 products that change nothing. "none" is nobody's choice.
+# Precisions of float32 products that change nothing. "none" means that nobody chose one.
 _EXACT = frozenset({"none", "ieee", "highest"})
-# One thread at a time changes switches, and no other takes what it sees meanwhile for the user's.
+# Only one thread at a time changes switches, so that no other thread takes its values for the user's.
 _switching = RLock()
 
 
 def accumulation_device(device: torch.device) -> torch.device:
-    """The device itself, or the CPU where the device has no float64."""
+    """The device itself, or the CPU if the device has no float64."""
     return torch.device("cpu") if device.type in _WITHOUT_FLOAT64 else device
 
 
 def exactly(device: torch.device, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """`function(*args, **kwargs)` with products in the dtype they are written in: no autocast, no TF32, no bfloat16.
+    """Call `function` with products in the dtype that they are written in: no autocast, no TF32, no bfloat16.
 
-    A user's autocast region or ``torch.set_float32_matmul_precision("medium")`` holds inside a hook too. Afterwards
-    all switches are as they were, after exceptions and Ctrl-C, too.
+    A user's autocast region or ``torch.set_float32_matmul_precision("medium")`` would otherwise hold inside a hook,
+    too. Afterwards all switches are as they were, even after exceptions and Ctrl-C.
     """
     kind = device.type
     switch = _switch("cuda" if kind == "cuda" else "mkldnn", "matmul")
@@ -46,8 +46,8 @@ def exactly(device: torch.device, function: Callable[P, T], *args: P.args, **kwa
                 if lowered:
                     switch.set(before)
 
-            # Between functions of C, Ctrl-C is caught by the `try` it falls into. It may also come in the first
-            # instant of a function of Python, before this one has put a switch back: hence twice.
+            # Between functions written in C, the enclosing `try` catches Ctrl-C. It may also come in the first instant
+            # of a Python function, before that has restored a switch: hence twice.
             try:
                 if lowered:
                     switch.set(switch.exact)
@@ -66,10 +66,10 @@ class _Switch(NamedTuple):
     """One of PyTorch's switches for the precision of float32 products.
 
     Attributes:
-        get: what holds, by this switch or by one that it inherits from.
-        set: what shall hold; "none" inherits.
+        get: the value in effect, from this switch or from one that it inherits from.
+        set: sets the value; "none" inherits.
         exact: the value for exact products.
-        parent: backend and operation of the switch it inherits from.
+        parent: backend and operation of the switch that it inherits from.
     """
 
     get: Callable[[], str]
@@ -80,11 +80,11 @@ class _Switch(NamedTuple):
 
 @cache
 def _switch(backend: str, operation: str) -> _Switch:
-    """Since 2.9 PyTorch has one for each backend, and asked for the older one, which sets them all, it may raise."""
+    """Since 2.9, PyTorch has a switch for each backend, and reading the older one for all of them may raise."""
     get = getattr(torch._C, "_get_fp32_precision_getter", None)
     set = getattr(torch._C, "_set_fp32_precision_setter", None)
     if get is None or set is None:
-        # Of C: their namesakes in `torch` are functions of Python.
+        # The functions written in C; those of the same name in `torch` are written in Python.
         get, set = (getattr(torch._C, f"_{verb}_float32_matmul_precision") for verb in ("get", "set"))
         return _Switch(get, set, "highest", None)
     parent = (backend, "all") if operation != "all" else ("generic", "all") if backend != "generic" else None
@@ -92,7 +92,7 @@ def _switch(backend: str, operation: str) -> _Switch:
 
 
 def _own(switch: _Switch) -> str:
-    """What a switch that is not exact was itself set to, "none" where it inherits. PyTorch does not say."""
+    """The value that was set on a switch that is not exact, "none" if it inherits. PyTorch does not say which."""
     value = switch.get()
     if switch.parent is None:
         return value
@@ -116,9 +116,9 @@ def _has_autocast(kind: str) -> bool:
 
 
 def without_gradients() -> AbstractContextManager[None]:
-    """Inside, what is computed has no gradients, and can be worked on in place later.
+    """Compute without gradients inside the block, on tensors that may be changed in place later.
 
-    Nothing is entered where that holds already: a hook asks for this in every layer.
+    If that already holds, nothing is entered, because a hook asks for this in every layer.
     """
     if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return _without_gradients()

@@ -1,4 +1,4 @@
-"""A progress bar on stderr, and nothing at all where none is shown."""
+"""Show a progress bar on stderr, or nothing at all."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class _NoBar:
 
 
 def progress_bar(name: str, unit: str, total: int | None, *, shown: bool) -> AbstractContextManager[Any]:
-    """A tqdm bar, or without `shown` an object that does nothing.
+    """A tqdm bar; without `shown`, an object that does nothing.
 
-    Not `tqdm(disable=True)`: that takes a lock which forked processes share, and waits without end where one of them
+    `tqdm(disable=True)` would not do: it takes a lock that forked processes share, and waits forever if one of them
     was killed while it held the lock.
     """
     if not shown:

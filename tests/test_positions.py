@@ -271,7 +271,7 @@ def test_a_callable_may_return_another_number_of_rows() -> None:
     ("options", "message"),
     [
         ({"per": "token"}, "use 'sample' or 'position'"),
-        ({"per": "sample", "positions": 9}, 'is for per="position"'),
+        ({"per": "sample", "positions": 9}, 'needs per="position"'),
         ({"positions": 3}, "positions=3: expected a whole number of at least 4"),
         ({"minibatch": 32}, "minibatch=32 exclude each other"),
         ({"join_batches": 32}, "join_batches=32 exclude each other"),

@@ -1,1 +1,1 @@
-"""The command line: words in, files out. Each command is one file, and `cli` has the table of them."""
+"""The command line. Each command is one file, and `cli` has the table of them."""

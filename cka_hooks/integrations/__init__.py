@@ -1,4 +1,4 @@
-"""CKA while a network trains, for Lightning, for Hugging Face's Trainer, and for a training loop of your own."""
+"""CKA while a network trains: for Lightning, for Hugging Face's Trainer, and for your own training loop."""
 
 from cka_hooks.integrations.training import TrainingCKA
 

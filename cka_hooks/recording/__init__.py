@@ -1,1 +1,1 @@
-"""From a model to labelled activations: hooks, layers by name, which axis, which call, which part."""
+"""From a model to labelled activations: hooks, layers by name, and which axis, which call, which part."""

@@ -1,1 +1,1 @@
-"""What was found: labels, values, errors, what was left out; as a file, as tables, in words, and how two differ."""
+"""What a comparison found, as a file, as tables, in words, and how two results differ."""

@@ -1,4 +1,4 @@
-"""What the fields of a result must be, whoever made it: a run, a file, or a caller."""
+"""Check the fields of a result, whether a run, a file or a caller made it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MOST = 1 << 53
 
 
 def checked(result: CKAResult) -> dict[str, Any]:
-    """The fields that are text, counts or dicts, as plain ones; tensors are looked at.
+    """The fields that are text, counts or dicts, as plain values. Tensors are checked.
 
     Raises:
         OptionError: labels are repeated, or shapes, types or values do not fit together.
@@ -28,7 +28,7 @@ def checked(result: CKAResult) -> dict[str, Any]:
     }
     for name, least in (("samples", 0), ("minibatches", 0), ("degrees_of_freedom", 0), ("passes", 1)):
         fields[name] = _count(name, getattr(result, name), least)
-    # Copied, so that two results never share a dict that one of them could change.
+    # Copy, so that no two results share a dict that one of them could change.
     fields |= {name: dict(getattr(result, name)) for name in ("degenerate", "skipped", "influence")}
     fields["settings"] = _plain_json(result.settings)
     shape = (len(fields["rows"]), len(fields["columns"]))
@@ -58,7 +58,7 @@ def _labels(name: str, labels: Any) -> tuple[str, ...]:
     """The labels as plain text.
 
     Raises:
-        OptionError: one is not text, is empty where it names a model, or is there twice.
+        OptionError: a label is not text, is the empty name of a model, or is repeated.
     """
     plain = []
     seen = set()
@@ -75,10 +75,10 @@ def _labels(name: str, labels: Any) -> tuple[str, ...]:
 
 
 def _count(name: str, value: Any, least: int) -> int:
-    """A whole number, NumPy's too, as a plain one.
+    """A whole number, possibly NumPy's, as a plain one.
 
     Raises:
-        OptionError: it is none, or below ``least``.
+        OptionError: this is not a whole number, or it is below ``least``.
     """
     try:
         number = -1 if isinstance(value, bool) else operator.index(value)
@@ -105,12 +105,12 @@ def _check_tensor(name: str, tensor: object, shape: tuple[int, ...]) -> None:
 
 
 def _plain_json(settings: object) -> dict[str, Any]:
-    """The settings as a file would give them back: found out here, not when a long run is saved.
+    """The settings as a file would give them back, so that problems show now and not when a long run is saved.
 
-    NumPy's numbers become plain ones; infinity and NaN, which JSON does not have, become their names.
+    NumPy's numbers become plain ones. Infinity and NaN, which JSON does not have, become their names.
 
     Raises:
-        OptionError: they hold something else that JSON does not have.
+        OptionError: the settings hold anything else that JSON does not have.
     """
     try:
         plain = json.loads(json.dumps(settings, default=_plain_number), parse_constant=str)

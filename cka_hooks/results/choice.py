@@ -1,4 +1,4 @@
-"""Which labels are meant: one by its name, several by globs, those of a model."""
+"""Choose labels: one by its name, several by globs, or those of a model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from cka_hooks.names import closest, matching
 
 
 def known(label: str, labels: Sequence[str]) -> str:
-    """The label, if it is one of ``labels``; else an error with the closest ones.
+    """The label, if it is one of ``labels``; otherwise an error with the closest ones.
 
     Raises:
-        LayerError: it is not.
+        LayerError: there is no such label.
     """
     if label in labels:
         return label
@@ -27,7 +27,7 @@ def known_model(name: str, models: tuple[str, ...]) -> None:
     """Raise unless a model of this name was compared.
 
     Raises:
-        LayerError: it was not; the message names those that were.
+        LayerError: there is none. The message names the models that were compared.
     """
     if name not in models:
         raise LayerError(
@@ -45,7 +45,7 @@ def pair_of(pair: tuple[str, str]) -> tuple[str, str]:
     """The two labels of a pair.
 
     Raises:
-        OptionError: it is something else.
+        OptionError: this is not a pair.
     """
     if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(label, str) for label in pair)):
         raise OptionError(f"{pair!r} is not a pair of layers; expected two labels, such as ('conv1', 'fc')")
@@ -56,7 +56,7 @@ def patterns_of(choice: str | Sequence[str]) -> tuple[str, ...]:
     """One label or glob, or several, as a tuple.
 
     Raises:
-        OptionError: it is something else, or empty.
+        OptionError: this is something else, or empty.
     """
     patterns = (choice,) if isinstance(choice, str) or not isinstance(choice, Iterable) else tuple(choice)
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
@@ -80,7 +80,7 @@ def chosen(patterns: tuple[str, ...], labels: tuple[str, ...]) -> list[str]:
 
 
 def model_of(label: str, models: frozenset[str]) -> str:
-    """The model whose name a label begins with, or is, or ``""``.
+    """The model whose name a label begins with, or is; ``""`` if there is none.
 
     Example:
         >>> model_of("a/b/conv1", frozenset({"a", "a/b"}))

@@ -1,4 +1,4 @@
-"""Two results side by side: which entries differ by more than chance, and where their settings differ."""
+"""Compare two results: which entries differ by more than chance, and which settings differ."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cka_hooks.names import printable
 from cka_hooks.results.result import CKAResult
 from cka_hooks.results.words import error_in_words
 
-#: What says how a run went and not what was measured.
+#: Settings that say how a run went, not what was measured.
 _INCIDENTAL = frozenset({"seconds", "shapes", "sample_axes", "out", "stopped"})
 _LISTED = 10
 
@@ -25,7 +25,7 @@ class Entry(NamedTuple):
         column: label of the other.
         first: CKA in the first result.
         second: CKA in the second.
-        stderr: of the difference, NaN where either has no standard error.
+        stderr: standard error of the difference, NaN if either has none.
         z: second minus first, in standard errors.
     """
 
@@ -44,12 +44,12 @@ class ResultDiff:
     Attributes:
         compared: number of pairs that are defined in both results.
         testable: how many of them have a standard error in both.
-        threshold: in standard errors, beyond which an entry is in `differing`.
-        differing: entries beyond it, the largest z first.
-        largest: the entry with the largest absolute difference, None where nothing was compared.
+        threshold: number of standard errors beyond which an entry is in `differing`.
+        differing: entries beyond the threshold, the largest z first.
+        largest: the entry with the largest absolute difference, None if nothing was compared.
         only_first: layers that only the first result has.
-        only_second: layers that only the second one has.
-        settings: name -> (in the first, in the second), where they differ; None where it is absent.
+        only_second: layers that only the second result has.
+        settings: name -> (in the first, in the second) for settings that differ; None if a result lacks it.
     """
 
     compared: int
@@ -109,15 +109,15 @@ class ResultDiff:
 def diff(first: CKAResult, second: CKAResult, *, level: float = 0.95) -> ResultDiff:
     """Compare two results entry by entry, as two independent runs.
 
-    The standard error of a difference is sqrt(stderr1^2 + stderr2^2). The threshold is the one that, were nothing
-    different, a whole matrix of entries would stay below with probability `level` (Bonferroni), so that a large
-    matrix is not full of false alarms. Runs over the same minibatches are not independent: their differences
-    have smaller errors than these.
+    The standard error of a difference is sqrt(stderr1^2 + stderr2^2). If nothing is different, all entries of the
+    matrix together stay below the threshold with probability `level` (Bonferroni), so that a large matrix is not full
+    of false alarms. Runs over the same minibatches are not independent: their differences have smaller errors than
+    these.
 
     Args:
         first: one result.
-        second: another one; only pairs of labels that both have are compared.
-        level: probability that no entry is reported where nothing is different.
+        second: another one. Only pairs of labels that both have are compared.
+        level: probability that no entry is listed if nothing is different.
 
     Example:
         >>> result = CKAResult.example()

@@ -8,7 +8,7 @@ from cka_hooks.results.result import CKAResult
 
 
 def example(models: tuple[str, ...] = ()) -> CKAResult:
-    """Three layers, for each model where names are given; see :meth:`CKAResult.example`."""
+    """Three layers, for each model if names are given; see :meth:`CKAResult.example`."""
     block = torch.tensor([[1.0, 0.9, 0.5], [0.9, 1.0, 0.6], [0.5, 0.6, 1.0]], dtype=torch.float64, device="cpu")
     names = [f"{name}/" for name in models] or [""]
     labels = tuple(f"{name}{layer}" for name in names for layer in ("conv1", "conv2", "fc"))

@@ -1,4 +1,4 @@
-"""A result as a JSON file: written whole or not at all, read back only if it is exactly what was written.
+"""Save a result as a JSON file, whole or not at all, and read it back only if it is exactly what was written.
 
 The file is one JSON object with one key to a line, in plain ASCII:
 
@@ -9,8 +9,8 @@ The file is one JSON object with one key to a line, in plain ASCII:
     influence                {layer: {"share": number, "sample": index}}, and "identifier" where samples have them
     sha256                   of the other keys, so that an edited number does not pass for a measured one
 
-The other keys are the other fields of :class:`CKAResult`. A field that has a default may be missing: the file is of a
-version that did not know it. Floats are written in the shortest form that gives the same 64 bits back.
+The other keys are the other fields of :class:`CKAResult`. A field with a default may be missing, in a file of a
+version that did not have it. Floats are written in the shortest form that gives the same 64 bits back.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from cka_hooks.results.result import CKAResult, Influence
 FORMAT = "cka_hooks.result"
 VERSION = 1
 
-#: Files beyond this are refused unread, and never written.
+#: Larger files are refused unread, and never written.
 MAX_BYTES = 1 << 30
 # A float takes at most 24 characters and a separator, so this many stay below MAX_BYTES.
 _MAX_NUMBERS = 40_000_000
-# What Python makes of a text can be 30 times as large as the text. Files with more commas (numbers), brackets (lists)
-# or quotation marks than a result can have are not parsed, so that 5 GB are enough for any file.
+# Python may need 30 times the memory of a text for what it makes of it. Files with more commas (numbers), brackets
+# (lists) or quotation marks than a result can have are not parsed, so that 5 GB are enough for any file.
 _MAX_MARKS = {b",": _MAX_NUMBERS + 10_000_000, b"[": 5_000_000, b"{": 1_000_000, b'"': 10_000_000}
 
 _FIELDS = dataclasses.fields(CKAResult)
@@ -78,7 +78,7 @@ def read_result(path: PathLike) -> CKAResult:
     """Read what :func:`write_result` wrote; see :meth:`CKAResult.load`.
 
     Raises:
-        ResultFileError: the file is anything else; the message has the path and the reason.
+        ResultFileError: the file is anything else. The message has the path and the reason.
         FileNotFoundError: there is no such file.
     """
 
@@ -127,7 +127,7 @@ def read_result(path: PathLike) -> CKAResult:
 
 
 def _read(path: PathLike, refuse: Callable[[str], NoReturn]) -> bytes:
-    # Looked at before it is opened: opening a pipe would wait for somebody to write into it.
+    # Check before opening: opening a pipe would wait for somebody to write into it.
     if not stat.S_ISREG(os.stat(path).st_mode):
         refuse("it is not a file")
     with open(path, "rb") as file:
@@ -136,7 +136,7 @@ def _read(path: PathLike, refuse: Callable[[str], NoReturn]) -> bytes:
         refuse(f"it is larger than {MAX_BYTES:,} bytes")
     for mark, most in _MAX_MARKS.items():
         if content.count(mark) > most:
-            refuse(f"it contains {mark.decode()!r} more than {most:,} times, and no result does")
+            refuse(f"it contains {mark.decode()!r} more than {most:,} times, which no result does")
     return content
 
 
@@ -166,7 +166,7 @@ def _digest(document: dict[str, Any]) -> str:
 
 
 def _canonical(value: object, depth: int) -> Iterator[str]:
-    """JSON with sorted keys and without spaces, in pieces: the whole of it would be as large as the file."""
+    """JSON with sorted keys and without spaces, in pieces, since the whole would be as large as the file."""
     if not depth or not value or not isinstance(value, dict | list):
         yield json.dumps(value, allow_nan=False, separators=(",", ":"), sort_keys=True)
         return
@@ -181,7 +181,7 @@ def _canonical(value: object, depth: int) -> Iterator[str]:
 
 
 def _plain(value: Any) -> Any:
-    """A field of a result in the types JSON has."""
+    """A field of a result, in types that JSON has."""
     if isinstance(value, torch.Tensor):
         return _null_for_nan(value.tolist())
     if isinstance(value, tuple):
@@ -240,7 +240,7 @@ def _influences(name: str, value: Any) -> dict[str, Influence]:
 
 
 def _tensor(name: str, value: Any) -> torch.Tensor:
-    """A tensor of as many dimensions as the lists are deep; whether these fit, the result knows."""
+    """A tensor with as many dimensions as the lists are deep. The result checks whether they fit."""
     shape: list[int] = []
     level = [value]
     while level and isinstance(level[0], list) and len(shape) < 3:
@@ -258,7 +258,7 @@ def _tensor_or_none(name: str, value: Any) -> torch.Tensor | None:
     return None if value is None else _tensor(name, value)
 
 
-#: The type of a field -> (its name, its JSON) to its value, or a ValueError that says what is wrong with it.
+#: For each type of a field, a function of (its name, its JSON) that returns its value or raises ValueError.
 _READERS: dict[str, Callable[[str, Any], Any]] = {
     "tuple[str, ...]": _labels,
     "int": _count,

@@ -1,9 +1,9 @@
-"""Which layer follows which, as far as the labels, in order of execution, show it.
+"""Find out which layer follows which, as far as the labels, in order of execution, show it.
 
 A label does not say what its layer reads. Two things are known: the layers ran one after another, and names such as
 ``downsample``, ``branch3x3`` or ``q_proj`` show that a layer is on a branch, beside others. A layer follows the last
-one on its own branch. The first of a branch follows what came before all branches of the block, but a way around the
-block (``downsample``) follows nothing, since its input came long before.
+one on its own branch. The first layer of a branch follows the last one before all branches of the block. A way around
+the block (``downsample``) follows nothing, because its input comes from long before.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import re
 from cka_hooks.results.result import CKAResult
 
 _BYPASS = r"(?:downsample|shortcut|skip|identity|residual)\w*"
-# One part of a dotted name that stands beside its neighbours: ways around a block, Inception's and SqueezeNet's
-# branches, the projections of attention, both halves of a gated feed-forward, the towers of CLIP.
+# Parts of dotted names of layers beside others: ways around a block, Inception's and SqueezeNet's branches, the
+# projections of attention, both halves of a gated feed-forward, the towers of CLIP.
 _BRANCH = re.compile(
     rf"{_BYPASS}"
     r"|(branch\w+?)(?:_\d+([a-z]?))?|branch"
@@ -79,11 +79,11 @@ def followers(names: list[str]) -> list[tuple[int, int]]:
 
 
 def _branch(name: str) -> tuple[str, str]:
-    """What the branch of a layer belongs to and what it is called, ``_TRUNK`` on none."""
+    """The block that a layer's branch belongs to, and the name of the branch, ``_TRUNK`` if it is on none."""
     parts = name.split("#")[0].split(".")
     for depth, part in enumerate(parts):
         match = _BRANCH.fullmatch(part)
-        # In a model whose layers are called "u", "v" and "w", "v" is not the value of an attention.
+        # In a model with layers "u", "v" and "w", "v" is not the value of an attention.
         if match and (depth or len(part) > 1):
             return ".".join(parts[:depth]), "".join(filter(None, match.groups())) or part
     return _TRUNK

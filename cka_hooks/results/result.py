@@ -1,10 +1,10 @@
-"""What a comparison found: labels, CKA values, their standard errors, and what was left out and why.
+"""`CKAResult`: labels, CKA values, their standard errors, and what was left out and why.
 
     CKAResult    the matrix with its labels and uncertainty; save, load, cut, draw, export
     Influence    the largest share a single sample has in one layer's own HSIC
 
-Nothing in this file knows a model. What draws and writes is imported by the methods that call it, so that a
-result needs neither matplotlib nor pandas until it is drawn or exported.
+This file does not know models. The methods import what draws and writes when they are called, so a result needs
+neither matplotlib nor pandas until you draw or export it.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Influence:
     """How much a single sample weighs in one layer's own HSIC.
 
     Attributes:
-        share: of the layer's own HSIC, the part from pairs with the one sample for which it is largest.
-            Near 2 / samples where samples are alike, 1 where everything hangs on one; above 0.25 (20 / samples in
-            runs of fewer than 80 samples) the run warns.
-        sample: which sample that is, its 0-based position in the run, counted on through all passes.
+        share: the part of the layer's own HSIC that is in pairs with the sample for which this part is largest. It is
+            near 2 / samples if all samples are alike, and 1 if everything depends on one. The run warns above 0.25
+            (20 / samples in runs of fewer than 80 samples).
+        sample: the 0-based position of this sample in the run, counted through all passes.
         identifier: what identifies it: what `sample_ids` named, else its index in the data set, behind any
-            ``Subset``, where a plain ``DataLoader`` tells. On the command line the file of an image.
+            ``Subset``, if a plain ``DataLoader`` shows it. On the command line, the file of an image.
     """
 
     share: float
@@ -61,31 +61,31 @@ class Influence:
 class CKAResult:
     """CKA between every row layer and every column layer, with standard errors.
 
-    A comparison gives a square result, whose rows and columns are the same layers. :meth:`between`
-    and :meth:`select` cut rectangular ones out of it. Results of two equal runs are equal: ``==`` compares
-    everything but ``settings["seconds"]``, the time a run took.
+    A comparison gives a square result, whose rows and columns are the same layers. :meth:`between` and :meth:`select`
+    cut rectangular ones out of it. Two equal runs give equal results: ``==`` compares everything except
+    ``settings["seconds"]``, the time that the run took.
 
     Attributes:
-        rows: labels of the R rows in order of execution; ``name/layer`` where models are named.
+        rows: labels of the R rows in order of execution; ``name/layer`` if models are named.
         columns: labels of the C columns, likewise.
-        matrix: (R, C) CKA values, float64 on the CPU; NaN where CKA is undefined. Unbiased estimates
-            may lie slightly below 0 and are not clamped.
-        stderr: (R, C) standard errors, float64 on the CPU; 0 on the diagonal, NaN where the value is
-            NaN or there were fewer than 3 minibatches.
+        matrix: (R, C) CKA values, float64 on the CPU; NaN where CKA is undefined. Unbiased estimates may be slightly
+            below 0. They are not clamped.
+        stderr: (R, C) standard errors, float64 on the CPU; 0 on the diagonal, NaN if the value is NaN or if there
+            were fewer than 3 minibatches.
         samples: number of distinct samples.
         minibatches: number of minibatches, over all passes.
         degrees_of_freedom: minibatches of one pass minus 1.
         degenerate: layer -> why CKA is undefined for it. Its entries in ``matrix`` are NaN.
         skipped: layer -> why it was left out. It has no row and no column.
-        models: names of the compared models, empty when a single unnamed one was measured.
+        models: names of the compared models; empty for a single unnamed model.
         settings: provenance (options, seeds, shapes, versions), plain JSON values.
         influence: layer -> the sample that weighs most in it (:class:`Influence`).
-        minibatch_hsic: (B, L, L) weighted HSIC of every minibatch and pair, float64, or None where
-            they were not kept. Cuts keep it whole.
+        minibatch_hsic: (B, L, L) weighted HSIC of every minibatch and pair, float64, or None if they were not kept.
+            Cuts keep all of it.
         minibatch_layers: the L labels of ``minibatch_hsic``.
-        passes: how often the loader was run through; the B minibatches are B / passes a pass.
-        null_variance: (R, C) variance that each value would have if the samples of one of its layers were permuted
-            within every minibatch, float64, or None where it is not known (:attr:`null_unknown`).
+        passes: number of passes over the loader. One pass has B / passes minibatches.
+        null_variance: (R, C) variance of each value under random permutation of one layer's samples within every
+            minibatch, float64, or None if it is not known (:attr:`null_unknown`).
         null_skewness: (R, C) skewness of the same distribution, whose mean is 0.
 
     Raises:
@@ -150,7 +150,7 @@ class CKAResult:
 
     @property
     def _entries(self) -> dict[str, torch.Tensor | None]:
-        """The fields that have one number for each entry."""
+        """The fields with one number for each entry."""
         return {name: getattr(self, name) for name in ("matrix", "stderr", "null_variance", "null_skewness")}
 
     @cached_property
@@ -162,7 +162,7 @@ class CKAResult:
 
         Raises:
             LayerError: a label is not in this result, or this cut does not pair the two.
-            OptionError: not two labels were given.
+            OptionError: the argument is not two labels.
         """
         row, column = self._position(pair)
         return float(self.matrix[row, column])
@@ -181,7 +181,7 @@ class CKAResult:
         )
 
     def interval(self, level: float = 0.95) -> tuple[torch.Tensor, torch.Tensor]:
-        """Confidence intervals of all entries, by Student's t over minibatches. Not clamped to 0..1.
+        """Confidence intervals of all entries, by Student's t over minibatches. They are not clamped to 0..1.
 
         Args:
             level: share of repeated runs in which the interval holds the true value.
@@ -198,37 +198,38 @@ class CKAResult:
             '0.858 0.942'
         """
         half = t_quantile(level, self.degrees_of_freedom) * self.stderr
-        # An exact value has an interval of no width, also where t has no degrees of freedom.
+        # An exact value has an interval of width 0, even if t has no degrees of freedom.
         half = torch.where(self.stderr == 0, torch.zeros_like(half), half)
         return self.matrix - half, self.matrix + half
 
     @property
     def null_stderr(self) -> torch.Tensor:
-        """(R, C) standard deviation of each value under the null of :meth:`pvalue`; NaN where it is not known."""
+        """(R, C) standard deviation of each value under the null of :meth:`pvalue`; NaN if it is not known."""
         return torch.full_like(self.matrix, math.nan) if self.null_variance is None else self.null_variance.sqrt()
 
     @property
     def null_unknown(self) -> str | None:
-        """Why this result has no p-values; None where it has."""
+        """Why this result has no p-values; None if it has some."""
         return None if self.null_variance is not None else why_unknown(self.settings, self.passes)
 
     def pvalue(self, *, family_wise: bool = False) -> torch.Tensor:
         """Probability of a CKA at least as large if the two layers were unrelated: one-sided, for each entry alone.
 
         Unrelated means that the samples of one layer could be permuted within every minibatch. Under such
-        permutations the unbiased estimate has mean 0 and a variance and a skewness that are known exactly; the tail
-        is that of the Pearson type III distribution with these three. Nearly all layers that see the same inputs are
-        related. A value above 0.05 says that the two cannot be told from unrelated ones with these samples.
+        permutations, the unbiased estimate has mean 0, and its variance and skewness are known exactly. The tail is
+        that of the Pearson type III distribution with these three. Nearly all layers that see the same inputs are
+        related. A value above 0.05 says that, with these samples, the two are indistinguishable from unrelated
+        layers.
 
         Args:
-            family_wise: adjust for the number of pairs of different layers in this result (Holm 1979): with 0.05 as
-                the level, the probability that any pair of unrelated layers is below it is at most 0.05, however the
-                pairs depend on one another. Cut the pairs of interest out first, with :meth:`select` or
+            family_wise: adjust for the number of pairs of different layers in this result (Holm 1979). With the level
+                0.05, the probability that any pair of unrelated layers is below it is then at most 0.05, however the
+                pairs depend on each other. Cut out the pairs of interest first, with :meth:`select` or
                 :meth:`between`: fewer pairs cost less.
 
         Returns:
-            (R, C) float64; NaN where CKA is undefined. All NaN, with a warning that says why, where the null is not
-            known (:attr:`null_unknown`): for biased estimates, positions as samples, and several passes.
+            (R, C) float64; NaN where CKA is undefined. If the null is not known (:attr:`null_unknown`), all are NaN, and
+            a warning says why: for biased estimates, positions as samples, and several passes.
 
         Example:
             >>> example = CKAResult.example()
@@ -246,8 +247,8 @@ class CKAResult:
     def difference(self, first: tuple[str, str], second: tuple[str, str]) -> Difference:
         """CKA of the pair ``first`` minus CKA of the pair ``second``, with a paired standard error.
 
-        Both values come from the same minibatches and move together, so the error of their
-        difference is not the sum of their errors. Pairs that a cut has removed can be asked for too.
+        Both values come from the same minibatches and move together, so the error of their difference is not the sum
+        of their errors. You can also ask for pairs that a cut has removed.
 
         Args:
             first: two labels ``(a, b)``.
@@ -279,7 +280,7 @@ class CKAResult:
     # ---- cutting --------------------------------------------------------------------------------
 
     def model_of(self, label: str) -> str:
-        """Name of the model a label belongs to, or ``""`` where the models have no names.
+        """Name of the model that a label belongs to, or ``""`` if the models have no names.
 
         Example:
             >>> CKAResult.example(models=("a", "b")).model_of("b/conv1")
@@ -288,7 +289,7 @@ class CKAResult:
         return model_of(label, self._model_set)
 
     def layer_of(self, label: str) -> str:
-        """The label without the name of its model, the whole of it where it has no more than that.
+        """The label without the name of its model; all of it if there is nothing else.
 
         Example:
             >>> CKAResult.example(models=("a", "b")).layer_of("b/conv1")
@@ -332,13 +333,13 @@ class CKAResult:
         """The part of the matrix whose labels match, in their present order.
 
         Args:
-            layers: labels or globs for rows and columns alike. ``*`` stops at dots and slashes,
-                ``**`` crosses them, ``?`` is one character, ``[12]`` one of several; an exact label wins.
-            rows: for the rows only. None keeps what ``layers`` chose.
-            columns: for the columns only.
+            layers: labels or globs for both rows and columns. ``*`` stops at dots and slashes, ``**`` crosses them,
+                ``?`` is one character, ``[12]`` one of several. An exact label wins.
+            rows: labels or globs for the rows only. None keeps what ``layers`` chose.
+            columns: the same for the columns.
 
         Raises:
-            LayerError: a label or glob matches nothing; the closest labels are named.
+            LayerError: a label or glob matches nothing. The message names the closest labels.
 
         Example:
             >>> CKAResult.example().select("conv*").layers
@@ -369,7 +370,7 @@ class CKAResult:
         hsic = self.minibatch_hsic
         gone = [i for i, label in enumerate(self.minibatch_layers) if label in self.degenerate and label not in kept]
         if hsic is not None and gone:
-            # Pairs that are cut off can still be asked for in `difference`, and the reason goes with the label.
+            # You can still ask for pairs that were cut off in `difference`, so the reason goes with the label.
             hsic = hsic.clone()
             hsic[:, gone] = hsic[:, :, gone] = torch.nan
         return dataclasses.replace(
@@ -387,13 +388,13 @@ class CKAResult:
     # ---- keeping and exporting ------------------------------------------------------------------
 
     def save(self, path: PathLike, *, minibatches: bool = True) -> None:
-        """Write this result as JSON: readable in any language, losing no digit, NaN as ``null``.
+        """Write this result as JSON: readable in any language, with every digit, NaN as ``null``.
 
         The file appears whole or not at all: it is written beside ``path`` and then moved there.
 
         Args:
-            path: where to; any suffix.
-            minibatches: False leaves ``minibatch_hsic`` out, by far the largest part where kept.
+            path: where to write it, with any suffix.
+            minibatches: False leaves out ``minibatch_hsic``, by far the largest part if it was kept.
 
         Raises:
             OptionError: the result is larger than :meth:`load` would read.
@@ -416,8 +417,8 @@ class CKAResult:
         """Read what :meth:`save` wrote. Nothing in the file is executed.
 
         Raises:
-            ResultFileError: the file is anything else: truncated, edited, of another version. The
-                message has the path and the reason.
+            ResultFileError: the file is anything else: truncated, edited, or of another version. The message has the
+                path and the reason.
             FileNotFoundError: there is no such file.
         """
         from cka_hooks.results.file import read_result
@@ -427,12 +428,12 @@ class CKAResult:
     def export(self, path: PathLike) -> None:
         """Write this result in the format that the suffix of ``path`` names.
 
-        ``.json`` is what :meth:`save` writes, ``.csv`` and ``.npz`` are the matrix for other tools, ``.html`` is a
-        page to look around in, ``.png``, ``.svg``, ``.pdf`` and others are the heatmap. :meth:`to_csv`,
-        :meth:`to_html`, :meth:`plot` and so on write the same with options.
+        ``.json`` is what :meth:`save` writes. ``.csv`` and ``.npz`` hold the matrix for other tools. ``.html`` is a
+        page to explore. ``.png``, ``.svg``, ``.pdf`` and others are the heatmap. :meth:`to_csv`, :meth:`to_html`,
+        :meth:`plot` and so on write the same with options.
 
         Raises:
-            OptionError: no format has this suffix; the message lists those that there are.
+            OptionError: no format has this suffix. The message lists the formats.
             MissingExtraError: the format needs a package that is not installed.
             OSError: the file cannot be written.
 
@@ -451,8 +452,8 @@ class CKAResult:
         """The matrix as a pandas DataFrame, index ``rows`` and columns ``columns``.
 
         Args:
-            tidy: one line per pair instead, with the columns ``row``, ``column``, ``cka``, ``stderr``, and
-                ``pvalue`` where it is known.
+            tidy: one line per pair instead, with the columns ``row``, ``column``, ``cka``, ``stderr``, and ``pvalue``
+                if it is known.
 
         Raises:
             MissingExtraError: pandas is not installed.
@@ -466,19 +467,19 @@ class CKAResult:
         return to_dataframe(self, tidy=tidy)
 
     def to_csv(self, path: PathLike, *, tidy: bool = False) -> None:
-        """Write the matrix as CSV with a header line and the row labels in front; NaN is left empty.
+        """Write the matrix as CSV, with a header line and a column of row labels. NaN is left empty.
 
         Args:
-            path: where to.
-            tidy: one line per pair instead, with the columns ``row``, ``column``, ``cka``, ``stderr``, and
-                ``pvalue`` where it is known.
+            path: where to write it.
+            tidy: one line per pair instead, with the columns ``row``, ``column``, ``cka``, ``stderr``, and ``pvalue``
+                if it is known.
         """
         from cka_hooks.results.tables import to_csv
 
         to_csv(self, path, tidy=tidy)
 
     def to_npz(self, path: PathLike) -> None:
-        """Write the NumPy arrays ``rows``, ``columns``, ``matrix`` and ``stderr`` as ``.npz``; no pickle."""
+        """Write the NumPy arrays ``rows``, ``columns``, ``matrix`` and ``stderr`` as ``.npz``, without pickle."""
         from cka_hooks.results.tables import to_npz
 
         to_npz(self, path)
@@ -487,8 +488,8 @@ class CKAResult:
         """Write a page that needs no network: hover for values, click a row, search layers.
 
         Args:
-            path: where to.
-            title: heading of the page; by default it is made from the names of the models.
+            path: where to write it.
+            title: heading of the page; by default made from the names of the models.
 
         Raises:
             OSError: the file cannot be written.
@@ -512,17 +513,17 @@ class CKAResult:
         vmax: float | Literal["data"] | None = None,
         figsize: tuple[float, float] | None = None,
     ) -> tuple[Figure, Axes]:
-        """Draw the matrix as a heatmap, scale 0 to 1, depth upwards from the origin.
+        """Draw the matrix as a heatmap, with a scale from 0 to 1 and depth increasing from the lower left corner.
 
         Args:
-            path: also write the picture there; the suffix says the format (``.png``, ``.svg``, ``.pdf``).
+            path: also write the picture to this file. Its suffix sets the format (``.png``, ``.svg``, ``.pdf``).
             ax: draw into these axes instead of a new figure.
-            values: write each value into its cell, where cells are large enough to read it.
+            values: write each value into its cell, if cells are large enough to read it.
             stderr: colour by standard error instead; with ``values``, colour by CKA and write both.
-            title: title; by default it is made from the names of the models and the number of samples.
-            cmap: colour map, a name that matplotlib knows or one of its objects.
-            vmin: value of the first colour, 0 by default. ``"data"`` takes the smallest value that there is, so that
-                values from 0.9 to 1 can be told apart; the scale then says where it begins.
+            title: title of the picture; by default made from the names of the models and the number of samples.
+            cmap: colour map, either a name that matplotlib knows or one of its objects.
+            vmin: value of the first colour, 0 by default. ``"data"`` uses the smallest value in the matrix, so that
+                you can distinguish values from 0.9 to 1. The scale then says where it begins.
             vmax: value of the last colour, 1 by default, or ``"data"``.
             figsize: width and height of the figure in inches; by default as large as the labels need.
 
@@ -531,7 +532,7 @@ class CKAResult:
 
         Raises:
             MissingExtraError: matplotlib is not installed.
-            OptionError: ``cmap``, ``vmin``, ``vmax``, ``figsize`` or the suffix of ``path`` is none that can be used.
+            OptionError: ``cmap``, ``vmin``, ``vmax``, ``figsize`` or the suffix of ``path`` cannot be used.
         """
         from cka_hooks.views.heatmap import Scale, heatmap
 
@@ -548,14 +549,14 @@ class CKAResult:
     ) -> tuple[Figure, Axes]:
         """Draw each layer's similarity to the one before, or its best match in the other network.
 
-        A square result shows, within each model, the CKA of every layer with the one that it follows: dips
-        are where the representation changes. A rectangular one shows for every row the largest CKA
-        among the columns. Error bars are 95 % intervals.
+        For a square result, this shows for each model the CKA of every layer with the one that it follows: the
+        representation changes at the dips. For a rectangular one, it shows for every row the largest CKA among the
+        columns. Error bars are 95 % intervals.
 
         Args:
-            path: also write the picture there.
+            path: also write the picture to this file.
             ax: draw into these axes instead of a new figure.
-            title: title; a plain one by default.
+            title: title of the picture; by default a plain one.
             figsize: width and height of the figure in inches; by default as large as the labels need.
 
         Returns:
@@ -597,7 +598,7 @@ class CKAResult:
                 if mine.shape != theirs.shape or not torch.allclose(mine, theirs, 0, 0, equal_nan=True):
                     return False
             elif entry.name == "influence":
-                # A share may be NaN, which equals nothing; written out it equals itself.
+                # A share may be NaN, which does not equal itself. Its text does.
                 if {k: repr(v) for k, v in mine.items()} != {k: repr(v) for k, v in theirs.items()}:
                     return False
             elif type(mine) is not type(theirs) or mine != theirs:
@@ -606,7 +607,7 @@ class CKAResult:
 
     @classmethod
     def example(cls, models: tuple[str, ...] = ()) -> CKAResult:
-        """A small made-up result for trying things out: three layers, for each model where names are given.
+        """A small made-up result for trying things out: three layers, for each model if names are given.
 
         Example:
             >>> CKAResult.example()

@@ -1,4 +1,4 @@
-"""A result as a table: of text, a pandas DataFrame, CSV, NumPy ``.npz``."""
+"""A result as a table: text, a pandas DataFrame, CSV, or NumPy ``.npz``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def as_text(result: CKAResult) -> str:
-    """How a result prints: what it is, and up to 8 rows and columns of values.
+    """The printed form of a result: what it is, and up to 8 rows and columns of values.
 
     Example:
         >>> print(as_text(CKAResult.example().select("conv*")))
@@ -33,7 +33,7 @@ def as_text(result: CKAResult) -> str:
     head = f"CKAResult({size} layers, {result.samples} samples, {result.minibatches} minibatches)"
     if max(len(result.rows), len(result.columns)) > 8:
         return head
-    # Columns are numbered, because labels side by side would be wider than a terminal.
+    # Number the columns, because labels side by side would be wider than a terminal.
     rows, columns = map(printable, result.rows), map(printable, result.columns)
     labels = [f"{i} {row}" if result.square else f"  {row}" for i, row in enumerate(rows, 1)]
     width = max(map(len, labels))
@@ -66,15 +66,15 @@ def to_dataframe(result: CKAResult, *, tidy: bool = False) -> pandas.DataFrame:
     if tidy:
         head, *lines = _tidy(result)
         return pandas.DataFrame(lines, columns=head)
-    # Copied: an edit of the frame must not reach into the result.
+    # Copied, so that an edit of the frame does not change the result.
     return pandas.DataFrame(result.matrix.numpy().copy(), index=list(result.rows), columns=list(result.columns))
 
 
 def to_csv(result: CKAResult, path: PathLike, *, tidy: bool = False) -> None:
     """Write the matrix as CSV in UTF-8; see :meth:`CKAResult.to_csv`.
 
-    A label that a spreadsheet would run as a formula, since it begins with ``=``, ``+``, ``-`` or ``@``, gets a ``'``
-    in front.
+    A label that a spreadsheet would run as a formula, because it begins with ``=``, ``+``, ``-`` or ``@``, is
+    prefixed with ``'``.
 
     Raises:
         OSError: the file cannot be written.
@@ -128,7 +128,7 @@ def to_npz(result: CKAResult, path: PathLike) -> None:
 
 
 def _tidy(result: CKAResult) -> Iterator[list[Any]]:
-    """A line of names, then one for each entry."""
+    """A line of names, then one line for each entry."""
     parts = {"cka": result.matrix, "stderr": result.stderr}
     if result.null_unknown is None:
         parts["pvalue"] = result.pvalue()
@@ -144,6 +144,6 @@ def _cell(value: Any) -> str:
 
 
 def _no_formula(label: str) -> str:
-    # Spreadsheets pass over control characters and spaces in front, and read the wide forms of the signs, too.
+    # Spreadsheets skip leading control characters and spaces, and also accept the wide forms of the signs.
     first = label.lstrip("".join(map(chr, range(33))))[:1]
     return f"'{label}" if first and first in "=+-@＝＋－＠" else label

@@ -1,6 +1,6 @@
-"""What the errors of a result say: confidence intervals, differences of two entries, why there are no p-values.
+"""Compute what the errors of a result imply: confidence intervals, differences of two entries, adjusted p-values.
 
-Tensors only: what labels a result has, and which of its entries are meant, ``result`` knows.
+This file works on tensors only. ``result`` knows the labels, and which entries are meant.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from cka_hooks.errors import OptionError
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference between two CKA values of one run, with a standard error that knows they are correlated.
+    """The difference between two CKA values of one run, with a standard error that accounts for their correlation.
 
     Attributes:
         value: first CKA value minus the second.
         stderr: standard error of ``value``; NaN with fewer than 3 minibatches.
-        degrees_of_freedom: of the Student t distribution that :meth:`interval` uses.
+        degrees_of_freedom: degrees of freedom of the Student t distribution that :meth:`interval` uses.
     """
 
     value: float
@@ -31,7 +31,7 @@ class Difference:
     degrees_of_freedom: int
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Confidence interval of the difference: ``(low, high)``, NaN where the standard error is.
+        """Confidence interval of the difference: ``(low, high)``, NaN if the standard error is.
 
         Raises:
             OptionError: ``level`` is not between 0 and 1.
@@ -68,13 +68,13 @@ def paired_difference(
     stderr = math.nan
     if degrees_of_freedom >= 2:
         spread = float(((errors - other_errors) ** 2).sum())
-        # Passes over the same samples are not independent: what counts is the minibatches of one.
+        # Passes over the same samples are not independent: only the minibatches of one pass count.
         stderr = math.sqrt(len(errors) / degrees_of_freedom * spread)
     return Difference(value - other, stderr, degrees_of_freedom)
 
 
 def _linearised(hsic: torch.Tensor, i: int, j: int) -> tuple[float, torch.Tensor]:
-    """CKA of a pair and each minibatch's part in its error, to first order: float, (B,)."""
+    """CKA of a pair, and each minibatch's contribution to its error to first order: float, (B,)."""
     own_i, own_j = hsic[:, i, i], hsic[:, j, j]
     total_i, total_j = float(own_i.sum()), float(own_j.sum())
     if not (total_i > 0 and total_j > 0):
@@ -87,15 +87,15 @@ def _linearised(hsic: torch.Tensor, i: int, j: int) -> tuple[float, torch.Tensor
 
 
 def holm(alone: torch.Tensor, rows: Sequence[str], columns: Sequence[str]) -> torch.Tensor:
-    """P-values of which the smallest of m pairs counts m times, the next one m - 1 times, and so on (Holm 1979).
+    """Multiply the smallest p-value of m pairs by m, the next one by m - 1, and so on (Holm 1979).
 
     Args:
-        alone: (R, C) p-values of each entry, NaN where there is none.
+        alone: (R, C) p-values of the single entries, NaN where there is none.
         rows: R labels.
-        columns: C labels; a pair that is there twice counts once, and a layer with itself not at all.
+        columns: C labels. A pair that occurs twice counts once, and a layer with itself does not count.
 
     Returns:
-        (R, C), as they were where a layer is paired with itself.
+        (R, C) adjusted p-values. Entries of a layer with itself are unchanged.
 
     Example:
         >>> alone = torch.tensor([[0.01, 0.04, 0.3]], dtype=torch.float64)
@@ -117,7 +117,7 @@ def holm(alone: torch.Tensor, rows: Sequence[str], columns: Sequence[str]) -> to
 
 
 def why_unknown(settings: Mapping[str, Any], passes: int) -> str:
-    """Why a result has no null distribution, with what to do."""
+    """Why a result has no null distribution, and what to do about it."""
     if settings.get("estimator") == "biased":
         return 'the null distribution of biased estimates is not known; compare with estimator="unbiased"'
     if settings.get("per") == "position":

@@ -1,7 +1,7 @@
-"""A result in a few words: how large, what is alike, where it changes, what is missing.
+"""Describe a result in a few words: how large it is, what is alike, where it changes, and what is missing.
 
-The words claim no more than the matrix holds. "Alike" is CKA, which does not see rotations and a common scale of the
-features; which layer follows which is what :mod:`cka_hooks.results.order` makes of the labels.
+The words claim no more than the matrix holds. "Alike" means CKA, which ignores rotations and a common scale of the
+features. Which layer follows which is up to :mod:`cka_hooks.results.order`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from cka_hooks.results.result import CKAResult
 
 #: Consecutive layers whose CKA with each other is above this are near-identical.
 NEAR = 0.95
-#: Pairs this close to 1 are the same representation but for rotation and scale: a flatten, a dropout in eval.
+#: Pairs this close to 1 are the same representation up to rotation and scale: a flatten, a dropout in eval mode.
 SAME = 1 - 1e-6
-#: A layer in which one sample has more than this share of its HSIC is named.
+#: Name a layer in which one sample has more than this share of its HSIC.
 SHARE = 0.5
-#: Entries whose p-value is above this cannot be told from those of unrelated layers.
+#: Entries whose p-value is above this are indistinguishable from those of unrelated layers.
 UNRELATED = 0.05
 
 _LISTED = 3
-# Models that get a line each; of more, the extremes are named.
+# Up to this many models get a line each. With more, only the extremes are named.
 _FEW = 3
 
 Positions = list[int]
@@ -62,7 +62,7 @@ def summary(result: CKAResult) -> str:
 
 
 def value_in_words(value: float, error: float = math.nan) -> str:
-    """A CKA value with its standard error, in as many digits as tell it from 1 and the error from 0.
+    """A CKA value with its standard error, in enough digits to distinguish the value from 1 and the error from 0.
 
     Example:
         >>> value_in_words(0.99995, 0.000021)
@@ -78,7 +78,7 @@ def value_in_words(value: float, error: float = math.nan) -> str:
 
 
 def error_in_words(error: float) -> str:
-    """A standard error in 3 digits after the point, or as many as it takes to tell it from 0."""
+    """A standard error in 3 digits after the point, or in as many as distinguish it from 0."""
     if not error > 0:
         return f"{error:.3g}"
     return f"{error:.{max(3, _leading_zeros(error) + 2)}f}" if error >= 1e-5 else f"{error:.1e}"
@@ -95,7 +95,7 @@ def pvalue_in_words(pvalue: float) -> str:
 
 
 def _leading_zeros(value: float) -> int:
-    """Zeros after the point, before the first digit."""
+    """The number of zeros after the point and before the first digit."""
     return min(12, -math.floor(math.log10(abs(value))) - 1) if value else 0
 
 
@@ -152,7 +152,7 @@ def _alike_across(result: CKAResult) -> Iterator[str]:
 
 
 class _Change(NamedTuple):
-    """CKA of the two layers of a model, one following the other, that are least alike."""
+    """CKA of the two consecutive layers of a model that are least alike."""
 
     value: float
     where: str
@@ -200,7 +200,7 @@ def near_identical(result: CKAResult, positions: Positions) -> list[Positions]:
 
     Args:
         result: a square result.
-        positions: row numbers of one model's layers, in order. Undefined ones are passed over.
+        positions: row numbers of one model's layers, in order. Undefined layers are skipped.
 
     Example:
         >>> near_identical(CKAResult.example(), [0, 1, 2])
@@ -210,7 +210,7 @@ def near_identical(result: CKAResult, positions: Positions) -> list[Positions]:
     runs: list[Positions] = []
     run: Positions = []
     for position in _defined(result, positions):
-        # Against all of the run and not only the last: similarity fades over many small steps.
+        # Against all of the run and not only the last one, because similarity fades over many small steps.
         if run and not (values[position, run] > NEAR).all():
             runs.append(run)
             run = []
@@ -227,7 +227,7 @@ class _Depth(NamedTuple):
 
 
 def _depth(result: CKAResult, one: tuple[str, Positions], other: tuple[str, Positions]) -> _Depth | None:
-    """Counted beside what chance would give; None where there is too little to count."""
+    """Count them beside what chance would give; None if there is too little to count."""
     (first, rows), (second, columns) = one, other
     values = result.matrix.numpy()
     rows = [i for i in rows if np.isfinite(values[i, columns]).any()]
@@ -236,7 +236,7 @@ def _depth(result: CKAResult, one: tuple[str, Positions], other: tuple[str, Posi
         return None
     values = values[np.ix_(rows, columns)]
     depth = np.linspace(0, 1, len(rows))[:, None] - np.linspace(0, 1, len(columns))[None, :]
-    # One place in the network with fewer layers; rounding must not decide at exactly one place.
+    # One position in the network with fewer layers. Rounding must not decide at exactly one position.
     near = np.abs(depth) <= 1 / (min(values.shape) - 1) + 1e-9
     best = np.nanargmax(values, axis=1)
     hits = int(near[np.arange(len(rows)), best].sum())
@@ -263,7 +263,7 @@ def _same_depth(pairs: list[_Depth | None]) -> Iterator[str]:
 
 
 def unrelated(result: CKAResult) -> npt.NDArray[np.bool_]:
-    """(R, C): entries that cannot be told from those of unrelated layers, p > 0.05; none where that is not known."""
+    """(R, C): entries that are indistinguishable from those of unrelated layers, p > 0.05; none if not known."""
     if result.null_unknown is not None:
         return np.zeros(result.matrix.shape, dtype=bool)
     return np.asarray(result.pvalue().numpy() > UNRELATED)

@@ -1,1 +1,1 @@
-"""Models, batches and an accumulator brought together: one pass, several ranks, interrupted and resumed."""
+"""Bring models, batches and an accumulator together: in one pass, on several ranks, interrupted and resumed."""

@@ -1,1 +1,1 @@
-"""Pictures of a result, the page to look around in, and what a notebook shows."""
+"""Pictures of a result, a page to explore, and a table for notebooks."""

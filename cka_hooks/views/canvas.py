@@ -1,9 +1,8 @@
-"""What the pictures have in common: a figure of the right size, labels in the room there is, titles, legends, files.
+"""What all pictures share: a figure of the right size, labels that fit, titles, legends and files.
 
-Labels are thinned to the room that the axes have, so the size of the axes is fixed before anything is drawn. A figure
-of our own is grown around its axes; in one whose size was asked for, the axes get what the labels leave; axes that
-were handed in are measured. A figure that goes to a file is made without ``pyplot``, so that no window system is
-touched.
+Labels are thinned to the room that the axes have, so the size of the axes is fixed before anything is drawn. A new
+figure grows around its axes. If you ask for a size, the axes get what the labels leave. Axes that you pass are
+measured. A figure that goes to a file is made without ``pyplot``, so no window system is touched.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 #: Colour of what is undefined.
 MISSING = "0.85"
-#: Points of the labels of layers.
+#: Font size of layer labels, in points.
 FONT = 7.0
 #: Inches from one line of labels to the next.
 PITCH = FONT * 1.3 / 72
@@ -47,14 +46,14 @@ Size = tuple[float, float]
 def drawn(
     draw: Callable[[Axes], None], path: PathLike | None, ax: Axes | None, figsize: Size | None, size: Size
 ) -> tuple[Figure, Axes]:
-    """Let ``draw`` fill axes, and give these their place in a figure.
+    """Let ``draw`` fill axes, and place these in a figure.
 
     Args:
         draw: draws a whole picture into axes whose size is final.
-        path: where the picture will be written, None where ``pyplot`` is to show it.
+        path: where the picture will be written, None if ``pyplot`` is to show it.
         ax: axes to draw into instead of a new figure.
-        figsize: of the figure; None makes it as large as the axes and their labels need.
-        size: of the axes where nothing else decides it.
+        figsize: size of the figure; None makes it as large as the axes and their labels need.
+        size: size of the axes if nothing else decides it.
 
     Raises:
         MissingExtraError: matplotlib is not installed, or does not start.
@@ -76,7 +75,7 @@ def drawn(
         width, height = _checked(figsize)
         size = (0.6 * width, 0.6 * height)
         edges = _Edges(0, 0, 0, 0)
-        # Other labels have room in other axes, which leave other room. That may go to and fro: the most counts.
+        # In other axes, other labels fit, which leave other room. This may alternate, so the largest edges count.
         for number in range(4):
             figure, axes = _canvas(number == 3 and path is None, size)
             draw(axes)
@@ -114,7 +113,7 @@ def written(figure: Figure, path: PathLike | None) -> None:
 
 
 def rounds(axes: Axes) -> Iterator[None]:
-    """Once; twice where a layout engine gives the axes another size as soon as it knows their labels."""
+    """Run once; run twice if a layout engine resizes the axes as soon as it knows their labels."""
     yield
     if axes.figure.figure.get_layout_engine() is not None:
         axes.figure.figure.draw_without_rendering()
@@ -140,7 +139,7 @@ def _require_matplotlib() -> None:
 
 
 def _canvas(shown: bool, size: Size) -> tuple[Figure, Axes]:
-    """Axes of this size in a figure twice as large; one of ``pyplot`` where it is to be shown."""
+    """Axes of this size in a figure twice as large, which is one of ``pyplot`` if it is to be shown."""
     figsize = (size[0] * 2, size[1] * 2)
     if shown:
         try:
@@ -194,10 +193,10 @@ def _edges(figure: Figure, axes: Axes) -> _Edges:
 
 
 class Side(NamedTuple):
-    """What is written along one side of a matrix, one entry a layer.
+    """What is written along one side of a matrix, one entry per layer.
 
     Attributes:
-        models: names of the models, ``""`` where none is written.
+        models: names of the models, ``""`` to write none.
         names: labels of the layers within their models.
     """
 
@@ -206,7 +205,7 @@ class Side(NamedTuple):
 
 
 def side_of(result: CKAResult, labels: Sequence[str]) -> Side:
-    """Models and layers of these labels, or models alone where each has one layer and it is the same in all."""
+    """Models and layers of these labels; models alone if each has one layer, the same in all."""
     models = [result.model_of(label) for label in labels]
     names = [result.layer_of(label) for label in labels]
     if len(models) > 1 and len(set(models)) == len(models):
@@ -215,7 +214,7 @@ def side_of(result: CKAResult, labels: Sequence[str]) -> Side:
 
 
 def write_side(axes: Axes, axis: Axis, side: Side) -> None:
-    """Thinned labels along one axis, in the room the axes have now."""
+    """Write thinned labels along one axis, in the room that the axes have now."""
     horizontal = axis is axes.xaxis
     room = inches(axes)[0 if horizontal else 1] / len(side.names)
     spans = thinned(side.models, side.names, PITCH / room)
@@ -227,7 +226,7 @@ def write_side(axes: Axes, axis: Axis, side: Side) -> None:
 
 
 def write_models(axes: Axes, axis: Axis, models: Sequence[str]) -> None:
-    """The names of the models beyond the labels of their layers, along their own stretch or, where long, across."""
+    """Write the names of the models outside the labels of their layers, along their stretch or across it."""
     if not any(models):
         return
     horizontal = axis is axes.xaxis
@@ -267,7 +266,7 @@ def write_models(axes: Axes, axis: Axis, models: Sequence[str]) -> None:
 
 
 def _fits(text: Text, model: str, room: float, horizontal: bool, least: int) -> bool:
-    """Shorten a name until it fits into its stretch, to so many letters at least."""
+    """Shorten a name until it fits into its stretch, but not below ``least`` letters."""
     for letters in (_LONGEST, 30, 20, 15, 12, 10, 6, 4, 3, 2, 1):
         extent = text.get_window_extent()
         if (extent.width if horizontal else extent.height) <= room:
@@ -279,7 +278,7 @@ def _fits(text: Text, model: str, room: float, horizontal: bool, least: int) -> 
 
 
 def shortened(label: str, most: int = _LONGEST) -> str:
-    """On one line, and with its middle left out where it is long: the ends tell layers apart."""
+    """The label on one line. A long one loses its middle, because layers differ at the ends."""
     label = printable(label)
     if len(label) <= most:
         return label
@@ -288,7 +287,7 @@ def shortened(label: str, most: int = _LONGEST) -> str:
 
 
 def title_of(result: CKAResult, what: str) -> str:
-    """A title of its own: which models, what of them, how many samples."""
+    """The default title: the models, what is shown of them, and the number of samples."""
     names = [shortened(name) for name in result.models]
     layers = {result.layer_of(label) for label in result.layers}
     joined = " against " if len(names) == 2 and not result.square else ", "
@@ -299,7 +298,7 @@ def title_of(result: CKAResult, what: str) -> str:
 
 
 def set_title(axes: Axes, title: str, lines_below: int) -> None:
-    """The title at the left, wrapped to the axes, above so many lines of a legend."""
+    """Write the title at the left, wrapped to the axes, above a legend of this many lines."""
     size = FONT + 3
     letters = max(16, int((inches(axes)[0] + 0.4) / (size * 0.52 / 72)))
     text = axes.set_title(
@@ -309,7 +308,7 @@ def set_title(axes: Axes, title: str, lines_below: int) -> None:
 
 
 def legend_above(axes: Axes, handles: list[Any]) -> int:
-    """A legend above the axes, so that it hides nothing in them; the number of its lines."""
+    """Draw a legend above the axes, where it hides nothing. Return the number of its lines."""
     if not handles:
         return 0
     letters = max(len(handle.get_label()) for handle in handles) + 6
@@ -319,7 +318,7 @@ def legend_above(axes: Axes, handles: list[Any]) -> int:
 
 
 def legend_beside(axes: Axes, handles: list[Any]) -> None:
-    """A legend to the right of the axes, for more lines than have room above them."""
+    """Draw a legend to the right of the axes, for more lines than fit above them."""
     rows = max(1, int(inches(axes)[1] / (FONT * 1.45 / 72)))
     columns = -(-len(handles) // rows)
     _legend(axes, handles, loc="upper left", bbox_to_anchor=(1.01, 1.0), ncols=columns, borderaxespad=0.0)

@@ -1,10 +1,10 @@
-"""Colours of CKA values where matplotlib is not at hand: the page and the notebook."""
+"""Colours of CKA values without matplotlib, for the page and the notebook."""
 
 from __future__ import annotations
 
 import math
 
-#: matplotlib's viridis at 0, 1/8 ... 1; between them straight lines are close enough.
+#: matplotlib's viridis at 0, 1/8 ... 1. Straight lines in between are close enough.
 VIRIDIS = (
     (68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141),
     (39, 173, 129), (92, 200, 99), (170, 220, 50), (253, 231, 37),
@@ -12,7 +12,7 @@ VIRIDIS = (
 
 
 def colour(value: float) -> str:
-    """The colour of a CKA value from 0 to 1, grey where it is NaN, as HTML has it.
+    """The HTML colour of a CKA value from 0 to 1, grey for NaN.
 
     Example:
         >>> colour(0.0), colour(0.5), colour(float("nan"))

@@ -1,7 +1,7 @@
-"""Every format that a result is written in, and which of them a run writes: one table.
+"""All formats that a result can be written in, and which of them a run writes, in one table.
 
 A new format is a function that writes it and a line in :data:`FORMATS`. ``result.export(path)`` and the command
-line's ``show --out`` find it there by its suffix; with a ``name`` it is among the files that ``run`` and ``demo``
+line's ``show --out`` then find it by its suffix. With a ``name``, it is one of the files that ``run`` and ``demo``
 write.
 """
 
@@ -25,11 +25,11 @@ class Format:
     """One format.
 
     Attributes:
-        suffixes: the ends of file names that choose it, with their dot.
-        line: what it is for, one line.
+        suffixes: the file suffixes that choose it, with their dot.
+        line: what it is for, in one line.
         write: writes a result to a path.
         extra: the extra of this package that it needs.
-        name: what a run calls the file in which it writes it, None where a run does not.
+        name: what a run calls this file, None if a run does not write it.
     """
 
     suffixes: tuple[str, ...]
@@ -39,7 +39,7 @@ class Format:
     name: str | None = None
 
 
-# Those that matplotlib writes everywhere.
+# The formats that matplotlib can always write.
 _PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps", ".pgf", ".svgz")
 
 FORMATS = (
@@ -55,7 +55,7 @@ def format_of(path: PathLike) -> Format:
     """The format that the suffix of a path names.
 
     Raises:
-        OptionError: none; the message lists all.
+        OptionError: there is no such format. The message lists all formats.
     """
     suffix = os.path.splitext(os.fspath(path))[1].lower()
     for found in FORMATS:
@@ -79,16 +79,16 @@ def export(result: CKAResult, path: PathLike) -> None:
 
 
 def files_of_a_run() -> dict[str, str]:
-    """Name of each file that a run writes -> its name in the folder; ``between`` where two models were compared."""
+    """For each file that a run writes, its name in the folder; ``between`` only if two models were compared."""
     files = {one.name: f"cka{one.suffixes[0]}" for one in FORMATS if one.name}
     return {**files, "between": "between.png"}
 
 
 def export_all(result: CKAResult, folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
-    """Write the files of a run, first the result itself. What cannot be drawn never loses the rest.
+    """Write the files of a run, the result itself first. A picture that cannot be drawn does not stop the others.
 
     Returns:
-        Name of each file that was written -> its path, and name of each that could not be -> the reason.
+        The path of each file that was written, by name, and the reason for each that could not be, by name.
 
     Raises:
         OSError: ``cka.json``, the result itself, cannot be written.

@@ -1,4 +1,4 @@
-"""The matrix as a picture, with matplotlib: colours, scale, lines between models, values in cells."""
+"""Draw the matrix with matplotlib: colours, scale, lines between models, values in cells."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _CELL = {0: 0.5, 1: 0.36, 2: 0.48}  # inches of a cell at most, or with one or t
 
 
 class Scale(NamedTuple):
-    """Colours and their values, as :meth:`CKAResult.plot` takes them; None is the default of what is drawn."""
+    """Colours and their values, as :meth:`CKAResult.plot` takes them; None is the default for what is drawn."""
 
     cmap: str | Colormap | None = None
     vmin: float | Literal["data"] | None = None
@@ -68,17 +68,17 @@ def heatmap(
 ) -> tuple[Figure, Axes]:
     """Draw the matrix; see :meth:`CKAResult.plot`.
 
-    Without ``path`` and ``ax`` the figure is one of ``pyplot``, which a notebook shows by itself.
+    Without ``path`` and ``ax``, the figure is one of ``pyplot``, which a notebook shows by itself.
 
     Args:
         result: what to draw, R rows by C columns.
-        path: also write the picture there; the suffix says the format.
+        path: also write the picture to this file. Its suffix sets the format.
         ax: draw into these axes instead of a new figure.
-        values: write each value into its cell. Where cells are too small, a warning says so.
+        values: write each value into its cell. If cells are too small, a warning says so.
         stderr: colour by standard error; with ``values``, colour by CKA and write both.
-        title: instead of the default title.
+        title: replaces the default title.
         scale: colours, and the values of the first and the last one.
-        figsize: of the figure, in inches.
+        figsize: size of the figure, in inches.
 
     Returns:
         The figure and the axes.
@@ -111,7 +111,7 @@ def _size(rows: int, columns: int, lines: int) -> Size:
     cell = min(_CELL[0], SIDE / max(rows, columns))
     if lines and _CELL[lines] * max(rows, columns) <= 1.6 * SIDE:
         cell = max(cell, _CELL[lines])
-    # A long narrow matrix is stretched rather than drawn as a thread.
+    # Stretch a long narrow matrix, which would otherwise be a thread.
     return max(columns * cell, 1.5), max(rows * cell, 1.5)
 
 
@@ -188,7 +188,7 @@ def _colourbar(axes: Axes, image: AxesImage, what: str, beyond: str, given: bool
     if given:
         colourbar = figure.colorbar(image, ax=axes, extend=beyond, fraction=0.05, pad=0.03)
     else:
-        # Beside the axes by a fixed length, whatever the labels on the other side will take.
+        # At a fixed distance from the axes, whatever the labels on the other side need.
         width, height = inches(axes)
         bar = axes.inset_axes((1 + 0.12 / width, 0.0, 0.16 / width, min(1.0, 3.2 / height)))
         colourbar = figure.colorbar(image, cax=bar, extend=beyond)
@@ -200,14 +200,14 @@ def _colourbar(axes: Axes, image: AxesImage, what: str, beyond: str, given: bool
 
 
 def _beyond(values: Floats, low: float, high: float) -> str:
-    """Which ends of the scale have values beyond them, that are drawn in the last colour."""
+    """The ends of the scale with values beyond them, which are drawn in the last colour."""
     slack = 0.005 * (high - low)
     ends = bool((values < low - slack).any()), bool((values > high + slack).any())
     return {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[ends]
 
 
 def _round_up(value: float) -> float:
-    """The next number with one digit that is not smaller: the end of a colour scale."""
+    """The next number with one digit that is not smaller, for the end of a colour scale."""
     if not value > 0:
         return 0.01
     digit = 10.0 ** math.floor(math.log10(value))
@@ -218,7 +218,7 @@ def _round_up(value: float) -> float:
 
 
 def _mark_missing(axes: Axes, shown: Floats) -> list[Any]:
-    """Hatch the rows and columns without a value; what the legend then says."""
+    """Hatch the rows and columns without a value. Return the legend's entries for them."""
     from matplotlib.patches import Patch, Rectangle
 
     missing: npt.NDArray[np.bool_] = np.isnan(shown)
@@ -235,7 +235,7 @@ def _mark_missing(axes: Axes, shown: Floats) -> list[Any]:
 
 
 def _mark_unrelated(axes: Axes, found: npt.NDArray[np.bool_]) -> list[Any]:
-    """Hatch the entries that cannot be told from unrelated ones; what the legend then says."""
+    """Hatch the entries that are indistinguishable from unrelated ones. Return the legend's entries for them."""
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Patch, Rectangle
 
@@ -262,7 +262,7 @@ def _runs(flags: Sequence[bool]) -> list[tuple[int, int]]:
 
 
 def _separate(side: Side, line: Any) -> None:
-    """Fine lines between the large parts of a model, strong ones between models."""
+    """Draw fine lines between the large parts of a model, and strong ones between models."""
     models = side.models
     between = {i - 0.5 for i in range(1, len(models)) if models[i] != models[i - 1]}
     for place in section_lines(models, side.names):
@@ -291,7 +291,7 @@ def _write_values(axes: Axes, result: CKAResult, *, stderr: bool) -> None:
             text = f"{values[i][j]:.2f}"
             if stderr and not math.isnan(errors[i][j]):
                 text += f"\n±{_short_error(errors[i][j])}"
-            # Black or white, whichever stands out more from the colour of the cell.
+            # Black or white, whichever contrasts more with the colour of the cell.
             cell = image.cmap(image.norm(values[i][j]))
             bright = (
                 sum(share * part**2.2 for share, part in zip((0.2126, 0.7152, 0.0722), cell, strict=False)) > 0.25

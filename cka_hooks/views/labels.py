@@ -1,8 +1,8 @@
-"""Which of many layer labels to write along an axis: thinned so that none overlap, grouped by section.
+"""Choose which of many layer labels to write along an axis: thinned so that none overlap, grouped by section.
 
-A dotted label is a path in a tree: ``layer3`` holds ``layer3.22`` holds ``layer3.22.bn2``. Where the
-labels of all layers have no room, a run of layers with a common beginning gets one label, that
-beginning, at its middle; runs with room to spare are divided further.
+A dotted label is a path in a tree: ``layer3`` holds ``layer3.22`` holds ``layer3.22.bn2``. If the labels of all
+layers do not fit, a run of layers with a common beginning gets one label, that beginning, at its middle. Runs with
+room to spare are divided further.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from collections.abc import Sequence
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
-#: A run this many labels long is too long for a single name: some of its layers are named instead.
+#: A run this many labels long is too long for a single name, so some of its layers are named instead.
 _LONG = 8
 
 
 class Span(NamedTuple):
-    """Consecutive layers with a common beginning of their labels.
+    """Consecutive layers whose labels have a common beginning.
 
     Attributes:
-        start: position of the first.
-        stop: one past the last.
-        name: the beginning they share; the whole label where it is one layer.
-        depth: how many parts of the path ``name`` is made of.
+        start: position of the first layer.
+        stop: one past the last layer.
+        name: the common beginning; the whole label for a single layer.
+        depth: number of parts of the path in ``name``.
     """
 
     start: int
@@ -33,7 +33,7 @@ class Span(NamedTuple):
 
     @property
     def middle(self) -> float:
-        """Position at which to write the name."""
+        """The position at which to write the name."""
         return (self.start + self.stop - 1) / 2
 
 
@@ -41,12 +41,12 @@ def thinned(models: Sequence[str], labels: Sequence[str], gap: float) -> list[Sp
     """The labels to write, no two closer together than ``gap``.
 
     Args:
-        models: name of the model of each position; a name never covers two models.
-        labels: label of each position, without its model.
+        models: name of the model at each position. A written name never covers two models.
+        labels: label at each position, without its model.
         gap: least distance between two written labels, in positions.
 
     Returns:
-        Spans in order. With ``gap <= 1`` one for each label.
+        Spans in order. With ``gap <= 1``, one for each label.
 
     Example:
         >>> labels = ["conv1", "layer1.0.a", "layer1.0.b", "layer1.1.a", "layer1.1.b", "fc"]
@@ -63,7 +63,7 @@ def thinned(models: Sequence[str], labels: Sequence[str], gap: float) -> list[Sp
 
 
 def sections(models: Sequence[str], labels: Sequence[str]) -> list[Span]:
-    """The few large parts of each model, such as ``layer1`` to ``layer4``; what no part holds stays single.
+    """The few large parts of each model, such as ``layer1`` to ``layer4``. Layers outside of them stay single.
 
     Args:
         models: name of the model of each position.
@@ -79,7 +79,7 @@ def sections(models: Sequence[str], labels: Sequence[str]) -> list[Span]:
     for run in _models(models):
         spans = _divide(labels, run)
         while True:
-            # One container that holds nearly all of the model, such as "features", says nothing.
+            # A container that holds nearly all of the model, such as "features", says nothing.
             largest = max(spans, key=lambda span: span.stop - span.start)
             children = _divide(labels, largest)
             share = (largest.stop - largest.start) / (run.stop - run.start)
@@ -92,7 +92,7 @@ def sections(models: Sequence[str], labels: Sequence[str]) -> list[Span]:
 
 
 def section_lines(models: Sequence[str], labels: Sequence[str]) -> list[float]:
-    """Where to draw a line between two sections: half way between two positions; nowhere in a small or busy matrix.
+    """Where to draw lines between sections: half way between two positions; nowhere in a small or busy matrix.
 
     Example:
         >>> labels = ["conv1", *(f"layer{i}.{j}" for i in (1, 2) for j in range(4))]
@@ -104,7 +104,7 @@ def section_lines(models: Sequence[str], labels: Sequence[str]) -> list[float]:
     return [
         after.start - 0.5
         for before, after in pairwise(sections(models, labels))
-        # Between two single layers a line would only say that they are two.
+        # A line between two single layers would only say that they are two.
         if max(before.stop - before.start, after.stop - after.start) > 1
     ]
 
@@ -118,7 +118,7 @@ def _models(models: Sequence[str]) -> list[Span]:
 
 
 def _divide(labels: Sequence[str], span: Span) -> list[Span]:
-    """The runs inside a span that share one part of their path more; the span itself when it is one layer."""
+    """The runs inside a span that share one more part of their path; the span itself if it is one layer."""
     if span.stop - span.start == 1:
         return [span]
     depth = span.depth + 1
@@ -128,7 +128,7 @@ def _divide(labels: Sequence[str], span: Span) -> list[Span]:
         whole = labels[run[0]]
         name = ".".join(whole.split(".")[:depth]) if len(run) > 1 else whole
         parts.append(Span(run[0], run[-1] + 1, name, depth))
-    # An only child is a container in a container and divides nothing: look inside it.
+    # An only child is a container in a container and divides nothing, so look inside it.
     return parts if len(parts) > 1 else _divide(labels, parts[0])
 
 
@@ -145,7 +145,7 @@ def _refine(labels: Sequence[str], span: Span, gap: float) -> list[Span]:
 
 
 def _every(spans: list[Span], gap: float) -> list[Span]:
-    """As many as have room, from the first on."""
+    """As many spans as fit, from the first one on."""
     kept: list[Span] = []
     last = -math.inf
     for span in spans:
@@ -156,7 +156,7 @@ def _every(spans: list[Span], gap: float) -> list[Span]:
 
 
 def _spaced(spans: list[Span], gap: float) -> list[Span]:
-    """Those that have room: the longest first, and of equally long ones the two ends of the axis."""
+    """The spans that fit: the longest first, and of equally long ones those at the two ends of the axis."""
     kept: list[Span] = []
     end = max((span.stop for span in spans), default=0)
     for span in sorted(spans, key=lambda s: (s.start - s.stop, s.start > 0 and s.stop < end, s.start)):

@@ -1,4 +1,4 @@
-"""How a result shows itself in a notebook: a small table of coloured cells, without scripts or libraries."""
+"""Show a result in a notebook, as a small table of coloured cells without scripts or libraries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cka_hooks.results.result import CKAResult
 from cka_hooks.results.words import value_in_words
 from cka_hooks.views.colours import colour
 
-#: Values are written into the cells up to this many rows and columns; beyond, the colours alone are shown.
+#: Values are written into the cells up to this many rows and columns. Beyond that, only colours are shown.
 WITH_VALUES = 12
 #: At most this many rows and columns are shown.
 MOST = 32
@@ -20,7 +20,7 @@ def notebook_html(result: CKAResult) -> str:
     """A table for ``_repr_html_``: first layer at the bottom left, as in :meth:`CKAResult.plot`.
 
     Args:
-        result: what to show. Of more than :data:`MOST` rows or columns, evenly spaced ones are kept.
+        result: what to show. If it has more than :data:`MOST` rows or columns, evenly spaced ones are kept.
 
     Example:
         >>> print(notebook_html(CKAResult.example()).count("<td"))

@@ -1,8 +1,8 @@
-"""A result as one HTML page that needs no network: ``page.html`` filled with the data.
+"""Write a result as one HTML page that needs no network: ``page.html`` filled with the data.
 
-Layer names are not trusted. They reach the page in two ways only: as JSON in which every ``<``, ``>``
-and ``&`` is written ``\\u003c`` and so on, and as escaped text in the heading and the summary. The page
-forbids itself every request by a Content-Security-Policy.
+Layer names are not trusted. They reach the page in two ways only: as JSON in which every ``<``, ``>`` and ``&`` is
+written as ``\\u003c`` and so on, and as escaped text in the heading and the summary. The page's
+Content-Security-Policy forbids every request.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cka_hooks.results.words import summary
 from cka_hooks.views.colours import VIRIDIS
 from cka_hooks.views.labels import section_lines, thinned
 
-# Labels that an axis of the page has room for; the page thins further where the window is small.
+# How many labels fit along an axis of the page. The page thins them further in a small window.
 _ROOM = 45
 
 
@@ -29,8 +29,8 @@ def write_page(result: CKAResult, path: PathLike, *, title: str | None = None) -
 
     Args:
         result: what to show.
-        path: where to.
-        title: heading; by default it is made from the names of the models.
+        path: where to write it.
+        title: heading; by default made from the names of the models.
 
     Raises:
         OSError: the file cannot be written.
@@ -41,13 +41,13 @@ def write_page(result: CKAResult, path: PathLike, *, title: str | None = None) -
         "@DATA@": script_json(page_data(result)),
     }
     template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    # In one pass, so that a layer called @DATA@ stays a layer.
+    # Fill everything in one pass, so that a layer called @DATA@ stays a layer.
     page = re.sub("|".join(parts), lambda match: parts[match.group()], template)
     replace_file(path, lambda file: file.write(page.encode("utf-8")))
 
 
 def page_data(result: CKAResult) -> dict[str, Any]:
-    """What the page draws: labels with their grouping, values and errors to 5 digits, None where undefined.
+    """What the page draws: labels with their grouping, values and errors to 5 digits, None if undefined.
 
     Example:
         >>> page_data(CKAResult.example())["matrix"][0]

@@ -1,4 +1,4 @@
-"""Each layer's CKA with the one that it follows, or with its best match in another network, as lines."""
+"""Draw each layer's CKA with the one that it follows, or with its best match in another network, as lines."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.float64]
 
-# With more lines their names stand beside the axes.
+# With more lines than this, their names stand beside the axes.
 _ABOVE = 3
 
 
@@ -49,14 +49,14 @@ def profile(
     title: str | None = None,
     figsize: Size | None = None,
 ) -> tuple[Figure, Axes]:
-    """Draw the similarity of layers that follow one another, or of best matches; see :meth:`CKAResult.plot_profile`.
+    """Draw the similarity of consecutive layers, or of best matches; see :meth:`CKAResult.plot_profile`.
 
     Args:
         result: a square result, or one that :meth:`CKAResult.between` cut.
-        path: also write the picture there; the suffix says the format.
+        path: also write the picture to this file. Its suffix sets the format.
         ax: draw into these axes instead of a new figure.
-        title: instead of the default title.
-        figsize: of the figure, in inches.
+        title: replaces the default title.
+        figsize: size of the figure, in inches.
 
     Returns:
         The figure and the axes.
@@ -87,7 +87,7 @@ def profile(
 
 
 class _Line(NamedTuple):
-    """One line of a profile: what its values mean, their 95 % intervals as half widths, what matched best."""
+    """A line of a profile: label, meaning and values, half widths of their 95 % intervals, best matches."""
 
     name: str
     meaning: str
@@ -128,9 +128,9 @@ def _draw(axes: Axes, lines: list[_Line], title: str) -> None:
     from matplotlib.patches import Patch
 
     most = max(len(line.labels) for line in lines)
-    # Layers of different networks have no common place on the axis but their depth.
+    # Depth is the only thing that layers of different networks have in common on this axis.
     shared = all(line.labels == lines[0].labels for line in lines)
-    # Ten colours can be told apart; more models are checkpoints more often than not, and have an order.
+    # Ten colours are distinguishable. More models are usually checkpoints, which have an order.
     few = len(lines) <= 10
     colours = colormaps["tab10" if few else "viridis"](range(10) if few else np.linspace(0, 0.95, len(lines)))
     handles: list[Any] = []
@@ -138,7 +138,7 @@ def _draw(axes: Axes, lines: list[_Line], title: str) -> None:
         count = len(line.labels)
         handles.append(_draw_line(axes, line, np.arange(count, dtype=float) if shared else _depths(count), colour))
     ends = [end for line in lines for end in (line.values - line.half, line.values + line.half)]
-    # The fixed scale of the heatmap, and more only where an interval reaches beyond it.
+    # The fixed scale of the heatmap, extended only if an interval reaches beyond it.
     axes.set_ylim(
         min(float(np.nanmin(end, initial=0.0)) for end in ends),
         max(float(np.nanmax(end, initial=1.0)) for end in ends) + 0.02,
@@ -171,7 +171,7 @@ def _depths(count: int) -> Floats:
 
 
 def _with_matches(line: _Line, width: float) -> list[str]:
-    """The labels, each with its best match where there is room for all."""
+    """The labels, each with its best match if all of them fit."""
     if not line.matches or len(line.labels) * PITCH > width:
         return line.labels
     both = zip(line.labels, line.matches, strict=True)
@@ -179,7 +179,7 @@ def _with_matches(line: _Line, width: float) -> list[str]:
 
 
 def _draw_line(axes: Axes, line: _Line, at: Floats, colour: Any) -> Any:
-    """One line with its intervals, grey where it is undefined; returned for the legend."""
+    """Draw one line with its intervals, grey where it is undefined. Return it for the legend."""
     few = len(at) <= 60
     (handle,) = axes.plot(
         at, line.values, marker="o", markersize=3.5 if few else 1.5, linewidth=1.0, label=line.name, color=colour
