@@ -46,8 +46,8 @@ def exactly(device: torch.device, function: Callable[P, T], *args: P.args, **kwa
                 if lowered:
                     switch.set(before)
 
-            # Between functions written in C, the enclosing `try` catches Ctrl-C. It may also come in the first instant
-            # of a Python function, before that has restored a switch: hence twice.
+            # Between functions written in C, the enclosing `try` catches Ctrl-C. It may also come in the first
+            # instant of a Python function, before that has restored a switch: hence twice.
             try:
                 if lowered:
                     switch.set(switch.exact)

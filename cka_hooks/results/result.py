@@ -228,8 +228,8 @@ class CKAResult:
                 :meth:`between`: fewer pairs cost less.
 
         Returns:
-            (R, C) float64; NaN where CKA is undefined. If the null is not known (:attr:`null_unknown`), all are NaN, and
-            a warning says why: for biased estimates, positions as samples, and several passes.
+            (R, C) float64; NaN where CKA is undefined. All are NaN, with a warning that says why, if the null is not
+            known (:attr:`null_unknown`): for biased estimates, positions as samples, and several passes.
 
         Example:
             >>> example = CKAResult.example()
