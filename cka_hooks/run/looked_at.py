@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from torch import Tensor
 
 from cka_hooks.recording import batches
-from cka_hooks.run import class_order, replay
+from cka_hooks.run import replay
 from cka_hooks.similarity.state import State
 
+# With more classes than this, they are identifiers of samples.
+MOST_CLASSES = 10_000
 # How many batches of a pass to recognise.
 _REMEMBERED = 256
 
@@ -39,9 +42,17 @@ class LookedAt:
             self._fingerprints.add(fingerprint)
 
     def step(self, state: State) -> None:
-        """Note that the batch was counted."""
-        if len(state.classes) <= class_order.MOST_CLASSES:
-            state.merge(class_order.counted(self._targets))
+        """The batch was counted: count its classes, and pairs of neighbours in one class."""
+        if self._targets is None or not len(self._targets) or len(state.classes) > MOST_CLASSES:
+            return
+        classes = self._targets.long()
+        state.merge(
+            State(
+                classes={str(number): count for number, count in Counter(classes.tolist()).items()},
+                neighbours=len(classes) - 1,
+                equal_neighbours=int((classes[1:] == classes[:-1]).sum()),
+            )
+        )
 
     def start_pass(self) -> None:
         """Begin another pass over the same samples."""
