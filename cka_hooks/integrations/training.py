@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,25 +99,10 @@ class TrainingCKA:
         mask: MaskOption = None,
         seed: int = 0,
     ) -> None:
-        self._options: dict[str, Any] = {
-            "kernel": kernel,
-            "bandwidth": bandwidth,
-            "sigma": sigma,
-            "estimator": estimator,
-            "minibatch": minibatch,
-            "features": features,
-            "batch_dim": batch_dim,
-            "channel_dim": channel_dim,
-            "mask": mask,
-            "seed": seed,
-        }
-        # Refuse it now rather than after training has begun.
-        Options(**self._options)
-        given = (
-            {}
-            if network is None
-            else named_models({"network": network} if isinstance(network, nn.Module) else network)
-        )
+        # Refused now rather than after training has begun.
+        self._options = Options.of(locals())
+        networks = {"network": network} if isinstance(network, nn.Module) else network
+        given = {} if networks is None else named_models(networks)
         if taken := given.keys() & {NOW, INITIAL, PREVIOUS}:
             raise OptionError(
                 f"network= has the name {taken.pop()!r}, which results use themselves: choose another one"
@@ -279,11 +265,9 @@ class TrainingCKA:
 
     def _footprint(self, model: nn.Module, name: str = NOW, prepare: Callable[[Any], Any] | None = None) -> Footprint:
         with _as_before(model, self._loader):
-            its = {"layers": self._layers[name], "forward": self._forwards[name]}
+            own = replace(self._options, layers=self._layers[name], forward=self._forwards[name])
             batches: Iterable[Any] = self._batches.rewind(name)
-            return Footprint.left_by(
-                Comparison(model, **self._options, **its), map(prepare, batches) if prepare else batches
-            )
+            return Footprint.left_by(Comparison.of({"": model}, own), map(prepare, batches) if prepare else batches)
 
 
 @contextmanager
