@@ -505,7 +505,7 @@ def test_samples_in_an_order_that_no_random_number_makes(kind: str, n: int) -> N
 
     result = cka_hooks.compare(Mixes(), data(n, 5, count=4), layers=["first", "*"], progress=False)
     assert result.layers == ("first",)
-    assert "followed the samples when these were turned round" in result.skipped["other"]
+    assert "followed the samples when their order changed" in result.skipped["other"]
 
 
 def test_noise_of_a_position_is_no_other_sample() -> None:

@@ -221,7 +221,7 @@ def _may_be_fixed(before: tuple[int, ...], after: tuple[int, ...], samples: int,
 
 
 def _by_order(label: str, whole: Look, turned: Look, problem: str | None) -> int | str | None:
-    """The dimension whose slices are reversed along with the samples; None if none is, or why it is not known."""
+    """The dimension whose slices change places along with the samples; None if none is, or why it is not known."""
     before, after = whole.seen.get(label), turned.seen.get(label)
     if before is None or after is None:
         return _unknown(problem)
@@ -232,7 +232,7 @@ def _by_order(label: str, whole: Look, turned: Look, problem: str | None) -> int
     if problem and fitting:
         return _unknown(problem)
     which = f"dimensions {sure} all" if sure else f"none of the dimensions {fitting} with the batch's size"
-    return f"{which} followed the samples when these were reversed" if fitting else None
+    return f"{which} followed the samples when their order changed" if fitting else None
 
 
 def _shuffled(label: str, whole: Look, turned: Look, dim: int | str | None) -> bool:

@@ -237,7 +237,7 @@ class LayerRecorder:
         """Find out from the first batch what the kinds of modules do not say. :meth:`run` does this when it is due.
 
         The model runs on a few samples of the batch and on one fewer, to see which dimensions follow. If this does
-        not decide it, the model runs on the whole batch as it is and in reversed order. If the batch has a mask, the
+        not decide it, the model runs on the whole batch as it is and in another order. If the batch has a mask, the
         model also runs on fewer positions. Afterwards the model, its attributes and all random states are as before.
 
         Raises:
