@@ -254,6 +254,7 @@ class Packed(nn.Module):
         return self.head(steps.mean(1 if first else 0))
 
 
+@pytest.mark.filterwarnings("ignore:.*looks like the lengths")
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("layers", [1, 2, 4])
 def test_states_are_not_the_output_of_a_recurrent_layer(layers: int, batch_first: bool) -> None:
