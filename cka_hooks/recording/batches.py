@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
+from types import UnionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.utils import data
 from cka_hooks.errors import BatchError, OptionError
 
 Forward = Callable[[nn.Module, Any], Any]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 # Keys of a batch that are targets, not inputs. Given these, some models compute a loss that nobody needs.
 LABELS = frozenset(
@@ -81,14 +83,8 @@ class Given(NamedTuple):
         """A batch made of the arguments of somebody else's call."""
         seen = kwargs if not args else (*args, kwargs) if kwargs else args
         value = args[0] if len(args) == 1 and not kwargs else None
-        return cls(
-            (args, kwargs),
-            seen,
-            Form(),
-            leading_shape(*args, kwargs),
-            value,
-            lambda parts: module(*parts[0], **parts[1]),
-        )
+        shape = leading_shape(*args, kwargs)
+        return cls((args, kwargs), seen, Form(), shape, value, lambda parts: module(*parts[0], **parts[1]))
 
 
 def is_sample_list(value: Any, *, is_input: bool = False) -> bool:
@@ -147,19 +143,13 @@ def fields_of(value: Any) -> dict[str, Any] | None:
         return {str(key): item for key, item in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
-    if isinstance(value, Tensor | nn.Module | type) or not any(isinstance(item, Tensor) for item in _vars(value)):
-        return None
-    return dict(vars(value))
+    fields = {} if isinstance(value, Tensor | nn.Module | type) else getattr(value, "__dict__", {})
+    return dict(fields) if any(isinstance(item, Tensor) for item in fields.values()) else None
 
 
-def _vars(value: Any) -> Iterable[Any]:
-    return vars(value).values() if hasattr(value, "__dict__") else ()
-
-
-def sample_count(batch: Any, form: Form | None = None) -> int | None:
+def sample_count(batch: Any) -> int | None:
     """The number of samples in a batch; None if nothing says it."""
-    shape = (form or Form.of(batch)).shape(batch)
-    return shape[0] if shape else None
+    return next(iter(Form.of(batch).shape(batch)), None)
 
 
 def is_empty(batch: Any) -> bool:
@@ -175,6 +165,22 @@ def is_empty(batch: Any) -> bool:
     return leading_shape(batch)[:1] == (0,)
 
 
+_ONE_BATCH = "one batch: pass [batch], or the loader that it came from"
+_DATA_SET = "a data set, which yields single samples: pass torch.utils.data.DataLoader({}, batch_size=64)"
+_INDICES = "a sampler, which yields indices: pass torch.utils.data.DataLoader(dataset, {}=sampler)"
+_TENSOR = "one tensor: pass torch.utils.data.DataLoader(tensor, batch_size=64), or [tensor] for one batch"
+# What does not yield batches, and what to do with it. The first kind that fits decides; None: it is a loader.
+_NO_LOADERS: tuple[tuple[type | UnionType, str | None], ...] = (
+    (data.BatchSampler, _INDICES.format("batch_sampler")),
+    (data.Sampler, _INDICES.format("sampler")),
+    (data.IterableDataset, None),
+    (data.Dataset, _DATA_SET.format("dataset")),
+    (Tensor | np.ndarray, _TENSOR),
+    (nn.Module, "a model: the models come first, compare({'a': a, 'b': b}, loader)"),
+    (Mapping, _ONE_BATCH),
+)
+
+
 def check_loader(loader: Any) -> None:
     """Refuse an iterable that does not yield batches.
 
@@ -182,25 +188,12 @@ def check_loader(loader: Any) -> None:
         OptionError: it is a data set, a sampler, or one batch.
     """
     kind = f"{type(loader).__module__}.{type(loader).__qualname__}"
-    advice = None
-    if isinstance(loader, data.Sampler):
-        advice = "a sampler, which yields indices: pass torch.utils.data.DataLoader(dataset, sampler=sampler)"
-        if isinstance(loader, data.BatchSampler):
-            advice = advice.replace("sampler=", "batch_sampler=")
-    elif isinstance(loader, data.Dataset) and not isinstance(loader, data.IterableDataset):
-        advice = "a data set, which yields single samples: pass torch.utils.data.DataLoader(dataset, batch_size=64)"
-    elif kind.startswith("datasets."):
-        advice = (
-            "a data set, which yields single samples: pass "
-            'torch.utils.data.DataLoader(dataset.with_format("torch"), batch_size=64)'
-        )
-    elif isinstance(loader, Tensor | np.ndarray):
-        advice = "one tensor: pass torch.utils.data.DataLoader(tensor, batch_size=64), or [tensor] for one batch"
-    elif isinstance(loader, nn.Module):
-        advice = "a model: the models come first, compare({'a': a, 'b': b}, loader)"
-    elif isinstance(loader, Mapping) or _is_pair(loader):
-        advice = "one batch: pass [batch], or the loader that it came from"
-    elif isinstance(loader, str) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+    advice = next((advice for kinds, advice in _NO_LOADERS if isinstance(loader, kinds)), None)
+    if kind.startswith("datasets."):
+        advice = _DATA_SET.format('dataset.with_format("torch")')
+    elif _is_pair(loader):
+        advice = _ONE_BATCH
+    elif isinstance(loader, str) or not (advice or hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
         advice = "not iterable: pass a DataLoader or a list of batches"
     if advice is not None:
         raise OptionError(f"the loader is a {kind}: {advice}")
@@ -229,10 +222,9 @@ def mapped(value: Any, change: Callable[[Any, str], Any], key: str = "") -> Any:
     if isinstance(value, Mapping):
         items = {name: mapped(item, change, str(name)) for name, item in value.items()}
         return items if type(value) is dict else _rebuilt(value, items)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(mapped(item, change, key) for item in value))
     if isinstance(value, tuple | list):
-        return type(value)(mapped(item, change, key) for item in value)
+        entries = [mapped(item, change, key) for item in value]
+        return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         items = {f.name: mapped(getattr(value, f.name), change, f.name) for f in dataclasses.fields(value) if f.init}
         return dataclasses.replace(value, **items)
@@ -266,12 +258,6 @@ def to_device(value: Any, device: torch.device | None) -> Any:
     return value if device is None else mapped(value, moved)
 
 
-def _is_container(value: Any) -> bool:
-    if isinstance(value, PackedSequence):
-        return False
-    return isinstance(value, tuple | list) or fields_of(value) is not None
-
-
 def cut(value: Any, samples: int, index: Sequence[int]) -> Any:
     """Copy a batch of `samples`, keeping the samples that `index` names, in that order.
 
@@ -295,7 +281,7 @@ def cut(value: Any, samples: int, index: Sequence[int]) -> Any:
             return type(item)([copy.deepcopy(item[i]) for i in index])
         if getattr(item, "num_graphs", None) == samples:
             return type(item).from_data_list([item[i] for i in index])
-        if _is_container(item):
+        if isinstance(item, tuple | list) or fields_of(item) is not None:
             return None
         try:
             return copy.deepcopy(item)
@@ -309,9 +295,7 @@ def cut(value: Any, samples: int, index: Sequence[int]) -> Any:
 # Calling a model
 
 
-def arguments(
-    batch: Any, model: nn.Module | None = None, form: Form | None = None
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(batch: Any, model: nn.Module | None = None, form: Form | None = None) -> Arguments:
     """The positional and keyword arguments for calling a model with a batch.
 
     A mapping or dataclass is passed as keywords, without the keys that only a loss needs. Of a tuple or list, the
@@ -321,14 +305,11 @@ def arguments(
     Labels are kept if the model's ``forward`` has a parameter of that name or takes any keyword. Among the models of
     transformers, only encoder-decoders without a decoder input get them, since they make it from the labels.
     """
-    form = Form.of(batch) if form is None else form
-    value = with_tensors(form.input_of(batch))
-    keywords = fields_of(value) if isinstance(value, Mapping) or dataclasses.is_dataclass(value) else None
-    if keywords is None:
+    value = with_tensors((form or Form.of(batch)).input_of(batch))
+    named = fields_of(value) if isinstance(value, Mapping) or dataclasses.is_dataclass(value) else None
+    if named is None:
         return (value,), {}
-    return (), {
-        key: item for key, item in keywords.items() if key not in LABELS or keeps_labels(model, key, keywords)
-    }
+    return (), {key: item for key, item in named.items() if key not in LABELS or keeps_labels(model, key, named)}
 
 
 def with_tensors(value: Any) -> Any:
@@ -365,23 +346,19 @@ def keeps_labels(model: nn.Module | None, key: str, keywords: Mapping[str, Any])
     return named is not None or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
-def targets(batch: Any, form: Form | None = None) -> Tensor | None:
+def targets(batch: Any) -> Tensor | None:
     """The class of each sample, if the batch has it: the second entry of a pair, or the labels of a mapping."""
-    form = Form.of(batch) if form is None else form
     found = None
     if isinstance(batch, Mapping):
         found = next((batch[key] for key in batch if key in LABELS), None)
-    elif isinstance(batch, tuple | list) and len(batch) >= 2 and form.listed != "batch":
+    elif isinstance(batch, tuple | list) and len(batch) >= 2 and Form.of(batch).listed != "batch":
         found = batch[1]
-    usable = (
-        isinstance(found, Tensor) and found.ndim == 1 and not found.is_floating_point() and found.device.type == "cpu"
-    )
-    return found if usable else None
+    if not isinstance(found, Tensor) or found.ndim != 1 or found.is_floating_point() or found.device.type != "cpu":
+        return None
+    return found
 
 
 def device_of(model: nn.Module) -> torch.device | None:
     """The device that a model expects its input on: that of its first parameter or buffer; None without any."""
-    for tensor in chain(model.parameters(), model.buffers()):
-        if tensor.device.type != "meta":
-            return tensor.device
-    return None
+    tensors = chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors if tensor.device.type != "meta"), None)

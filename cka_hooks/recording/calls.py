@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,43 +29,27 @@ def call(
     device = device_of(model)
     which = "a batch" if number is None else f"batch {number} (counted from 0)"
     if forward is not None:
-        batch = to_device(batch, device)
+        run = partial(forward, model, to_device(batch, device))
+    else:
+        args, kwargs = to_device(arguments(batch, model, form), device)
+        run = partial(model, *args, **kwargs)
         try:
-            return forward(model, batch)
-        except Exception as error:
-            _explain(error, model, batch, which, is_own=True)
-            raise
-    args, kwargs = to_device(arguments(batch, model, form), device)
+            inspect.signature(model.forward).bind(*args, **kwargs)
+        except TypeError as error:
+            given = ", ".join((*(type(a).__name__ for a in args), *(f"{k}=" for k in kwargs)))
+            raise BatchError(
+                f"{type(model).__name__} cannot be called with {which} of ({given}): {error}. Pass "
+                "forward=lambda model, batch: model(...) to say how"
+            ) from error
+        except ValueError:
+            pass
     try:
-        inspect.signature(model.forward).bind(*args, **kwargs)
-    except TypeError as error:
-        given = ", ".join((*(type(a).__name__ for a in args), *(f"{k}=" for k in kwargs)))
-        raise BatchError(
-            f"{type(model).__name__} cannot be called with {which} of ({given}): {error}. Pass "
-            "forward=lambda model, batch: model(...) to say how"
-        ) from error
-    except ValueError:
-        pass
-    try:
-        return model(*args, **kwargs)
+        return run()
     except Exception as error:
-        _explain(error, model, batch, which)
-        raise
-
-
-def _explain(error: Exception, model: nn.Module, batch: Any, which: str, *, is_own: bool = False) -> None:
-    """Raise a :class:`BatchError` that says what to do, if the model's error is due to the batch.
-
-    Args:
-        batch: what the model was called with.
-        is_own: whether the user's own function called it. Only devices and dtypes are then known.
-    """
-    if isinstance(error, CKAError):
-        return
-    advice = _about_tensors(error, model, batch)
-    if advice is None and not is_own:
-        advice = _about_kind(error, batch)
-    if advice is not None:
+        # Of a batch for the user's own function, only devices and dtypes are known.
+        advice = _about_tensors(error, model, batch) or (_about_kind(error, batch) if forward is None else None)
+        if advice is None or isinstance(error, CKAError):
+            raise
         reason = str(error).splitlines()[0] if str(error) else ""
         raise BatchError(
             f"{type(model).__name__} cannot run on {which}: {advice} ({type(error).__name__}: {reason})"
