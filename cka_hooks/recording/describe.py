@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+from cka_hooks.recording.routes import Tap
 
 WIDTH = 80
 _HEADER = ("layer", "type", "calls", "output", "features", "cost")
@@ -87,21 +90,12 @@ def _short(number: int) -> str:
     return str(number)
 
 
-def described(
-    shapes: dict[str, tuple[int, ...]],
-    types: dict[str, str],
-    calls: dict[str, int],
-    skipped: dict[str, str],
-) -> Description:
-    """The table of recorded shapes, given by label in order of execution."""
-    features = {}
-    for layer, shape in shapes.items():
-        features[layer] = 1
-        for size in shape[1:]:
-            features[layer] *= size
+def described(shapes: dict[str, tuple[int, ...]], taps: dict[str, Tap], skipped: dict[str, str]) -> Description:
+    """The table of recorded shapes, given by label in order of execution, with the taps of their modules."""
+    features = {layer: math.prod(shape[1:]) for layer, shape in shapes.items()}
     total = sum(features.values()) or 1
-    rows = tuple(
-        LayerRow(layer, types[layer], calls[layer], shape, features[layer], features[layer] / total)
-        for layer, shape in shapes.items()
-    )
-    return Description(rows, next(iter(shapes.values()))[0], skipped)
+    rows = []
+    for layer, shape in shapes.items():
+        kind, count = type(taps[layer].module).__name__, features[layer]
+        rows.append(LayerRow(layer, kind, taps[layer].calls, shape, count, count / total))
+    return Description(tuple(rows), rows[0].shape[0], skipped)

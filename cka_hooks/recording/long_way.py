@@ -28,6 +28,7 @@ class LongWay:
         detach: whether to detach activations from their graph.
 
     Attributes:
+        consumer: where activations are handed to.
         dimension: knows which dimension holds the samples.
         shapes: for each label, the shape of one sample when the layer was first recorded.
         recorded: for each label that was recorded, its module.
@@ -49,18 +50,8 @@ class LongWay:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.recorded: dict[str, nn.Module] = {}
         self.left_out: dict[str, str] = {}
-        self.consumer = None
+        self.consumer: Consumer | None = None
         self._has_routes = False
-
-    @property
-    def consumer(self) -> Consumer | None:
-        """Where activations are handed to."""
-        return self._consumer
-
-    @consumer.setter
-    def consumer(self, consumer: Consumer | None) -> None:
-        self._consumer = consumer
-        self._slot = slots_of(consumer) if self._detaches else None
 
     def restart(self, samples: int | None) -> None:
         """Begin a forward pass of that many samples."""
@@ -102,7 +93,8 @@ class LongWay:
         self.left_out.pop(label, None)
         self.recorded[label] = selection.module
         self._reductions.decide(route, activation)
-        route.product = self._slot(label) if self._slot is not None else None
+        slot = slots_of(self.consumer) if self._detaches else None
+        route.product = None if slot is None else slot(label)
         route.open(given, activation)
         # A dimension that is given for the batch as well says how many samples there are.
         self._let_routes()
@@ -131,8 +123,8 @@ class LongWay:
             return
         if route.product is not None:
             route.product(memory_order(rows) if route.reduction == "flatten" else rows)
-        elif self._consumer is not None:
-            self._consumer(route.label, rows if route.reduction == "flatten" else rows.flatten(1))
+        elif self.consumer is not None:
+            self.consumer(route.label, rows if route.reduction == "flatten" else rows.flatten(1))
 
 
 def _refuse_vmap(activation: Tensor) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from threading import get_ident
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ from cka_hooks.recording.probe import Probe, Take
 from cka_hooks.recording.reductions import Features, Reductions
 from cka_hooks.recording.routes import Consumer, Pass, taps_of
 from cka_hooks.recording.snapshot import Snapshot
+
+Kept = TypeVar("Kept")
 
 
 class LayerRecorder:
@@ -116,9 +118,7 @@ class LayerRecorder:
         places = positions_of(per, positions, seed)
         self._reductions = Reductions(self._names, chosen, features, channel_dim, mask, places)
         self._long_way = LongWay(self._names, self._now, self._reductions, batch_dim, detach)
-        self._taps = taps_of(
-            selections, self._now, self._long_way.go, self._long_way.hand_over, only_leaves=layers is None
-        )
+        self._taps = taps_of(selections, self._now, self._long_way, only_leaves=layers is None)
         self.consumer = consumer
         self._entered, self._managed = 0, False
         self._form: batches.Form | None = None
@@ -191,7 +191,7 @@ class LayerRecorder:
             for module in self._modules:
                 guest.remove_hooks(module, self, self._long_way)
             for tap in self._taps.values():
-                tap.detach()
+                guest.remove_hooks(tap.module, tap)
             self._managed = False
             guest.run_compiled(self)
             guest.release(self)
@@ -374,9 +374,7 @@ class LayerRecorder:
                     batch = next(iterator)
                 except StopIteration:
                     return
-            copies = _Copies()
-            self._run(batch, copies.take, random_stream)
-            yield dict(copies)
+            yield self._run(batch, _copy, random_stream)
 
     def describe(self, batch: Any) -> Description:
         """A table of the layers that a run over such batches would compare, to look at before a long run.
@@ -402,31 +400,18 @@ class LayerRecorder:
             2      Flatten      1    4x512       512  33.3%
             3 layers, 1.5 k features per sample, 4 samples
         """
-        shapes: dict[str, tuple[int, ...]] = {}
+        shapes = self._run(batch, lambda activation: tuple(activation.shape), guest.RandomStream())
+        taps = {layer: self._taps[id(self._long_way.recorded[layer])] for layer in shapes}
+        return described(shapes, taps, self.skipped)
+
+    def _run(self, batch: Any, keep: Callable[[Tensor], Kept], random_stream: guest.RandomStream) -> dict[str, Kept]:
+        """Run the model on one batch, past the recorder's own consumer, and keep something of each activation."""
+        kept: dict[str, Kept] = {}
 
         def take(layer: str, activation: Tensor) -> None:
-            shapes[layer] = tuple(activation.shape)
+            kept[layer] = keep(activation)
 
-        self._run(batch, take, guest.RandomStream())
-        modules = {layer: self._long_way.recorded[layer] for layer in shapes}
-        return described(
-            shapes,
-            {layer: type(module).__name__ for layer, module in modules.items()},
-            {layer: self._taps[id(module)].calls for layer, module in modules.items()},
-            self.skipped,
-        )
-
-    def _run(self, batch: Any, consumer: Consumer, random_stream: guest.RandomStream) -> None:
-        """Run the model on one batch, with another consumer than the recorder's own."""
-        model = guest.runnable(self.model)
-        ran = False
-
-        def take(layer: str, activation: Tensor) -> None:
-            nonlocal ran
-            ran = True
-            consumer(layer, activation)
-
-        before, depth, visit = self.consumer, self._entered, guest.untouched(model)
+        before, depth, visit = self.consumer, self._entered, guest.untouched(guest.runnable(self.model))
         with_gradients = torch.is_grad_enabled()
         try:
             self.consumer = take
@@ -438,17 +423,16 @@ class LayerRecorder:
             visit.__exit__(None, None, None)
             torch.set_grad_enabled(with_gradients)
             self.consumer = before
-        if not ran:
+        if not kept:
             raise LayerError(nothing_ran(self.skipped))
+        return kept
 
 
-class _Copies(dict[str, Tensor]):
-    """A consumer that keeps copies, since the tensors it is given may change after the hook."""
-
-    def take(self, layer: str, activation: Tensor) -> None:
-        # A tensor made in inference mode could not be used in autograd later.
-        with without_gradients():
-            self[layer] = activation.clone()
+def _copy(activation: Tensor) -> Tensor:
+    """A copy of an activation, which may change after the hook."""
+    # A tensor made in inference mode could not be used in autograd later.
+    with without_gradients():
+        return activation.clone()
 
 
 def nothing_ran(skipped: Mapping[str, str]) -> str:

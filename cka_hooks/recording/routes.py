@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import get_ident
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakSet
 
 import torch
@@ -22,8 +22,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from cka_hooks.features import Reduction, memory_order
 from cka_hooks.recording import outputs
-from cka_hooks.recording.guest import remove_hooks
 from cka_hooks.recording.layers import Selection
+
+if TYPE_CHECKING:
+    from cka_hooks.recording.long_way import LongWay
 
 # Takes (n, P, C) features of one layer, detached.
 Product = Callable[[Tensor], None]
@@ -43,8 +45,6 @@ class Pass:
         show: in a probe, which hands nothing over, a function of the label, the activation and whether the kind of
             module puts the samples into dimension 1.
     """
-
-    __slots__ = ("__weakref__", "samples", "show", "thread")
 
     def __init__(self) -> None:
         self.thread = 0
@@ -117,24 +117,6 @@ class Route:
     Args:
         detour: takes a route and its activation on to a consumer that has no product for it, or to its reduction.
     """
-
-    __slots__ = (
-        "_detour",
-        "_device",
-        "_direct",
-        "_dtype",
-        "_find",
-        "_is_first",
-        "_order",
-        "_rank",
-        "axis",
-        "channels",
-        "is_input",
-        "label",
-        "product",
-        "reduction",
-        "selection",
-    )
 
     def __init__(self, label: str, selection: Selection, detour: Callable[[Route, Tensor], None]) -> None:
         self.label = label
@@ -252,8 +234,7 @@ class Tap:
         module: the module.
         selections: the choices that it belongs to.
         now: the forward pass.
-        long_way: takes a route and either the module's output, or its arguments and keyword arguments.
-        detour: see :class:`Route`.
+        long_way: takes the activations for which no route is open.
 
     Attributes:
         calls: how often the module ran in this forward pass.
@@ -262,14 +243,7 @@ class Tap:
         below: taps of modules inside this one. If one of them ran, this module is not a layer.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        selections: Iterable[Selection],
-        now: Pass,
-        long_way: Callable[[Route, Any], None],
-        detour: Callable[[Route, Tensor], None],
-    ) -> None:
+    def __init__(self, module: nn.Module, selections: Iterable[Selection], now: Pass, long_way: LongWay) -> None:
         self.module = module
         self.selections = sorted(selections, key=lambda selection: selection.named)
         self.calls = 0
@@ -278,22 +252,16 @@ class Tap:
         self.below: list[Tap] = []
         self._now = now
         self._long_way = long_way
-        self._detour = detour
         self._routes: dict[int, tuple[list[Route], list[Route]]] = {}
         self._hooks: list[tuple[dict[int, Any], Any]] = []
 
     def attach(self) -> None:
         """Put the hooks on."""
-        hooks: list[tuple[dict[int, Any], Any]] = [(self.module._forward_hooks, self.on_output)]
+        self._hooks = [(self.module._forward_hooks, self.on_output)]
         self.module.register_forward_hook(self.on_output)
         if any(map(is_input, self.selections)):
-            hooks.append((self.module._forward_pre_hooks, self.on_input))
+            self._hooks.append((self.module._forward_pre_hooks, self.on_input))
             self.module.register_forward_pre_hook(self.on_input, with_kwargs=True)
-        self._hooks = hooks
-
-    def detach(self) -> None:
-        """Take the hooks off."""
-        remove_hooks(self.module, self)
 
     def restart(self) -> None:
         """Begin a forward pass.
@@ -318,7 +286,7 @@ class Tap:
         given = (args, kwargs)
         for route in self._routes_of(self.calls + 1)[1]:
             if not route(given, self._now):
-                self._long_way(route, given)
+                self._long_way.go(route, given)
 
     def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Record what the module returned."""
@@ -335,7 +303,7 @@ class Tap:
         self.calls += 1
         for route in (self._routes.get(self.calls) or self._routes_of(self.calls))[0]:
             if not route(output, now):
-                self._long_way(route, output)
+                self._long_way.go(route, output)
 
     def _routes_of(self, call: int) -> tuple[list[Route], list[Route]]:
         """The layers that a call stands for, from its output and from its input.
@@ -344,19 +312,12 @@ class Tap:
         """
         if call not in self._routes:
             chosen = {s.label(call): s for s in self.selections if s.calls is None or call in s.calls}
-            routes = [Route(label, selection, self._detour) for label, selection in chosen.items()]
+            routes = [Route(label, selection, self._long_way.hand_over) for label, selection in chosen.items()]
             self._routes[call] = [r for r in routes if not r.is_input], [r for r in routes if r.is_input]
         return self._routes[call]
 
 
-def taps_of(
-    selections: Iterable[Selection],
-    now: Pass,
-    long_way: Callable[[Route, Any], None],
-    detour: Callable[[Route, Tensor], None],
-    *,
-    only_leaves: bool,
-) -> dict[int, Tap]:
+def taps_of(selections: Iterable[Selection], now: Pass, long_way: LongWay, *, only_leaves: bool) -> dict[int, Tap]:
     """A tap for each chosen module, by the id of the module; see :class:`Tap`.
 
     Args:
@@ -365,7 +326,7 @@ def taps_of(
     chosen: dict[int, list[Selection]] = defaultdict(list)
     for selection in selections:
         chosen[id(selection.module)].append(selection)
-    taps = {key: Tap(some[0].module, some, now, long_way, detour) for key, some in chosen.items()}
+    taps = {key: Tap(some[0].module, some, now, long_way) for key, some in chosen.items()}
     for tap in taps.values() if only_leaves else ():
         parts = map(id, tap.module.modules())
         tap.below = [taps[part] for part in parts if part in taps and taps[part] is not tap]
