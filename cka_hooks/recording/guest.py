@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from cka_hooks.errors import ModelError, warn
 from cka_hooks.recording.layers import wrapped_attribute
+from cka_hooks.recording.snapshot import restore_torch_random, torch_random_state
 
 # Who is measuring: the thread, and the ids of the modules.
 _claims: dict[object, tuple[int, frozenset[int]]] = {}
@@ -127,7 +127,7 @@ def warned_of_train_mode(varying: Mapping[str, nn.Module]) -> bool:
     return bool(names)
 
 
-def untouched(model: nn.Module) -> AbstractContextManager[None]:
+class untouched:
     """Put the model in eval mode, and afterwards restore every mode, and every buffer to the bit.
 
     This sets flags one by one instead of calling ``eval()``, which some modules override to do more. A buffer or
@@ -136,10 +136,7 @@ def untouched(model: nn.Module) -> AbstractContextManager[None]:
     Raises:
         ModelError: another thread is measuring the model.
     """
-    return _Untouched(model)
 
-
-class _Untouched:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._modes: list[tuple[nn.Module, bool]] = []
@@ -204,27 +201,16 @@ class RandomStream:
         self._own: list[Tensor] | None = None
 
     def __enter__(self) -> None:
-        self._outer = self._state()
+        self._outer = torch_random_state()
         try:
             if self._own is not None:
-                self._restore(self._own)
+                restore_torch_random(self._own)
         except BaseException:
-            self._restore(self._outer)
+            restore_torch_random(self._outer)
             raise
 
     def __exit__(self, *exception: object) -> None:
         try:
-            self._own = self._state()
+            self._own = torch_random_state()
         finally:
-            self._restore(self._outer)
-
-    @staticmethod
-    def _state() -> list[Tensor]:
-        in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if in_use else [])]
-
-    @staticmethod
-    def _restore(states: list[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        if states[1:]:
-            torch.cuda.set_rng_state_all(states[1:])
+            restore_torch_random(self._outer)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from cka_hooks.errors import LayerError, ModelError, OptionError
-from cka_hooks.names import closest, glob_regex
+from cka_hooks.names import closest, matching
 
 Layer = str | type[nn.Module] | Callable[..., bool]
 Layers = Layer | Sequence[Layer] | None
@@ -31,16 +31,13 @@ _WRAPPERS = {
 _UNFLATTEN = "torch.export.unflatten(program) is an nn.Module whose layers can be hooked"
 # Containers, which are never called themselves.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-_CALL = re.compile(r"^(?P<pattern>.*?)(?:#(?P<call>[1-9]\d*))?$", re.DOTALL)
+_CALL = re.compile(r"#([1-9]\d*)\Z")
 
 
 def wrapped_attribute(module: nn.Module) -> str | None:
     """The attribute under which a wrapper holds its module; None if this is not a wrapper."""
-    for cls in type(module).__mro__:
-        attribute = _WRAPPERS.get(f"{cls.__module__}.{cls.__qualname__}")
-        if attribute is not None:
-            return attribute
-    return None
+    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__)
+    return next((_WRAPPERS[name] for name in names if name in _WRAPPERS), None)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -127,19 +124,15 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """
     names: dict[str, nn.Module] = {}
 
-    def children(module: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-        parametrized = hasattr(module, "parametrizations")
-        for child_name, child in module._modules.items():
-            if child is not None and not (parametrized and child_name == "parametrizations"):
-                yield child_name, child
-
     def walk(module: nn.Module, name: str, above: tuple[nn.Module, ...]) -> None:
         module = unwrap(module)
         if any(module is other for other in above):
             return
         names.setdefault(name, module)
-        for child_name, child in children(module):
-            walk(child, f"{name}.{child_name}" if name else child_name, (*above, module))
+        for child_name, child in module._modules.items():
+            # Where a module is parametrized, its child of this name is what does it.
+            if child is not None and child_name != "parametrizations":
+                walk(child, f"{name}.{child_name}" if name else child_name, (*above, module))
 
     walk(model, "", ())
     root = names.pop("")
@@ -187,18 +180,9 @@ def select_layers(model: nn.Module, layers: Layers = None) -> list[Selection]:
     """
     candidates = named_layers(model)
     if layers is None:
-        seen: set[int] = set()
-        chosen = []
-        for name, module in candidates.items():
-            if id(module) not in seen and not isinstance(module, _CONTAINERS):
-                seen.add(id(module))
-                chosen.append(Selection(name, module))
-        return chosen
-    entries = (
-        [layers]
-        if isinstance(layers, str | type) or not isinstance(layers, Iterable) or callable(layers)
-        else list(layers)
-    )
+        return _first_names(candidates, lambda name, module: not isinstance(module, _CONTAINERS))
+    is_one = isinstance(layers, str | type) or callable(layers)
+    entries = list(layers) if isinstance(layers, Iterable) and not is_one else [layers]
     if not entries:
         raise LayerError("layers is empty: name at least one layer, or pass None for every leaf module that runs")
     found: dict[tuple[int, frozenset[int] | None, str], Selection] = {}
@@ -266,40 +250,28 @@ def _first_names(
 
 
 def _by_name(entry: str, candidates: dict[str, nn.Module]) -> list[Selection]:
-    for name, part in _splits(entry):
-        match = _CALL.match(name)
-        assert match is not None
-        pattern = match["pattern"]
-        calls = frozenset({int(match["call"])}) if match["call"] else None
+    readings = _readings(entry)
+    for pattern, calls, part in readings:
         if pattern in candidates:
             return [Selection(pattern, candidates[pattern], calls, part, named=True)]
-    for name, part in _splits(entry):
-        match = _CALL.match(name)
-        assert match is not None
-        pattern = match["pattern"]
-        if not any(sign in pattern for sign in "*?["):
-            continue
-        calls = frozenset({int(match["call"])}) if match["call"] else None
-        regex = glob_regex(pattern)
-        chosen = _first_names(
-            candidates,
-            lambda name, module, regex=regex: (
-                name != ROOT  # type: ignore[misc]
-                and not isinstance(module, _CONTAINERS)
-                and regex.fullmatch(name) is not None
-            ),
-            calls=calls,
-            part=part,
-        )
-        if chosen:
-            return chosen
+    layers = {name: it for name, it in candidates.items() if name != ROOT and not isinstance(it, _CONTAINERS)}
+    for pattern, calls, part in readings:
+        found = {name: layers[name] for name in matching(pattern, layers)}
+        if found:
+            return _first_names(found, lambda *_: True, calls=calls, part=part)
     return []
 
 
-def _splits(entry: str) -> list[tuple[str, str]]:
-    """Split a name from the path of a part. Names may hold colons themselves, so the longest name comes first."""
-    pieces = entry.split(":")
-    return [(":".join(pieces[:i]), ":".join(pieces[i:])) for i in range(len(pieces), 0, -1)]
+def _readings(entry: str) -> list[tuple[str, frozenset[int] | None, str]]:
+    """The pattern, the calls and the part that an entry may mean.
+
+    Names may hold colons themselves, so the longest name comes first.
+    """
+    readings, pieces = [], entry.split(":")
+    for end in range(len(pieces), 0, -1):
+        pattern, *call = _CALL.split(":".join(pieces[:end]))
+        readings.append((pattern, frozenset({int(call[0])}) if call else None, ":".join(pieces[end:])))
+    return readings
 
 
 def _no_match(entry: Any, candidates: dict[str, nn.Module]) -> str:

@@ -27,7 +27,7 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
         # Held, so that no other object can get the same id meanwhile.
         self._seen: dict[int, Any] = {}
         for module in model.modules():
@@ -41,7 +41,10 @@ class Snapshot:
         with torch.no_grad():
             for undo in self._undo:
                 undo()
-        _restore_random(*self._random)
+        states, python, numpy = self._random
+        restore_torch_random(states)
+        random.setstate(python)
+        np.random.set_state(numpy)
 
     def drew(self) -> bool:
         """Whether random numbers have been drawn since."""
@@ -59,13 +62,15 @@ class Snapshot:
             return
         self._seen[id(value)] = value
         if type(value) is Tensor:
-            self._keep_tensor(value)
+            if value.layout is torch.strided and not (value.is_inference() or value.is_meta or value.is_nested):
+                copy = value.detach().clone()
+                self._undo.append(lambda: _write_back(value, copy))
         elif isinstance(value, np.ndarray):
             numbers = value.copy()
             self._undo.append(lambda: np.copyto(value, numbers))
         elif isinstance(value, torch.Generator):
             state = value.get_state()
-            self._undo.append(lambda: _set_state(value, state))
+            self._undo.append(lambda: value.set_state(state))
         elif isinstance(value, dict):
             items = dict(value)
             self._undo.append(lambda: _fill(value, items))
@@ -86,11 +91,6 @@ class Snapshot:
         values = list(values)
         for value in values if len(values) <= _MANY else ():
             self._keep(value)
-
-    def _keep_tensor(self, tensor: Tensor) -> None:
-        if tensor.layout is torch.strided and not (tensor.is_inference() or tensor.is_meta or tensor.is_nested):
-            copy = tensor.detach().clone()
-            self._undo.append(lambda: _write_back(tensor, copy))
 
 
 def _write_back(tensor: Tensor, copy: Tensor) -> None:
@@ -115,20 +115,19 @@ def _fill_sequence(sequence: list[Any] | deque[Any], entries: list[Any]) -> None
         sequence.extend(entries)
 
 
-def _set_state(generator: torch.Generator, state: Tensor) -> None:
-    generator.set_state(state)
-
-
 def random_state() -> tuple[list[Tensor], Any, Any]:
     """The states of Python's, NumPy's and torch's random generators, on the CPU and on devices in use."""
+    return torch_random_state(), random.getstate(), np.random.get_state()
+
+
+def torch_random_state() -> list[Tensor]:
+    """The states of torch's random generators, on the CPU and on devices in use."""
     in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
-    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if in_use else [])]
-    return states, random.getstate(), np.random.get_state()
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if in_use else [])]
 
 
-def _restore_random(states: list[Tensor], python: Any, numpy: Any) -> None:
+def restore_torch_random(states: list[Tensor]) -> None:
+    """Go back to states of :func:`torch_random_state`."""
     torch.set_rng_state(states[0])
     if states[1:]:
         torch.cuda.set_rng_state_all(states[1:])
-    random.setstate(python)
-    np.random.set_state(numpy)
