@@ -13,6 +13,8 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE / "_ext")]
 # Help texts are as wide as the page.
 os.environ["COLUMNS"] = "96"
+# Output of examples is shown without progress bars.
+os.environ["TQDM_DISABLE"] = "1"
 
 import cka_hooks  # noqa: E402
 
@@ -51,18 +53,17 @@ add_module_names = True
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
-# Pages refer to files of the repository, which the site does not hold.
+# Pages refer to files in the repository that are not on the site.
 suppress_warnings = ["config.cache"]
 
-# Builds work without a network: of each project, the names that are referred to here. Version 1 of the format is
-# text.
+# Builds work without a network: these files have the names that pages refer to. Version 1 of the format is text.
 intersphinx_mapping = {
     "python": ("https://docs.python.org/3", "inventories/python.txt"),
     "torch": ("https://docs.pytorch.org/docs/stable", "inventories/torch.txt"),
     "numpy": ("https://numpy.org/doc/stable", "inventories/numpy.txt"),
 }
 
-# Examples that take longer than some seconds are not run for the site: it has the picture that they made.
+# Examples that take longer than a few seconds are not run for the site, which has their pictures.
 STORED = (
     "clean_and_corrupted",
     "distil_with_cka_loss",
@@ -115,7 +116,7 @@ TYPES = {
 
 
 def setup(app):
-    """What autodoc makes of signatures and docstrings; pictures of examples that are not run."""
+    """Change what autodoc makes of signatures and docstrings, and add pictures of examples that are not run."""
     app.connect("autodoc-process-signature", signature_as_written)
     app.connect("missing-reference", with_full_name, priority=400)
     app.connect("autodoc-process-docstring", without_type, priority=600)

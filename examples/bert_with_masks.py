@@ -3,10 +3,10 @@ A BERT, with padding left out
 =============================
 
 
-Sentences of different lengths are padded to one. With an ``attention_mask`` in the batch, ``features="mean"``
-averages over the tokens that are no padding. The network is small, and its weights are random.
+Sentences of different lengths are padded to the same length. With an ``attention_mask`` in the batch,
+``features="mean"`` averages over the tokens that are not padding. The network is small, and its weights are random.
 
-    python examples/bert_with_masks.py            needs: pip install transformers "cka-hooks[plot]"
+Run ``python examples/bert_with_masks.py``. It needs ``pip install transformers "cka-hooks[plot]"``.
 """
 
 import sys

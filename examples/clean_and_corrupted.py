@@ -4,9 +4,9 @@ Clean against corrupted images
 
 
 Where does noise stop being visible, and where does it start to matter? Two names for one model, each with its own
-view of the batch, are two columns of layers over the same samples.
+view of the batch, give two sets of layers over the same samples.
 
-    python examples/clean_and_corrupted.py            needs: pip install "cka-hooks[demo]"
+Run ``python examples/clean_and_corrupted.py``. It needs ``pip install "cka-hooks[demo]"``.
 """
 
 # sphinx_gallery_thumbnail_path = "pictures/clean_and_corrupted.png"

@@ -4,10 +4,10 @@ Distillation with CKA as a loss
 
 
 ``cka_loss`` draws the stages of a ResNet-18 towards those of a ResNet-34. Two students start from the same weights
-and see the same digits in the same order, one of them with the loss. CKA does not ask for layers of equal width. Here
-all four stages of both networks are compared at their ends.
+and see the same digits in the same order, one of them with the loss. CKA does not need layers of equal width. Here,
+the ends of all four stages of both networks are compared.
 
-    python examples/distil_with_cka_loss.py        needs: pip install "cka-hooks[demo]"
+Run ``python examples/distil_with_cka_loss.py``. It needs ``pip install "cka-hooks[demo]"``.
 """
 
 # sphinx_gallery_thumbnail_path = "pictures/distil_with_cka_loss.png"

@@ -4,12 +4,12 @@ A callback for Lightning
 
 Watch a network train: how far each layer has moved from its initial weights, in the log of Lightning's trainer.
 
-    python examples/lightning_callback.py            needs: pip install "cka-hooks[lightning,demo]"
+Run ``python examples/lightning_callback.py``. It needs ``pip install "cka-hooks[lightning,demo]"``.
 
-A small convolutional network learns scikit-learn's digits. After every epoch the callback compares its layers with
-what they were before the first step and after the epoch before. A logger that takes figures, as TensorBoard's and
-Weights & Biases' do, gets pictures as well. Hugging Face's ``Trainer`` has the same callback in
-``cka_hooks.integrations.transformers``, and for a loop of your own there is ``cka_hooks.integrations.TrainingCKA``.
+A small convolutional network learns scikit-learn's digits. After every epoch, the callback compares its layers with
+what they were before the first step and after the previous epoch. A logger that takes figures, such as TensorBoard or
+Weights & Biases, gets pictures as well. ``cka_hooks.integrations.transformers`` has the same callback for Hugging
+Face's ``Trainer``, and ``cka_hooks.integrations.TrainingCKA`` is for your own loop.
 """
 
 # sphinx_gallery_thumbnail_path = "pictures/lightning_callback.png"

@@ -3,10 +3,10 @@ Your own loop, and TensorBoard
 ==============================
 
 
-Hooks and an accumulator around the forward passes that you make anyway. The picture is a matplotlib figure, which
+Put hooks and an accumulator around the forward passes that you already make. The picture is a matplotlib figure, which
 TensorBoard and Weights & Biases take.
 
-    python examples/own_loop.py            needs: pip install "cka-hooks[plot]"
+Run ``python examples/own_loop.py``. It needs ``pip install "cka-hooks[plot]"``.
 """
 
 import os

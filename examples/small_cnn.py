@@ -3,10 +3,10 @@ The CNN of a tutorial
 =====================
 
 
-Such networks are often rewritten to return their activations. Hooks make that unnecessary: you name the layers as
-``print(model)`` shows them, and ``forward`` stays as it is.
+Networks like this one are often rewritten to return their activations. Hooks make that unnecessary: name the layers
+as ``print(model)`` shows them, and leave ``forward`` as it is.
 
-    python examples/small_cnn.py            needs: pip install "cka-hooks[demo]"
+Run ``python examples/small_cnn.py``. It needs ``pip install "cka-hooks[demo]"``.
 """
 
 import sys

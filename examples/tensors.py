@@ -5,7 +5,7 @@ Tensors in hand
 
 No model, no loader: what CKA ignores, and what it does not.
 
-    python examples/tensors.py
+Run ``python examples/tensors.py``.
 """
 
 # sphinx_gallery_thumbnail_path = "figures/invariances.png"

@@ -5,7 +5,7 @@ A torchvision model, by layer name
 
 Pretrained weights where they can be downloaded, random ones otherwise.
 
-    python examples/torchvision_by_name.py            needs: pip install "cka-hooks[demo]"
+Run ``python examples/torchvision_by_name.py``. It needs ``pip install "cka-hooks[demo]"``.
 """
 
 # sphinx_gallery_thumbnail_path = "pictures/torchvision_by_name.png"

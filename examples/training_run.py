@@ -5,11 +5,11 @@ Checkpoints over training
 
 How alike is each layer, at every checkpoint, to the final network and to its initialisation?
 
-    python examples/training_run.py FOLDER            needs: pip install "cka-hooks[demo]"
+Run ``python examples/training_run.py FOLDER``. It needs ``pip install "cka-hooks[demo]"``.
 
-trains a small network on scikit-learn's digits, keeps a state dict of every epoch in FOLDER, and compares all
-checkpoints. They are loaded one after another: ``compare`` takes functions that build a model, so that twenty
-checkpoints need the memory of one. With checkpoints of your own, replace ``train`` and ``network``.
+The script trains a small network on scikit-learn's digits, keeps a state dict of every epoch in FOLDER, and compares
+all checkpoints. They are loaded one after another: ``compare`` takes functions that build a model, so twenty
+checkpoints need the memory of one. For your own checkpoints, replace ``train`` and ``network``.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Two architectures
 
 Over the same images, which depth of one network is most like which depth of the other?
 
-    python examples/two_architectures.py            needs: pip install "cka-hooks[demo]"
+Run ``python examples/two_architectures.py``. It needs ``pip install "cka-hooks[demo]"``.
 """
 
 # sphinx_gallery_thumbnail_path = "pictures/two_architectures.png"

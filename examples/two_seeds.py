@@ -5,7 +5,7 @@ One architecture from two seeds
 
 Do the same layers learn the same representation?
 
-    python examples/two_seeds.py            needs: pip install "cka-hooks[demo]"
+Run ``python examples/two_seeds.py``. It needs ``pip install "cka-hooks[demo]"``.
 """
 
 import sys
