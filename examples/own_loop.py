@@ -3,8 +3,8 @@ Your own loop, and TensorBoard
 ==============================
 
 
-Put hooks and an accumulator around the forward passes that you already make. The picture is a matplotlib figure, which
-TensorBoard and Weights & Biases take.
+Put hooks and an accumulator around the forward passes that you already make. The picture is a matplotlib figure,
+which TensorBoard and Weights & Biases take.
 
 Run ``python examples/own_loop.py``. It needs ``pip install "cka-hooks[plot]"``.
 """
