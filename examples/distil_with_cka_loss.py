@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import ResNet, resnet18, resnet34
 
 import cka_hooks
+from cka_hooks.command.demo import accuracy, digits
 
 # The last block of each stage, of the student and of the teacher.
 STAGES = {"layer1.1": "layer1.2", "layer2.1": "layer2.3", "layer3.1": "layer3.5", "layer4.1": "layer4.2"}
@@ -35,18 +36,6 @@ def small(build: Callable[..., ResNet]) -> ResNet:
     network.conv1 = nn.Conv2d(1, 64, 3, padding=1, bias=False)
     network.maxpool = nn.Identity()
     return network
-
-
-def digits() -> tuple[TensorDataset, TensorDataset]:
-    """Training and test images of handwritten digits, 8 x 8."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    images = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 16
-    classes = torch.tensor(found.target)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    held_out, rest = order[:512], order[512:]
-    return TensorDataset(images[rest], classes[rest]), TensorDataset(images[held_out], classes[held_out])
 
 
 def train(network: nn.Module, data: TensorDataset, epochs: int, teacher: nn.Module | None = None) -> nn.Module:
@@ -71,12 +60,6 @@ def train(network: nn.Module, data: TensorDataset, epochs: int, teacher: nn.Modu
                 loss.backward()
                 optimizer.step()
     return network.eval()
-
-
-@torch.no_grad()
-def accuracy(network: nn.Module, data: TensorDataset) -> float:
-    images, classes = data.tensors
-    return float((network(images).argmax(1) == classes).float().mean())
 
 
 def draw(found: dict[str, list[float]]) -> None:

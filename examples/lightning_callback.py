@@ -24,9 +24,10 @@ import lightning
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 import cka_hooks
+from cka_hooks.command.demo import digits
 from cka_hooks.integrations.lightning import CKACallback
 
 
@@ -45,18 +46,6 @@ class Digits(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
-
-
-def digits() -> tuple[TensorDataset, TensorDataset]:
-    """Training and test images of handwritten digits, 8 x 8."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    images = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 16
-    classes = torch.tensor(found.target)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    held_out, rest = order[:512], order[512:]
-    return TensorDataset(images[rest], classes[rest]), TensorDataset(images[held_out], classes[held_out])
 
 
 def draw(rows: list[dict[str, str]]) -> None:

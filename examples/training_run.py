@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import cka_hooks
+from cka_hooks.command.demo import digits
 
 
 def network() -> nn.Module:
@@ -37,18 +38,6 @@ def network() -> nn.Module:
         nn.ReLU(inplace=True),
         nn.Linear(64, 10),
     )
-
-
-def digits() -> tuple[TensorDataset, TensorDataset]:
-    """Training and test images of handwritten digits, 8 x 8."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    images = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 16
-    classes = torch.tensor(found.target)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    held_out, rest = order[:512], order[512:]
-    return TensorDataset(images[rest], classes[rest]), TensorDataset(images[held_out], classes[held_out])
 
 
 def train(data: TensorDataset, folder: Path, epochs: int) -> list[Path]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cka_hooks.errors import MissingExtraError
+from cka_hooks.errors import imported
 from cka_hooks.files import PathLike, replace_file
 from cka_hooks.names import printable
 from cka_hooks.results.result import CKAResult
@@ -57,12 +57,7 @@ def to_dataframe(result: CKAResult, *, tidy: bool = False) -> pandas.DataFrame:
         0  conv1  conv1  1.0    0.00
         1  conv1  conv2  0.9    0.02
     """
-    try:
-        import pandas
-    except ImportError as error:
-        raise MissingExtraError(
-            'to_dataframe needs pandas, which is not installed: pip install "cka-hooks[dataframe]"'
-        ) from error
+    pandas = imported("pandas", "to_dataframe needs pandas, which is not installed", '"cka-hooks[dataframe]"')
     if tidy:
         head, *lines = _tidy(result)
         return pandas.DataFrame(lines, columns=head)

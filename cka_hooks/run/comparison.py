@@ -306,10 +306,6 @@ class Comparison:
             state.sample_axes = {**self._labelled("sample_axes"), **state.sample_axes}
         return state
 
-    @state.setter
-    def state(self, state: State) -> None:
-        self._accumulator.state = state
-
     def _labelled(self, attribute: str) -> dict[str, Any]:
         """An attribute of each model's recorder, under the layers' labels in the result."""
         return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cka_hooks.errors import MissingExtraError, OptionError
+from cka_hooks.errors import OptionError, imported
 from cka_hooks.files import replace_file
 from cka_hooks.names import closest
 
@@ -109,10 +108,7 @@ def _safetensors(path: str, name: str) -> tuple[dict[str, Any], Any]:
 
 
 def _hdf5(path: str, name: str) -> tuple[dict[str, Any], Any]:
-    try:
-        h5py: Any = importlib.import_module("h5py")
-    except ImportError as error:
-        raise MissingExtraError(f"{path} needs h5py: pip install h5py") from error
+    h5py = imported("h5py", f"{path} needs h5py", "h5py")
     file = h5py.File(path, "r")
     group = file[name.rpartition("/")[0] or "/"] if name in file else file
     found = {key: item for key, item in group.items() if isinstance(item, h5py.Dataset)}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cka_hooks.errors import MissingExtraError, OptionError
+from cka_hooks.errors import MissingExtraError, OptionError, imported
 from cka_hooks.files import PathLike, replace_file
 from cka_hooks.names import printable
 from cka_hooks.results.result import CKAResult
@@ -129,11 +129,9 @@ def inches(axes: Axes) -> Size:
 
 def _require_matplotlib() -> None:
     try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(
-            'plotting needs matplotlib, which is not installed: pip install "cka-hooks[plot]"'
-        ) from error
+        imported("matplotlib", "plotting needs matplotlib, which is not installed", '"cka-hooks[plot]"')
+    except MissingExtraError:
+        raise
     except Exception as error:  # a matplotlibrc or an MPLBACKEND that it does not take
         raise MissingExtraError(f"plotting needs matplotlib, which fails to start: {error}") from error
 
