@@ -11,14 +11,13 @@ import math
 import os
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cka_hooks.errors import MissingExtraError, OptionError, imported
 from cka_hooks.files import PathLike, replace_file
 from cka_hooks.names import printable
 from cka_hooks.results.result import CKAResult
-from cka_hooks.views.labels import thinned
+from cka_hooks.views.labels import runs, thinned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -229,16 +228,13 @@ def write_models(axes: Axes, axis: Axis, models: Sequence[str]) -> None:
         return
     horizontal = axis is axes.xaxis
     box, dpi = axes.get_window_extent(), axes.figure.dpi
-    edge = (box.y0 if horizontal else box.x0) - 3 * dpi / 72
-    for label in axis.get_ticklabels():
-        extent = label.get_window_extent()
-        edge = min(edge, extent.y0 if horizontal else extent.x0)
-    away = -((box.y0 if horizontal else box.x0) - edge) * 72 / dpi - 5
+    end = "y0" if horizontal else "x0"
+    ends = [getattr(label.get_window_extent(), end) for label in axis.get_ticklabels()]
+    away = min(-3, *((other - getattr(box, end)) * 72 / dpi for other in ends)) - 5
     room = (box.width if horizontal else box.height) / len(models)
     texts: list[tuple[Text, str, float]] = []
-    for model, run in groupby(range(len(models)), key=models.__getitem__):
-        at = list(run)
-        middle = (at[0] + at[-1]) / 2
+    for start, stop, model in runs(models):
+        middle = (start + stop - 1) / 2
         text: Text = axes.annotate(
             shortened(model),
             (middle, 0) if horizontal else (0, middle),
@@ -253,7 +249,7 @@ def write_models(axes: Axes, axis: Axis, models: Sequence[str]) -> None:
             parse_math=False,
             annotation_clip=False,
         )
-        texts.append((text, model, len(at) * room))
+        texts.append((text, model, (stop - start) * room))
     if not all(_fits(*entry, horizontal, least=12) for entry in texts):
         for text, model, _ in texts:
             text.set_text(shortened(model))
@@ -299,10 +295,8 @@ def set_title(axes: Axes, title: str, lines_below: int) -> None:
     """Write the title at the left, wrapped to the axes, above a legend of this many lines."""
     size = FONT + 3
     letters = max(16, int((inches(axes)[0] + 0.4) / (size * 0.52 / 72)))
-    text = axes.set_title(
-        "\n".join(textwrap.wrap(title, letters)), fontsize=size, loc="left", pad=7 + 11 * lines_below
-    )
-    text.set_parse_math(False)
+    lines = "\n".join(textwrap.wrap(title, letters))
+    axes.set_title(lines, fontsize=size, loc="left", pad=7 + 11 * lines_below, parse_math=False)
 
 
 def legend_above(axes: Axes, handles: list[Any]) -> int:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,24 +12,9 @@ from cka_hooks.errors import OptionError, warn
 from cka_hooks.files import PathLike
 from cka_hooks.results.result import CKAResult
 from cka_hooks.results.words import UNRELATED, unrelated
-from cka_hooks.views.canvas import (
-    FONT,
-    MISSING,
-    SIDE,
-    Side,
-    Size,
-    drawn,
-    inches,
-    legend_above,
-    rounds,
-    set_title,
-    side_of,
-    title_of,
-    write_models,
-    write_side,
-    written,
-)
-from cka_hooks.views.labels import section_lines
+from cka_hooks.views import canvas
+from cka_hooks.views.canvas import FONT, MISSING, Side, Size
+from cka_hooks.views.labels import runs, section_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,17 +82,17 @@ def heatmap(
     def draw(axes: Axes) -> None:
         _draw(result, axes, by_error, scale or Scale(), title, given=ax is not None)
 
-    figure, axes = drawn(draw, path, ax, figsize, _size(len(result.rows), len(result.columns), lines))
+    figure, axes = canvas.drawn(draw, path, ax, figsize, _size(len(result.rows), len(result.columns), lines))
     if lines:
         _write_values(axes, result, stderr=stderr)
-    written(figure, path)
+    canvas.written(figure, path)
     return figure, axes
 
 
 def _size(rows: int, columns: int, lines: int) -> Size:
     """Width and height of the axes in inches."""
-    cell = min(_CELL[0], SIDE / max(rows, columns))
-    if lines and _CELL[lines] * max(rows, columns) <= 1.6 * SIDE:
+    cell = min(_CELL[0], canvas.SIDE / max(rows, columns))
+    if lines and _CELL[lines] * max(rows, columns) <= 1.6 * canvas.SIDE:
         cell = max(cell, _CELL[lines])
     # Stretch a long narrow matrix, which would otherwise be a thread.
     return max(columns * cell, 1.5), max(rows * cell, 1.5)
@@ -135,17 +118,17 @@ def _draw(result: CKAResult, axes: Axes, by_error: bool, scale: Scale, title: st
     legend = _mark_missing(axes, shown)
     if not by_error:
         legend += _mark_unrelated(axes, unrelated(result))
-    row_side, column_side = side_of(result, result.rows), side_of(result, result.columns)
+    row_side, column_side = canvas.side_of(result, result.rows), canvas.side_of(result, result.columns)
     _separate(row_side, axes.axhline)
     _separate(column_side, axes.axvline)
     if title is None:
-        title = title_of(result, "standard errors of CKA" if by_error else "CKA")
-    set_title(axes, title, legend_above(axes, legend))
-    for _ in rounds(axes):
-        write_side(axes, axes.yaxis, row_side)
-        write_side(axes, axes.xaxis, column_side)
-    write_models(axes, axes.yaxis, row_side.models)
-    write_models(axes, axes.xaxis, column_side.models)
+        title = canvas.title_of(result, "standard errors of CKA" if by_error else "CKA")
+    canvas.set_title(axes, title, canvas.legend_above(axes, legend))
+    for _ in canvas.rounds(axes):
+        canvas.write_side(axes, axes.yaxis, row_side)
+        canvas.write_side(axes, axes.xaxis, column_side)
+    canvas.write_models(axes, axes.yaxis, row_side.models)
+    canvas.write_models(axes, axes.xaxis, column_side.models)
 
 
 # ---- colours --------------------------------------------------------------------------------------
@@ -189,7 +172,7 @@ def _colourbar(axes: Axes, image: AxesImage, what: str, beyond: str, given: bool
         colourbar = figure.colorbar(image, ax=axes, extend=beyond, fraction=0.05, pad=0.03)
     else:
         # At a fixed distance from the axes, whatever the labels on the other side need.
-        width, height = inches(axes)
+        width, height = canvas.inches(axes)
         bar = axes.inset_axes((1 + 0.12 / width, 0.0, 0.16 / width, min(1.0, 3.2 / height)))
         colourbar = figure.colorbar(image, cax=bar, extend=beyond)
     low, high = image.get_clim()
@@ -227,9 +210,9 @@ def _mark_missing(axes: Axes, shown: Floats) -> list[Any]:
     rows, columns = missing.shape
     style: dict[str, Any] = {"facecolor": MISSING, "edgecolor": "0.6", "hatch": "////", "linewidth": 0.0}
     if not missing.all():
-        for start, stop in _runs([bool(row.all()) for row in missing]):
+        for start, stop in _marked(missing.all(1)):
             axes.add_patch(Rectangle((-0.5, start - 0.5), columns, stop - start, **style))
-        for start, stop in _runs([bool(column.all()) for column in missing.T]):
+        for start, stop in _marked(missing.all(0)):
             axes.add_patch(Rectangle((start - 0.5, -0.5), stop - start, rows, **style))
     return [Patch(label="undefined", **style)]
 
@@ -244,21 +227,17 @@ def _mark_unrelated(axes: Axes, found: npt.NDArray[np.bool_]) -> list[Any]:
     style: dict[str, Any] = {"facecolor": "none", "edgecolor": "white", "hatch": "....", "linewidth": 0.0}
     cells = [
         Rectangle((start - 0.5, row - 0.5), stop - start, 1)
-        for row, flags in enumerate(found.tolist())
-        for start, stop in _runs(flags)
+        for row, flags in enumerate(found)
+        for start, stop in _marked(flags)
     ]
     axes.add_collection(PatchCollection(cells, **style), autolim=False)
     colour = axes.images[-1].cmap(0.0)
     return [Patch(label=f"indistinguishable from unrelated (p > {UNRELATED})", **{**style, "facecolor": colour})]
 
 
-def _runs(flags: Sequence[bool]) -> list[tuple[int, int]]:
-    runs = []
-    for flag, positions in groupby(range(len(flags)), key=flags.__getitem__):
-        at = list(positions)
-        if flag:
-            runs.append((at[0], at[-1] + 1))
-    return runs
+def _marked(flags: npt.ArrayLike) -> list[tuple[int, int]]:
+    """Runs of True: their first positions, and one past their last ones."""
+    return [(start, stop) for start, stop, flag in runs(np.asarray(flags).tolist()) if flag]
 
 
 def _separate(side: Side, line: Any) -> None:
@@ -274,7 +253,7 @@ def _separate(side: Side, line: Any) -> None:
 
 def _write_values(axes: Axes, result: CKAResult, *, stderr: bool) -> None:
     rows, columns = result.matrix.shape
-    width, height = inches(axes)
+    width, height = canvas.inches(axes)
     need = _CELL[2 if stderr else 1]
     if width / columns < 0.8 * need or height / rows < 0.5 * need:
         warn(

@@ -8,9 +8,11 @@ room to spare are divided further.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 #: A run this many labels long is too long for a single name, so some of its layers are named instead.
 _LONG = 8
@@ -109,12 +111,21 @@ def section_lines(models: Sequence[str], labels: Sequence[str]) -> list[float]:
     ]
 
 
+def runs(values: Iterable[T], start: int = 0) -> Iterator[tuple[int, int, T]]:
+    """Runs of equal values: the position of the first, counted from `start`, one past the last, and the value.
+
+    Example:
+        >>> list(runs("aab"))
+        [(0, 2, 'a'), (2, 3, 'b')]
+    """
+    for value, run in groupby(values):
+        stop = start + len(list(run))
+        yield start, stop, value
+        start = stop
+
+
 def _models(models: Sequence[str]) -> list[Span]:
-    runs = []
-    for _, positions in groupby(range(len(models)), key=models.__getitem__):
-        run = list(positions)
-        runs.append(Span(run[0], run[-1] + 1, models[run[0]], 0))
-    return runs
+    return [Span(start, stop, model, 0) for start, stop, model in runs(models)]
 
 
 def _divide(labels: Sequence[str], span: Span) -> list[Span]:
@@ -122,12 +133,11 @@ def _divide(labels: Sequence[str], span: Span) -> list[Span]:
     if span.stop - span.start == 1:
         return [span]
     depth = span.depth + 1
-    parts = []
-    for _, positions in groupby(range(span.start, span.stop), key=lambda i: labels[i].split(".")[:depth]):
-        run = list(positions)
-        whole = labels[run[0]]
-        name = ".".join(whole.split(".")[:depth]) if len(run) > 1 else whole
-        parts.append(Span(run[0], run[-1] + 1, name, depth))
+    paths = (label.split(".")[:depth] for label in labels[span.start : span.stop])
+    parts = [
+        Span(start, stop, ".".join(path) if stop - start > 1 else labels[start], depth)
+        for start, stop, path in runs(paths, span.start)
+    ]
     # An only child is a container in a container and divides nothing, so look inside it.
     return parts if len(parts) > 1 else _divide(labels, parts[0])
 

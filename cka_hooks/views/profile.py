@@ -11,25 +11,8 @@ from cka_hooks.errors import OptionError
 from cka_hooks.files import PathLike
 from cka_hooks.results.order import steps
 from cka_hooks.results.result import CKAResult
-from cka_hooks.views.canvas import (
-    FONT,
-    MISSING,
-    PITCH,
-    SIDE,
-    Side,
-    Size,
-    drawn,
-    inches,
-    legend_above,
-    legend_beside,
-    rounds,
-    set_title,
-    shortened,
-    side_of,
-    title_of,
-    write_side,
-    written,
-)
+from cka_hooks.views import canvas
+from cka_hooks.views.canvas import FONT, MISSING, Side, Size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,14 +58,16 @@ def profile(
     if not lines:
         raise OptionError("a profile needs at least two layers of one model, or one row and one column")
     if title is None:
-        title = title_of(result, "CKA with the layer before" if result.square else "best matches by CKA")
+        title = canvas.title_of(result, "CKA with the layer before" if result.square else "best matches by CKA")
     most = max(len(line.labels) for line in lines)
 
     def draw(axes: Axes) -> None:
         _draw(axes, lines, title)
 
-    figure, axes = drawn(draw, path, ax, figsize, (min(SIDE, max(3.2, most * PITCH * 1.05)), 2.6))
-    written(figure, path)
+    figure, axes = canvas.drawn(
+        draw, path, ax, figsize, (min(canvas.SIDE, max(3.2, most * canvas.PITCH * 1.05)), 2.6)
+    )
+    canvas.written(figure, path)
     return figure, axes
 
 
@@ -117,9 +102,9 @@ def _best_matches(result: CKAResult) -> _Line:
     half = (result.interval()[1] - result.matrix).numpy()[rows, best]
     others = {result.model_of(label) for label in result.columns}
     other = f"in {others.pop()}" if len(others) == 1 and "" not in others else "among the columns"
-    names = side_of(result, result.columns).names
+    names = canvas.side_of(result, result.columns).names
     matches = ["" if np.isnan(values[i, j]) else names[j] for i, j in enumerate(best.tolist())]
-    labels = side_of(result, result.rows).names
+    labels = canvas.side_of(result, result.rows).names
     return _Line("", f"CKA with the best match {other}", labels, values[rows, best], np.nan_to_num(half), matches)
 
 
@@ -136,7 +121,8 @@ def _draw(axes: Axes, lines: list[_Line], title: str) -> None:
     handles: list[Any] = []
     for line, colour in zip(lines, map(tuple, colours), strict=False):
         count = len(line.labels)
-        handles.append(_draw_line(axes, line, np.arange(count, dtype=float) if shared else _depths(count), colour))
+        at = np.arange(count, dtype=float) if shared else np.linspace(0, 1, count)
+        handles.append(_draw_line(axes, line, at, colour))
     ends = [end for line in lines for end in (line.values - line.half, line.values + line.half)]
     # The fixed scale of the heatmap, extended only if an interval reaches beyond it.
     axes.set_ylim(
@@ -153,12 +139,12 @@ def _draw(axes: Axes, lines: list[_Line], title: str) -> None:
     if any(np.isnan(line.values).any() for line in lines):
         handles.append(Patch(facecolor=MISSING, label="undefined"))
     if beside:
-        legend_beside(axes, handles)
-    set_title(axes, title, 0 if beside else legend_above(axes, handles))
+        canvas.legend_beside(axes, handles)
+    canvas.set_title(axes, title, 0 if beside else canvas.legend_above(axes, handles))
     if shared:
         axes.set_xlim(-0.5, most - 0.5)
-        for _ in rounds(axes):
-            write_side(axes, axes.xaxis, Side([""] * most, _with_matches(lines[0], inches(axes)[0])))
+        for _ in canvas.rounds(axes):
+            canvas.write_side(axes, axes.xaxis, Side([""] * most, _with_matches(lines[0], canvas.inches(axes)[0])))
     else:
         axes.set_xlim(-0.02, 1.02)
         axes.set_xticks([step / 5 for step in range(6)])
@@ -166,16 +152,12 @@ def _draw(axes: Axes, lines: list[_Line], title: str) -> None:
         axes.tick_params(axis="x", labelsize=FONT)
 
 
-def _depths(count: int) -> Floats:
-    return np.linspace(0, 1, count)
-
-
 def _with_matches(line: _Line, width: float) -> list[str]:
     """The labels, each with its best match if all of them fit."""
-    if not line.matches or len(line.labels) * PITCH > width:
+    if not line.matches or len(line.labels) * canvas.PITCH > width:
         return line.labels
     both = zip(line.labels, line.matches, strict=True)
-    return [f"{shortened(a)} → {shortened(b)}" if b else a for a, b in both]
+    return [f"{canvas.shortened(a)} → {canvas.shortened(b)}" if b else a for a, b in both]
 
 
 def _draw_line(axes: Axes, line: _Line, at: Floats, colour: Any) -> Any:
