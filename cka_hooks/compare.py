@@ -58,6 +58,7 @@ def compare(
     epochs: int = 1,
     seed: int = 0,
     keep_minibatches: bool = False,
+    permutations: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: float = 30.0,
     distributed: bool | None = None,
@@ -77,8 +78,8 @@ def compare(
             :func:`cka_hooks.recording.batches.arguments`. Shuffle it if classes are stored in order.
         layers: which layers to compare, see :func:`cka_hooks.recording.layers.select_layers`; or a mapping from model
             name to that.
-        kernel: see :class:`CKAAccumulator`, like `bandwidth`, `sigma`, `estimator`, `minibatch`, `seed` and
-            `keep_minibatches`.
+        kernel: see :class:`CKAAccumulator`, like `bandwidth`, `sigma`, `estimator`, `minibatch`, `seed`,
+            `keep_minibatches` and `permutations`.
         features: see :class:`LayerRecorder`, like `batch_dim`, `channel_dim` and `mask`.
         forward: ``(model, batch) -> anything`` if the default call does not fit, or a mapping from model name to such
             a function. Two names for one model with different `forward` compare two views of the data.

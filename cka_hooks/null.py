@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cka_hooks.errors import OptionError
 from cka_hooks.precision import exactly
 
 
@@ -50,6 +51,10 @@ _GRAPHS = (
 )
 # If the skewness is below this, the tail is a correction to that of the normal distribution.
 _NEARLY_NORMAL = 0.02
+# Numbers of the permuted matrices that are there at a time: 32 MB.
+_PERMUTED_AT_A_TIME = 1 << 22
+# Numbers of permutations that are kept: 256 MB, and what a result file can have.
+_MOST_PERMUTED = 1 << 25
 
 
 def null_numbers(centred: Tensor) -> Tensor:
@@ -102,6 +107,59 @@ def _shares(n: int) -> tuple[float, float, float]:
     of_both = sum(share * graph.triangle * graph.triple for graph, share in here)
     of_s = sum(share * graph.triple**2 for graph, share in here)
     return of_t, of_both, of_s
+
+
+def permuted_orders(hsic: Tensor, n: int, count: int, seed: int) -> Tensor:
+    """Orders of the n samples of a minibatch, drawn at random: (L, L) HSICs of its layers -> (count, n).
+
+    They depend on the seed and on these, and so neither on when nor on which rank it was added. This waits for the
+    device.
+    """
+    # Nine digits, which rounding does not change.
+    generator = torch.Generator().manual_seed(hash((seed, float(f"{float(hsic.sum()):.9g}"))))
+    return torch.rand(count, n, generator=generator, device="cpu").argsort(-1).to(hsic.device)
+
+
+def permuted_pairs(vectors: Tensor, hsic: Tensor, n: int, count: int, seed: int) -> Tensor:
+    """The sums over m minibatches of h_ij, i < j, with the samples of j in another order, the same one for every j.
+
+    Args:
+        vectors: (L, m, p) centred Gram matrices, unbiased, see :func:`cka_hooks.hsic.pack`.
+        hsic: (m, L, L) their inner products.
+        n: samples in each minibatch.
+        count: how often they are permuted.
+        seed: of the orders, see `permuted_orders`.
+
+    Returns:
+        (count, L, L), symmetric, 0 on the diagonal.
+
+    Raises:
+        OptionError: that would take more than 256 MB.
+    """
+    rows, columns = torch.tril_indices(n, n, -1, device=vectors.device)
+    layers, m, length = vectors.shape
+    if count * layers**2 > _MOST_PERMUTED:
+        raise OptionError(
+            f"permutations={count} of {layers} layers would take {8e-9 * count * layers**2:,.1f} GB: at most "
+            f"{_MOST_PERMUTED // layers**2:,} of so many layers are kept; take fewer, or choose layers by layers="
+        )
+    found = vectors.new_zeros(count, layers, layers)
+    step = max(1, _PERMUTED_AT_A_TIME // (layers * length))
+    for b in range(m):
+        of_all = permuted_orders(hsic[b], n, count, seed)
+        for some, orders in zip(found.split(step), of_all.split(step), strict=True):
+            one, other = orders[:, rows], orders[:, columns]
+            larger = torch.maximum(one, other)
+            places = larger * (larger - 1) // 2 + torch.minimum(one, other)
+            # Of layers j, permutations and layers i: all of them in one product.
+            some += (vectors[:, b, places] @ vectors[:, b].mT).permute(1, 2, 0)
+    upper = found.triu_(1)
+    return upper + upper.mT
+
+
+def null_tail(values: Tensor, variance: Tensor, skewness: Tensor) -> Tensor:
+    """P-values of CKA values, given variance and skewness of their null distribution; NaN where the variance is 0."""
+    return pearson3_tail(values / torch.where(variance > 0, variance, torch.nan).sqrt(), skewness)
 
 
 def pearson3_tail(z: Tensor, skewness: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from cka_hooks.hsic import MIN_SAMPLES
 
 # Whole numbers with the least that they can be, and numbers above 0 with what they are.
 _OF_SAMPLES = ("positions", "minibatch", "join_batches", "max_samples")
-_WHOLE = {**dict.fromkeys(_OF_SAMPLES, MIN_SAMPLES), "seed": 0, "epochs": 1}
+_WHOLE = {**dict.fromkeys(_OF_SAMPLES, MIN_SAMPLES), "seed": 0, "epochs": 1, "permutations": 0}
 _ABOVE_ZERO = {
     "bandwidth": "a multiple of the median distance",
     "sigma": "in the units of the features",
@@ -41,6 +41,7 @@ class Options:
     per: str = "sample"
     positions: int | None = None
     keep_minibatches: bool = False
+    permutations: int = 0
 
     layers: Any = None
     batch_dim: Any = None
@@ -70,6 +71,13 @@ class Options:
             object.__setattr__(self, name, whole(name, getattr(self, name), least))
         for name, what in _ABOVE_ZERO.items():
             object.__setattr__(self, name, above_zero(name, getattr(self, name), what))
+        needed = {"estimator": "unbiased", "per": "sample", "epochs": 1} if self.permutations else {}
+        for name, value in needed.items():
+            if getattr(self, name) != value:
+                raise OptionError(
+                    f"permutations={self.permutations} needs {name}={value!r}: without it, permuted samples do not "
+                    "show how unrelated layers compare"
+                )
         object.__setattr__(self, "keep_minibatches", bool(self.keep_minibatches))
 
     @classmethod
@@ -84,7 +92,7 @@ class Options:
 
     def of_accumulator(self) -> dict[str, Any]:
         """The arguments of :class:`cka_hooks.CKAAccumulator` among them, for features that are already reduced."""
-        names = ("kernel", "bandwidth", "sigma", "estimator", "seed", "per", "keep_minibatches")
+        names = ("kernel", "bandwidth", "sigma", "estimator", "seed", "per", "keep_minibatches", "permutations")
         size = self.join_batches if self.minibatch is None else self.minibatch
         return {**{name: getattr(self, name) for name in names}, "minibatch": size}
 

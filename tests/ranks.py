@@ -166,9 +166,12 @@ def check_max_samples_is_of_all_ranks() -> None:
 
 def check_minibatches_are_kept() -> None:
     counts = [3, 0, 5, 1][:SIZE]
-    ours = cka_hooks.compare(model(), batches_of(RANK)[: counts[RANK]], keep_minibatches=True, **QUIET)
-    expected = alone(every_batch(counts), keep_minibatches=True)
-    torch.testing.assert_close(ours.minibatch_hsic, expected.minibatch_hsic, rtol=0, atol=1e-12)
+    ours = cka_hooks.compare(
+        model(), batches_of(RANK)[: counts[RANK]], keep_minibatches=True, permutations=9, **QUIET
+    )
+    expected = alone(every_batch(counts), keep_minibatches=True, permutations=9)
+    for name in ("minibatch_hsic", "permuted"):
+        torch.testing.assert_close(getattr(ours, name), getattr(expected, name), rtol=0, atol=1e-12)
 
 
 def check_tolerance_stops_all_ranks_together() -> None:

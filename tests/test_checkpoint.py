@@ -98,7 +98,7 @@ def test_resumed_again_and_again_is_equal(tmp_path: Path, kind: str, epochs: int
 
 @pytest.mark.parametrize("options", [
     {"max_samples": 50}, {"max_samples": 50, "epochs": 2}, {"minibatch": 4}, {"keep_minibatches": True},
-    {"estimator": "biased"}, {"kernel": "rbf"}, {"tolerance": 0.05}, {"layers": ["0", "2"]},
+    {"permutations": 20}, {"estimator": "biased"}, {"kernel": "rbf"}, {"tolerance": 0.05}, {"layers": ["0", "2"]},
 ], ids=str)  # fmt: skip
 def test_options_survive(tmp_path: Path, options) -> None:
     data = tensors(800)
@@ -110,8 +110,8 @@ def test_options_survive(tmp_path: Path, options) -> None:
     ours, _ = run(path, shuffled(data), **options)
     equal(ours, whole)
     assert ours.settings.get("stopped") == whole.settings.get("stopped")
-    if whole.minibatch_hsic is not None:
-        torch.testing.assert_close(ours.minibatch_hsic, whole.minibatch_hsic, rtol=0, atol=0)
+    for name in ("minibatch_hsic", "permuted"):
+        torch.testing.assert_close(getattr(ours, name), getattr(whole, name), rtol=0, atol=0)
 
 
 def test_what_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

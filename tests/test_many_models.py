@@ -40,6 +40,7 @@ def loader(samples: int = 70, **options):
         {"layers": ["0", "2"]},
         {"layers": {"a": "0", "b": ["1", "2"], "c": None}},
         {"kernel": "rbf"},
+        {"permutations": 20},
     ],
     ids=str,
 )
@@ -54,8 +55,9 @@ def test_equal_to_all_models_at_once(options) -> None:
     for name in ("samples", "minibatches", "passes", "influence", "skipped", "degrees_of_freedom"):
         assert getattr(in_turn, name) == getattr(at_once, name), name
     assert in_turn.settings["models"] == at_once.settings["models"]
-    if at_once.minibatch_hsic is not None:
-        torch.testing.assert_close(in_turn.minibatch_hsic, at_once.minibatch_hsic, rtol=0, atol=1e-12)
+    assert in_turn.settings["permutations"] == options.get("permutations", 0)
+    for name in ("minibatch_hsic", "permuted"):
+        torch.testing.assert_close(getattr(in_turn, name), getattr(at_once, name), rtol=0, atol=1e-12)
 
 
 def test_a_model_is_gone_before_the_next_is_built() -> None:

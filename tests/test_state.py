@@ -53,7 +53,7 @@ def runs(draw: st.DrawFn) -> list[dict[str, Tensor]]:
 
 
 def added(steps: list[Step], kind: type[State] = State) -> State:
-    state = kind()
+    state = kind.blank(3)
     for number, step in enumerate(steps):
         state.add(step, keep=True)
         state.merge(kind(classes={str(number % 3): step.samples}, neighbours=step.samples - 1))
@@ -127,7 +127,7 @@ def in_turn(steps: list[Step], state: State) -> State:
             parts[name].append(step._replace(groups=groups, dtypes=dtypes))
     states = {name: added(its, type(state)) for name, its in parts.items()}
     batches = ({name: its[i] for name, its in parts.items()} for i in range(len(steps)))
-    return type(state).joined(states, batches, keep=True)
+    return type(state).joined(states, batches, keep=True, permutations=3)
 
 
 def through_a_file(state: State, path: Path) -> State:
@@ -149,7 +149,7 @@ def test_any_split_gives_the_same_state(run: list[dict[str, Tensor]], data: st.D
     def states() -> list[State]:
         found, at = [], 0
         for part in parts:
-            state = State()
+            state = State.blank(3)
             for number, step in enumerate(part, at):
                 state.add(step, keep=True)
                 state.merge(State(classes={str(number % 3): step.samples}, neighbours=step.samples - 1))

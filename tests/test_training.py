@@ -72,6 +72,69 @@ def test_values_are_those_of_the_oracle_for_all_networks_at_once() -> None:
     assert cka.scalars()["cka/teacher/3"] == result["now/3", "teacher/3"]
 
 
+class Numbered(nn.Module):
+    """One network for texts, padded or not, and for rows that come with their identifiers."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.second = nn.Linear(12, 7), nn.Linear(7, 5)
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        return self.second(self.first(x).relu())
+
+
+def of_rows() -> list[dict[str, object]]:
+    return [{"x": x, "name": [f"{i}/{j}" for j in range(8)]} for i, x in enumerate(torch.cat(batches()).split(8))][:7]
+
+
+def of_texts() -> list[dict[str, object]]:
+    lengths = torch.tensor([9, 4, 6, 9])
+    mask = (torch.arange(9) < lengths[:, None]).long()
+    generator = torch.Generator().manual_seed(1)
+    return [{"x": torch.randn(4, 9, 12, generator=generator), "attention_mask": mask} for _ in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("loader", "options"),
+    [
+        (of_rows, {"sample_ids": "name"}),
+        (of_rows, {"sample_ids": "name", "join_batches": 16}),
+        (of_texts, {"per": "position"}),
+        (of_texts, {"per": "position", "positions": 10, "seed": 3}),
+    ],
+    ids=str,
+)
+def test_options_of_a_comparison_are_those_of_one_over_all_networks(loader, options) -> None:
+    model, teacher = Numbered(0), Numbered(1)
+    cka = TrainingCKA(loader(), network={"teacher": teacher}, **options)
+    cka.start(model)
+    first = copy.deepcopy(model)
+    result = cka.measure(changed(model, 1), 1)
+    parts = {"now": model, "initial": first, "previous": copy.deepcopy(first), "teacher": teacher}
+    at_once = cka_hooks.compare(parts, loader(), progress=False, **options)
+    assert result.layers == at_once.layers
+    torch.testing.assert_close(result.matrix, at_once.matrix, rtol=0, atol=1e-12)
+    torch.testing.assert_close(result.stderr, at_once.stderr, rtol=0, atol=1e-12)
+    assert (result.samples, result.minibatches, result.influence) == (
+        at_once.samples,
+        at_once.minibatches,
+        at_once.influence,
+    )
+    if "sample_ids" in options:
+        assert {type(found.identifier) for found in result.influence.values()} == {str}
+
+
+def test_a_network_with_other_positions_is_refused() -> None:
+    class Half(Numbered):
+        def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+            return super().forward(x[:, ::2])
+
+    batches = [{"x": batch["x"]} for batch in of_texts()]
+    with pytest.raises(cka_hooks.SampleCountError, match="'network' have other positions than those of 'now'"):
+        TrainingCKA(batches, network=Half(1), per="position").start(Numbered(0))
+
+
 def test_a_network_with_other_layers_counts_with_its_best_match() -> None:
     teacher = nn.Sequential(nn.Sequential(nn.Linear(12, 8), nn.Tanh()), nn.Linear(8, 3))
     cka = TrainingCKA(batches(), layers={"now": ["0", "3"], "teacher": ["0.*"]}, network={"teacher": teacher})
@@ -186,6 +249,7 @@ def test_a_copy_goes_on_like_the_original(copied) -> None:
         ({"network": {"initial": nn.Identity()}}, "'initial'"),
         ({"minibatch": 2}, "minibatch=2"),
         ({"layers": {"then": ["0"]}}, "'then'"),
+        ({"per": "position", "join_batches": 8}, "exclude each other"),
     ],
 )
 def test_options_are_refused_before_training(options, found) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from cka_hooks.errors import OptionError, TooFewSamplesError
 from cka_hooks.results.result import CKAResult
 from cka_hooks.run.comparison import Comparison
+from cka_hooks.run.in_turn import kept_on_cpu, refuse_other_positions
 from cka_hooks.run.outcome import finished
 from cka_hooks.similarity.state import DECLARED, Minibatches, State, Step
 
@@ -24,12 +25,14 @@ class Footprint:
         steps: what each batch added.
         type: the class of the network.
         settings: settings of its run, plain JSON values.
+        places: see :attr:`Comparison.places`.
     """
 
     state: State
     steps: list[Step]
     type: str
     settings: dict[str, Any]
+    places: int | None = None
 
     @classmethod
     def left_by(cls, comparison: Comparison, loader: Iterable[Any]) -> Footprint:
@@ -40,18 +43,20 @@ class Footprint:
             CKAError: see :meth:`Comparison.update`.
         """
         steps: list[Step] = []
+        keep = kept_on_cpu(steps)
         with comparison:
             for batch in loader:
                 if not comparison.passes_over(batch):
                     comparison.observe(batch)
-                    step = comparison.step()
-                    steps.append(step._replace(groups=[group.cpu() for group in step.groups]))
+                    keep(comparison.step())
+            if (rest := comparison.flush()) is not None:
+                keep(rest)
         if not comparison.state.minibatches:
             raise TooFewSamplesError(
                 "the loader yielded no batch of at least 4 samples: use a larger batch_size in it"
             )
         (kind,) = comparison.types.values()
-        return cls(comparison.state.to("cpu"), steps, kind, comparison.settings)
+        return cls(comparison.state.to("cpu"), steps, kind, comparison.settings, comparison.places)
 
     def named(self, name: str) -> tuple[State, list[Step]]:
         """Its state and steps with labels ``name/layer``."""
@@ -79,7 +84,8 @@ class Footprint:
             {**step._asdict(), "groups": [{**it._asdict(), "layers": list(it.layers)} for it in step.groups]}
             for step in self.steps
         ]
-        return {"state": self.state.state_dict(), "steps": steps, "type": self.type, "settings": self.settings}
+        kept = {name: getattr(self, name) for name in ("type", "settings", "places")}
+        return {"state": self.state.state_dict(), "steps": steps, **kept}
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Footprint:
@@ -98,7 +104,8 @@ class Footprint:
                 )
                 for step in state["steps"]
             ]
-            return cls(State.from_state_dict(state["state"]), steps, state["type"], dict(state["settings"]))
+            own = State.from_state_dict(state["state"])
+            return cls(own, steps, state["type"], dict(state["settings"]), state.get("places"))
         except (KeyError, TypeError) as error:
             raise OptionError(
                 f"this is not the CKA of a network in training: {type(error).__name__} {error}"
@@ -114,7 +121,7 @@ def compared(parts: Mapping[str, Footprint], settings: Mapping[str, Any]) -> CKA
 
     Raises:
         OptionError: the networks were measured with different options.
-        SampleCountError: they were measured on different numbers of samples.
+        SampleCountError: they were measured on different numbers of samples, or other positions.
         NonFiniteError: a layer has NaN or infinity. `.partial` has the result of all others.
     """
     first, ours = next(iter(parts.items()))
@@ -125,6 +132,7 @@ def compared(parts: Mapping[str, Footprint], settings: Mapping[str, Any]) -> CKA
                     f"{name!r} was measured with {option}={part.settings.get(option)!r}, and {first!r} with "
                     f"{value!r}: go on with the options of the run that wrote the checkpoint"
                 )
+    refuse_other_positions({name: part.places for name, part in parts.items()})
     named = {name: part.named(name) for name, part in parts.items()}
     steps = {name: its for name, (_, its) in named.items()}
     batches = (dict(zip(steps, these, strict=True)) for these in zip_longest(*steps.values()))

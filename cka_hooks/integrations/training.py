@@ -27,6 +27,7 @@ from cka_hooks.results.result import CKAResult
 from cka_hooks.run.comparison import Comparison
 from cka_hooks.run.entries import named_models, per_model
 from cka_hooks.run.in_turn import Replayed
+from cka_hooks.run.precomputed import SampleIds
 from cka_hooks.run.replay import Randomness
 
 if TYPE_CHECKING:
@@ -97,6 +98,10 @@ class TrainingCKA:
         batch_dim: int | Mapping[str, int] | None = None,
         channel_dim: int | Mapping[str, int] | None = None,
         mask: MaskOption = None,
+        sample_ids: SampleIds | None = None,
+        join_batches: int | None = None,
+        per: str = "sample",
+        positions: int | None = None,
         seed: int = 0,
     ) -> None:
         # Refused now rather than after training has begun.

@@ -45,6 +45,8 @@ def checked(result: CKAResult) -> dict[str, Any]:
             raise OptionError("null_variance contains negative numbers; a variance must be 0 or more, or NaN")
     elif result.null_variance is not result.null_skewness:
         raise OptionError("null_variance and null_skewness belong together; give both or neither")
+    if result.permuted is not None:
+        _check_tensor("permuted", result.permuted, (*result.permuted.shape[:1], *shape))
     if result.minibatch_hsic is not None:
         count = len(fields["minibatch_layers"])
         batches = len(result.minibatch_hsic) if result.minibatch_hsic.dim() else 0

@@ -5,7 +5,7 @@ The file is one JSON object with one key to a line, in plain ASCII:
     format, format_version   "cka_hooks.result", 1
     rows, columns            labels
     matrix, stderr           lists of rows; null where undefined
-    minibatch_hsic           null, or (B, L, L) nested lists
+    minibatch_hsic           null, or (B, L, L) nested lists; permuted likewise
     influence                {layer: {"share": number, "sample": index}}, and "identifier" where samples have them
     sha256                   of the other keys, so that an edited number does not pass for a measured one
 
@@ -64,7 +64,7 @@ def write_result(result: CKAResult, path: PathLike) -> None:
         raise OptionError(
             f"{path}: the result holds {numbers:,} numbers in {lists:,} rows, and a result file at most "
             f"{_MAX_NUMBERS:,} in {_MAX_MARKS[b'['] - 1000:,}. "
-            "save(path, minibatches=False) leaves out the values of the single minibatches."
+            "save(path, minibatches=False) leaves out the values of single minibatches and permutations."
         )
     document: dict[str, Any] = {"format": FORMAT, "format_version": VERSION}
     for entry, value in zip(_FIELDS, values, strict=True):

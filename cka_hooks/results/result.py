@@ -21,10 +21,12 @@ import torch
 from cka_hooks.errors import LayerError, OptionError, warn
 from cka_hooks.files import PathLike
 from cka_hooks.names import matching
-from cka_hooks.null import pearson3_tail
+from cka_hooks.null import null_tail
 from cka_hooks.results.checks import checked
 from cka_hooks.results.choice import chosen, known, known_model, model_of, pair_of, patterns_of
-from cka_hooks.results.uncertainty import Difference, holm, paired_difference, t_quantile, why_unknown
+from cka_hooks.results.uncertainty import Difference, adjusted, paired_difference, t_quantile, why_unknown
+
+_OF_ENTRIES = ("matrix", "stderr", "null_variance", "null_skewness", "permuted")
 
 if TYPE_CHECKING:
     import pandas
@@ -87,6 +89,8 @@ class CKAResult:
         null_variance: (R, C) variance of each value under random permutation of one layer's samples within every
             minibatch, float64, or None if it is not known (:attr:`null_unknown`).
         null_skewness: (R, C) skewness of the same distribution, whose mean is 0.
+        permuted: (B, R, C) the values in B random permutations of this kind, 0 for a layer with itself; None without
+            ``permutations=``.
 
     Raises:
         OptionError: labels are repeated, or shapes, types or values do not fit together.
@@ -123,6 +127,7 @@ class CKAResult:
     passes: int = 1
     null_variance: torch.Tensor | None = None
     null_skewness: torch.Tensor | None = None
+    permuted: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, value in checked(self).items():
@@ -151,7 +156,7 @@ class CKAResult:
     @property
     def _entries(self) -> dict[str, torch.Tensor | None]:
         """The fields with one number for each entry."""
-        return {name: getattr(self, name) for name in ("matrix", "stderr", "null_variance", "null_skewness")}
+        return {name: getattr(self, name) for name in _OF_ENTRIES}
 
     @cached_property
     def _model_set(self) -> frozenset[str]:
@@ -222,10 +227,13 @@ class CKAResult:
         layers.
 
         Args:
-            family_wise: adjust for the number of pairs of different layers in this result (Holm 1979). With the level
-                0.05, the probability that any pair of unrelated layers is below it is then at most 0.05, however the
-                pairs depend on each other. Cut out the pairs of interest first, with :meth:`select` or
-                :meth:`between`: fewer pairs cost less.
+            family_wise: adjust for the number of pairs of different layers in this result. With the level 0.05, the
+                probability that any pair of unrelated layers is below it is then at most 0.05, however the pairs
+                depend on each other. After a comparison with ``permutations=999``, the smallest p-values of real
+                permutations decide (Westfall & Young 1993, step-down), and none is below 1 / (permutations + 1).
+                Without (:attr:`permuted` is None), Holm's method (1979) does, which gives larger values if pairs
+                depend on each other. Cut out the pairs of interest first, with :meth:`select` or :meth:`between`:
+                fewer pairs cost less.
 
         Returns:
             (R, C) float64; NaN where CKA is undefined. All are NaN, with a warning that says why, if the null is not
@@ -236,13 +244,19 @@ class CKAResult:
             >>> null = {"null_variance": example.matrix * 0 + 0.25, "null_skewness": example.matrix * 0 + 1}
             >>> f"{dataclasses.replace(example, **null).pvalue()[0, 1]:.3f}"
             '0.055'
+            >>> from cka_hooks import CKAAccumulator
+            >>> x, noise, other = torch.randn(3, 64, 8, generator=torch.Generator().manual_seed(0))
+            >>> cka = CKAAccumulator(minibatch=16, permutations=99)
+            >>> cka.update({"x": x, "x and noise": x + noise, "other": other})
+            >>> [round(p, 2) for p in cka.compute().pvalue(family_wise=True)[0, 1:].tolist()]
+            [0.01, 0.97]
         """
         if self.null_variance is None or self.null_skewness is None:
             warn(f"there are no p-values: {self.null_unknown}")
             return torch.full_like(self.matrix, math.nan)
-        z = (self.matrix / self.null_stderr).masked_fill(self.null_variance == 0, math.nan)
-        alone = pearson3_tail(z, self.null_skewness)
-        return holm(alone, self.rows, self.columns) if family_wise else alone
+        null = (self.null_variance, self.null_skewness)
+        alone = null_tail(self.matrix, *null)
+        return adjusted(alone, self.rows, self.columns, self.permuted, null) if family_wise else alone
 
     def difference(self, first: tuple[str, str], second: tuple[str, str]) -> Difference:
         """CKA of the pair ``first`` minus CKA of the pair ``second``, with a paired standard error.
@@ -365,7 +379,7 @@ class CKAResult:
         kept = set(rows) | set(columns)
         owners = {self.model_of(label) for label in kept}
         entries: dict[str, Any] = {
-            name: None if whole is None else whole[row_at][:, column_at] for name, whole in self._entries.items()
+            name: None if it is None else it[..., row_at, :][..., column_at] for name, it in self._entries.items()
         }
         hsic = self.minibatch_hsic
         gone = [i for i, label in enumerate(self.minibatch_layers) if label in self.degenerate and label not in kept]
@@ -394,7 +408,7 @@ class CKAResult:
 
         Args:
             path: where to write it, with any suffix.
-            minibatches: False leaves out ``minibatch_hsic``, by far the largest part if it was kept.
+            minibatches: False leaves out ``minibatch_hsic`` and ``permuted``, by far the largest parts if kept.
 
         Raises:
             OptionError: the result is larger than :meth:`load` would read.
@@ -409,8 +423,8 @@ class CKAResult:
         """
         from cka_hooks.results.file import write_result
 
-        kept = self if minibatches else dataclasses.replace(self, minibatch_hsic=None, minibatch_layers=())
-        write_result(kept, path)
+        small = dataclasses.replace(self, minibatch_hsic=None, minibatch_layers=(), permuted=None)
+        write_result(self if minibatches else small, path)
 
     @classmethod
     def load(cls, path: PathLike) -> CKAResult:

@@ -14,6 +14,7 @@ import torch
 from scipy.special import stdtrit
 
 from cka_hooks.errors import OptionError
+from cka_hooks.null import null_tail
 
 
 @dataclass(frozen=True)
@@ -86,34 +87,55 @@ def _linearised(hsic: torch.Tensor, i: int, j: int) -> tuple[float, torch.Tensor
     return theta, cross - theta / 2 * (own_i / total_i + own_j / total_j)
 
 
-def holm(alone: torch.Tensor, rows: Sequence[str], columns: Sequence[str]) -> torch.Tensor:
-    """Multiply the smallest p-value of m pairs by m, the next one by m - 1, and so on (Holm 1979).
+def adjusted(
+    alone: torch.Tensor,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    permuted: torch.Tensor | None = None,
+    null: tuple[torch.Tensor, ...] = (),
+) -> torch.Tensor:
+    """Adjust p-values for the number of pairs.
+
+    With permutations, count how often the smallest p-value of a permutation is as small, among all pairs except those
+    with smaller p-values of their own (Westfall & Young 1993, step-down minP). Without, multiply the smallest p-value
+    of m pairs by m, the next one by m - 1, and so on (Holm 1979).
 
     Args:
         alone: (R, C) p-values of the single entries, NaN where there is none.
         rows: R labels.
         columns: C labels. A pair that occurs twice counts once, and a layer with itself does not count.
+        permuted: (B, R, C) values in B permutations.
+        null: (R, C) variance and skewness of such values.
 
     Returns:
         (R, C) adjusted p-values. Entries of a layer with itself are unchanged.
 
     Example:
         >>> alone = torch.tensor([[0.01, 0.04, 0.3]], dtype=torch.float64)
-        >>> [round(p, 3) for p in holm(alone, "a", "bcd")[0].tolist()]
+        >>> [round(p, 3) for p in adjusted(alone, "a", "bcd")[0].tolist()]
         [0.03, 0.08, 0.3]
     """
     entries: dict[frozenset[str], list[tuple[int, int]]] = {}
-    for i, row in enumerate(rows):
-        for j, column in enumerate(columns):
-            if row != column and not alone[i, j].isnan():
-                entries.setdefault(frozenset((row, column)), []).append((i, j))
-    adjusted, before = alone.clone(), 0.0
-    ordered = sorted((float(alone[places[0]]), places) for places in entries.values())
-    for number, (value, places) in enumerate(ordered):
-        before = max(before, min(1.0, (len(ordered) - number) * value))
+    for at, row in enumerate(rows):
+        for other, column in enumerate(columns):
+            if row != column and not alone[at, other].isnan():
+                entries.setdefault(frozenset((row, column)), []).append((at, other))
+    if not entries:
+        return alone
+    pairs = sorted(entries.values(), key=lambda places: float(alone[places[0]]))
+    i, j = torch.tensor([places[0] for places in pairs], device="cpu").unbind(1)
+    ordered = alone[i, j]
+    if permuted is None:
+        each = ordered * torch.arange(len(pairs), 0, -1, device="cpu")
+    else:
+        p = null_tail(*(it[..., i, j] for it in (permuted, *null)))
+        smallest = p.flip(1).cummin(1).values.flip(1)
+        each = (1 + (smallest <= ordered).sum(0)) / (1 + len(smallest))
+    found = alone.clone()
+    for places, value in zip(pairs, each.clamp_max(1).cummax(0).values.tolist(), strict=True):
         for place in places:
-            adjusted[place] = before
-    return adjusted
+            found[place] = value
+    return found
 
 
 def why_unknown(settings: Mapping[str, Any], passes: int) -> str:

@@ -84,6 +84,7 @@ class Comparison:
         positions: int | None = None,
         seed: int = 0,
         keep_minibatches: bool = False,
+        permutations: int = 0,
     ) -> None:
         self._options = Options.of(locals())
         self.entries = named_models(model)

@@ -59,31 +59,42 @@ def added_up_in_turn(
     settings: dict[str, Any] = {}
     for name, model in _built(models):
         steps[name] = []
-        own = replace(options, layers=layers[name], forward=forwards[name])
+        own = replace(options, layers=layers[name], forward=forwards[name], permutations=0)
         comparison = Comparison.of({name: model}, own)
         again = replayed.rewind(name)
         comparison.check(again)
         keeper = Keeper(None, 1.0, again, {})
-        loop = Loop(comparison, own, keeper, alone=ranks is None, on_step=_kept_on_cpu(steps[name]))
+        loop = Loop(comparison, own, keeper, alone=ranks is None, on_step=kept_on_cpu(steps[name]))
         states[name] = loop.over(again, progress=progress, name=name).to("cpu")
         places[name] = comparison.places
-        first = next(iter(places))
-        if places[name] != places[first]:
+        refuse_other_positions(places)
+        types |= comparison.types
+        settings = comparison.settings | options.spelled("layers", "forward", "permutations")
+        # Build the next model when nothing holds this one any more.
+        del model, comparison, loop
+    batches = (dict(zip(steps, parts, strict=True)) for parts in zip_longest(*steps.values()))
+    kept = {"permutations": options.permutations, "seed": options.seed}
+    state = State.joined(states, batches, keep=options.keep_minibatches, **kept)
+    return state if ranks is None else ranks.meet(state, phase=DONE)[0], types, settings
+
+
+def refuse_other_positions(places: Mapping[str, int | None]) -> None:
+    """Check that all models have the same positions, given :attr:`Comparison.places` of each.
+
+    Raises:
+        SampleCountError: they do not.
+    """
+    first = next(iter(places))
+    for name, digest in places.items():
+        if digest != places[first]:
             raise SampleCountError(
                 f"layers of the model {name!r} have other positions than those of {first!r}, or other padding: "
                 'per="position" compares layers with the same ones. layers= chooses these'
             )
-        types |= comparison.types
-        settings = comparison.settings | options.spelled("layers", "forward")
-        # Build the next model when nothing holds this one any more.
-        del model, comparison, loop
-    batches = (dict(zip(steps, parts, strict=True)) for parts in zip_longest(*steps.values()))
-    state = State.joined(states, batches, keep=options.keep_minibatches)
-    return state if ranks is None else ranks.meet(state, phase=DONE)[0], types, settings
 
 
-def _kept_on_cpu(steps: list[Step | None]) -> Callable[[Step | None], None]:
-    # On the CPU, because the device has room for the next model, but not for the Gram matrices of all earlier ones.
+def kept_on_cpu(steps: list[Any]) -> Callable[[Step | None], None]:
+    """A function that appends steps, moved to the CPU: the device has room for the next model, not for all these."""
     return lambda step: steps.append(step and step._replace(groups=[group.cpu() for group in step.groups]))
 
 

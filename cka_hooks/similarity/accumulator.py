@@ -36,6 +36,7 @@ _OWN_OPTIONS = (
     "features",
     "seed",
     "keep_minibatches",
+    "permutations",
 )
 
 
@@ -86,6 +87,9 @@ class CKAAccumulator:
             minibatch holds whole inputs, and there are no p-values.
         keep_minibatches: whether to keep each minibatch's values, O(minibatches * layers^2), for
             `CKAResult.difference`.
+        permutations: how often to permute the samples of one layer of every pair, for
+            ``CKAResult.pvalue(family_wise=True)``. Each takes 8 bytes for each pair of layers, and about as long as
+            comparing all pairs once more. 999 are enough for a level of 5 %.
 
     Attributes:
         state: the sums so far, see :class:`cka_hooks.similarity.state.State`.
@@ -118,19 +122,10 @@ class CKAAccumulator:
         seed: int = 0,
         per: str = "sample",
         keep_minibatches: bool = False,
+        permutations: int = 0,
     ) -> None:
+        self._options = Options.of(locals())
         check_reduction(features)
-        self._options = Options(
-            kernel=kernel,
-            bandwidth=bandwidth,
-            sigma=sigma,
-            estimator=estimator,
-            minibatch=minibatch,
-            features=features,
-            seed=seed,
-            per=per,
-            keep_minibatches=keep_minibatches,
-        )
         self._estimator: Estimator = estimator
         self._kernel = as_kernel(kernel, bandwidth=self._options.bandwidth, sigma=self._options.sigma)
         size_matters = estimator == "biased" or callable(kernel) or (kernel == "rbf" and sigma is None)
@@ -145,7 +140,7 @@ class CKAAccumulator:
         self.discard()
         self._batches = 0
         self._own: State | None = None
-        self.state = State()
+        self.state = State.blank(self._options.permutations)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -313,7 +308,7 @@ class CKAAccumulator:
                 groups[:1] = [_with_differ(group, asked) for group in groups[:1]]
                 dtypes = {layer: str(pending[layer].dtype).removeprefix("torch.") for layer in asked}
                 step = Step(first.samples, sum(count * size for count, size in split), groups, dtypes)
-                self.state.add(step, keep=self._options.keep_minibatches)
+                self.state.add(step, keep=self._options.keep_minibatches, seed=self._options.seed)
         except memory.EXHAUSTED as error:
             memory.raise_unless_exhausted(error)
             raise OutOfMemoryError(

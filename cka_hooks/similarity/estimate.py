@@ -193,6 +193,8 @@ def _result(
     variance, skewness = (
         (None, None) if null is None else (chosen(it).masked_fill(undefined, torch.nan) for it in null)
     )
+    root = _roots(state.moments)
+    permuted = chosen(state.permuted / (root.unsqueeze(1) * root)) if null and len(state.permuted) else None
     kept = torch.cat([chosen(hsic) for hsic in state.kept]) if state.kept else None
     more: dict[str, Any] = {"shapes": state.shapes, "sample_axes": state.sample_axes} if state.shapes else {}
     if state.stopped is not None:
@@ -206,6 +208,7 @@ def _result(
         ),
         null_variance=variance,
         null_skewness=skewness,
+        permuted=permuted,
         samples=state.first_samples,
         minibatches=state.minibatches,
         degrees_of_freedom=max(state.first_minibatches - 1, 0),

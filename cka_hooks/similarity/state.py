@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cka_hooks.errors import OptionError, SampleCountError
 from cka_hooks.hsic import Estimator, all_pairs, centre, pack, sample_parts
-from cka_hooks.null import null_cumulants, null_numbers
+from cka_hooks.null import null_cumulants, null_numbers, permuted_pairs
 from cka_hooks.similarity.products import fused
 from cka_hooks.similarity.products.grams import Grams
 
@@ -135,52 +135,46 @@ class Combine(Enum):
 
 
 class _Declared(NamedTuple):
-    """The declaration of a field; see `_tensor` and `_value`."""
+    """The declaration of a field. The last two are for mappings, the others for float64 tensors.
+
+    Attributes:
+        combine: how to combine two values.
+        of: makes it from m minibatches and the (m, L, L) weighted HSICs of all pairs of their layers.
+        axes: how many axes of L layers it ends in; 0 if it is no tensor.
+        lead: its shape before the axes of layers; (0,) if an option gives the number.
+        fill: the value for a layer that was never seen.
+        after: the attribute with the number of earlier items, from which its places are counted.
+        of_layers: whether its keys are labels.
+        items: the type of its values.
+    """
 
     combine: Combine
     of: Callable[[Minibatches, Tensor], Tensor] | None = None
-    lead: tuple[int, ...] = ()
     axes: int = 0
+    lead: tuple[int, ...] = ()
     fill: float = 0.0
-    counted_from: str = ""
+    after: str = ""
     of_layers: bool = False
     items: type = int
 
 
-def _tensor(
-    combine: Combine,
-    of: Callable[[Minibatches, Tensor], Tensor],
-    *,
-    lead: tuple[int, ...] = (),
-    axes: int,
-    fill: float = 0.0,
-    counted_from: str = "",
-) -> Any:
-    """Declare a float64 tensor.
+def _field(default: Callable[[], Any], combine: Combine, **declared: Any) -> Any:
+    return dataclasses.field(default_factory=default, metadata={"is": _Declared(combine, **declared)})
 
-    Args:
-        combine: how to combine two of them.
-        of: makes it from m minibatches and the (m, L, L) weighted HSICs of all pairs of their layers.
-        lead: its shape before the axes of layers.
-        axes: how many axes of L layers it ends in.
-        fill: the value for a layer that was never seen.
-        counted_from: the attribute with the number of earlier items, from which its places are counted.
-    """
-    declared = _Declared(combine, of, lead, axes, fill, counted_from, of_layers=True)
+
+def _tensor(combine: Combine, of: Callable[[Minibatches, Tensor], Tensor] | None = None, **declared: Any) -> Any:
+    """Declare a float64 tensor, or a list of tensors to concatenate."""
+    it = _Declared(combine, of, **declared)
 
     def blank() -> Tensor:
-        return torch.full((*lead, *[0] * axes), fill, dtype=torch.float64, device="cpu")
+        return torch.full((*it.lead, *[0] * it.axes), it.fill, dtype=torch.float64, device="cpu")
 
-    return dataclasses.field(
-        default_factory=list if combine is Combine.CONCATENATED else blank, metadata={"is": declared}
-    )
+    return _field(list if combine is Combine.CONCATENATED else blank, **it._asdict())
 
 
-def _value(combine: Combine, default: Any, *, of_layers: bool = False, items: type = int) -> Any:
-    """Declare a number, text, or a list or mapping of these. A mapping `of_layers` has labels as its keys."""
-    factory = default if isinstance(default, type) else lambda: default
-    declared = _Declared(combine, of_layers=of_layers, items=items)
-    return dataclasses.field(default_factory=factory, metadata={"is": declared})
+def _value(combine: Combine, default: Any, **declared: Any) -> Any:
+    """Declare a number, text, or a list or mapping of these."""
+    return _field(default if isinstance(default, type) else lambda: default, combine, **declared)
 
 
 def moments_of(hsic: Tensor) -> Tensor:
@@ -221,6 +215,7 @@ class State:
         kept: (m, L, L) the h_ij of every minibatch, if they are kept.
         null: (2, L, L) variance and third central moment of the sum of h_ij under random permutation of the samples,
             over the first pass; see :mod:`cka_hooks.null`. Unbiased estimates only.
+        permuted: (B, L, L) the sum of h_ij with permuted samples, B times, over the first pass.
         seen: label -> number of minibatches in which the layer ran.
         dtypes: label -> the dtype of the activation, such as "float32".
         shapes: label -> the shape of one sample of the activation.
@@ -248,10 +243,11 @@ class State:
     spread: Tensor = _tensor(Combine.SUM, lambda it, _: torch.where(it.finite, it.spread, 0).sum(1), axes=1)
     size: Tensor = _tensor(Combine.SUM, lambda it, _: torch.where(it.finite, it.size, 0).sum(1), axes=1)
     differ: Tensor = _tensor(Combine.SUM, lambda it, _: it.differ, axes=1)
-    bad: Tensor = _tensor(Combine.FIRST, _bad, axes=1, fill=math.inf, counted_from="minibatches")
-    peak: Tensor = _tensor(Combine.LARGEST, _peak, lead=(2,), axes=1, counted_from="positions")
+    bad: Tensor = _tensor(Combine.FIRST, _bad, axes=1, fill=math.inf, after="minibatches")
+    peak: Tensor = _tensor(Combine.LARGEST, _peak, lead=(2,), axes=1, after="positions")
     null: Tensor = _tensor(Combine.SUM, _null, lead=(2,), axes=2)
-    kept: list[Tensor] = _tensor(Combine.CONCATENATED, lambda _, hsic: hsic, axes=2)
+    permuted: Tensor = _tensor(Combine.SUM, lead=(0,), axes=2)
+    kept: list[Tensor] = _tensor(Combine.CONCATENATED, axes=2)
     seen: dict[str, int] = _value(Combine.SUM, dict, of_layers=True)
     dtypes: dict[str, str] = _value(Combine.FIRST, dict, of_layers=True, items=str)
     shapes: dict[str, list[int]] = _value(Combine.FIRST, dict, of_layers=True, items=list)
@@ -278,22 +274,34 @@ class State:
         """Number of samples so far, counted or not."""
         return self.samples + self.left_out
 
-    def add(self, step: Step, *, keep: bool) -> None:
-        """Add a batch as a whole: everything that may fail comes before the first change."""
+    @classmethod
+    def blank(cls, permutations: int) -> State:
+        """An empty state, for this many permutations of the samples."""
+        return cls(permuted=torch.zeros(permutations, 0, 0, dtype=torch.float64, device="cpu"))
+
+    def add(self, step: Step, *, keep: bool, seed: int = 0) -> None:
+        """Add a batch as a whole: everything that may fail comes before the first change.
+
+        Args:
+            step: the batch.
+            keep: whether to keep the values of its minibatches.
+            seed: seed of the permutations.
+        """
         parts: list[State] = []
         for group in step.groups:
             hsic = all_pairs(group.vectors)
             tensors: dict[str, Any] = {
-                name: declared.of(group, hsic)
-                for name, declared in DECLARED.items()
-                if declared.of is not None and name != "kept"
+                name: declared.of(group, hsic) for name, declared in DECLARED.items() if declared.of is not None
             }
+            m, n = group.parts.shape[1:]
             if keep:
                 tensors["kept"] = [hsic]
+            tensors["permuted"] = hsic[:0]
             if self.passes > 1:
                 # Later passes bring no new samples, so the null is that of the first pass.
                 tensors["null"].zero_()
-            m, n = group.parts.shape[1:]
+            elif count := len(self.permuted):
+                tensors["permuted"] = permuted_pairs(group.vectors, hsic, n, count, seed)
             part = type(self)(
                 group.layers, **tensors, minibatches=m, samples=m * n, seen=dict.fromkeys(group.layers, m)
             )
@@ -309,8 +317,8 @@ class State:
 
     def merge(self, other: State) -> None:
         """Add another state, whose minibatches come after those of this one."""
-        offsets = {declared.counted_from: getattr(self, declared.counted_from, 0) for declared in DECLARED.values()}
-        layers = self._union(other.layers)
+        offsets = {declared.after: getattr(self, declared.after, 0) for declared in DECLARED.values()}
+        layers = tuple(dict.fromkeys(self.layers + other.layers))
         if layers != self.layers:
             device = self.moments.device if self.layers else other.moments.device
             vars(self).update(vars(self.at(layers).to(device)))
@@ -318,14 +326,8 @@ class State:
         if theirs.moments.device != self.moments.device:
             theirs = theirs.to(self.moments.device)
         for name, declared in DECLARED.items():
-            offset = offsets[declared.counted_from]
-            combined = _combined(declared, getattr(self, name), getattr(theirs, name), offset)
-            setattr(self, name, combined)
-
-    def _union(self, layers: tuple[str, ...]) -> tuple[str, ...]:
-        if layers == self.layers or not layers:
-            return self.layers
-        return tuple(dict.fromkeys(self.layers + layers))
+            offset = offsets[declared.after]
+            setattr(self, name, _combined(declared, getattr(self, name), getattr(theirs, name), offset))
 
     def at(self, layers: tuple[str, ...]) -> State:
         """The same sums with every axis of layers in another order, filled for layers that were not seen."""
@@ -363,7 +365,13 @@ class State:
 
     @classmethod
     def joined(
-        cls, states: Mapping[str, State], batches: Iterable[Mapping[str, Step | None]], *, keep: bool
+        cls,
+        states: Mapping[str, State],
+        batches: Iterable[Mapping[str, Step | None]],
+        *,
+        keep: bool,
+        permutations: int = 0,
+        seed: int = 0,
     ) -> State:
         """The state of models that ran one after another over the same batches, as if they had run together.
 
@@ -371,11 +379,13 @@ class State:
             states: the sums of each model's run, with different layers.
             batches: for each batch, each model's part of it. None in all of them marks the start of another pass.
             keep: whether to keep the values of single minibatches.
+            permutations: number of permutations.
+            seed: seed of the permutations.
 
         Raises:
             SampleCountError: a batch had different numbers of samples in two models.
         """
-        total = cls()
+        total = cls.blank(permutations)
         for number, parts in enumerate(batches):
             there = {name: part for name, part in parts.items() if part is not None}
             if not there:
@@ -390,7 +400,8 @@ class State:
                         "compares the same samples in the same order"
                     )
             groups = zip(*(part.groups for part in there.values()), strict=True)
-            total.add(there[first]._replace(groups=[Minibatches.joined(group) for group in groups]), keep=keep)
+            step = there[first]._replace(groups=[Minibatches.joined(group) for group in groups])
+            total.add(step, keep=keep, seed=seed)
         # Fields that are not made of Gram matrices: of layers, each model's own; of the data, what the first model
         # saw.
         for i, state in enumerate(states.values()):
@@ -454,7 +465,10 @@ def _combined(declared: _Declared, mine: Any, theirs: Any, offset: int) -> Any:
     if declared.combine is Combine.SUM:
         if isinstance(mine, dict):
             return {**mine, **{key: mine.get(key, 0) + number for key, number in theirs.items()}}
-        return mine.add_(theirs) if isinstance(mine, Tensor) else mine + theirs
+        if isinstance(mine, Tensor):
+            # A state without permutations adds none.
+            return mine.add_(theirs) if len(mine) == len(theirs) else mine if len(mine) else theirs.clone()
+        return mine + theirs
     if declared.combine is Combine.FIRST:
         if isinstance(mine, Tensor):
             return torch.minimum(mine, theirs + offset, out=mine)
@@ -475,8 +489,8 @@ def _check(name: str, value: Any, declared: _Declared, blank: Any, layers: list[
     """Raise :class:`OptionError` unless a value from outside is a valid one for its field."""
     if declared.axes:
         shape = (*declared.lead, *[len(layers)] * declared.axes)
-        if isinstance(value, Tensor) and isinstance(blank, list) and value.ndim:
-            shape = (len(value), *shape)
+        if isinstance(value, Tensor) and value.ndim and (isinstance(blank, list) or declared.lead == (0,)):
+            shape = (len(value), *shape[-declared.axes :])
         fits = isinstance(value, Tensor) and value.shape == shape and value.dtype == torch.float64
         wanted = f"{shape} float64"
     elif isinstance(blank, dict):
