@@ -15,18 +15,7 @@ from collections.abc import Callable, Collection, Iterable
 from functools import partial
 
 import torch
-from machine import describe_machine
-from measure import (
-    BARE,
-    add_clock_option,
-    add_device_option,
-    choose_clock,
-    choose_device,
-    in_own_process,
-    interleaved,
-    peak_mib,
-    table,
-)
+from measure import BARE, in_own_process, interleaved, parsed, parser_of, peak_mib, print_machine, table
 from torch import Tensor, nn
 from workload import CONFIGS, Config, forward
 
@@ -128,10 +117,9 @@ def profile(config: Config, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "rounds", "cpu-time", "device")
     parser.add_argument("--configs", nargs="+", choices=list(CONFIGS), help="which networks; default: three")
     parser.add_argument("--full", action="store_true", help="r18, r50 and vit at full size")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds, whose median counts")
     parser.add_argument("--batches", type=int, default=2, help="batches in a timed run")
     parser.add_argument("--many", type=int, default=8, help="batches in the run that shows memory does not grow")
     parser.add_argument("--random-init", action="store_true", help="leave BatchNorm's statistics as they start")
@@ -140,16 +128,12 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", help="only these runs, such as default")
     parser.add_argument("--rows", type=int, default=18, help="with --profile: rows of a table")
     parser.add_argument("--peak", nargs=3, metavar=("CONFIG", "RUN", "BATCHES"), help=argparse.SUPPRESS)
-    add_clock_option(parser)
-    add_device_option(parser)
-    args = parser.parse_args()
-    choose_device(args.device)
+    args = parsed(parser)
     if args.peak:
         one_peak(args.peak[0], args.peak[1], int(args.peak[2]), args)
         return
     names = args.configs or (["r18", "r50", "vit"] if args.full else ["r18", "r50-small", "vit-small"])
-    print(describe_machine())
-    choose_clock(args.cpu_time)
+    print_machine()
     weights = "random init" if args.random_init else "BatchNorm calibrated"
     print(f"{weights}, image crops, {args.batches} batches a run, {args.rounds} interleaved rounds\n")
     if args.profile:

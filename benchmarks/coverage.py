@@ -10,14 +10,13 @@ sample of it. Every run goes through the package's own Gram matrices, HSIC, esti
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from machine import describe_machine
+from measure import parsed, parser_of, print_machine
 from torch import Tensor
 
 from cka_hooks import CKAResult
@@ -210,12 +209,12 @@ def rows(runs: int) -> Iterator[tuple[str, str, Coverage]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--runs", type=int, default=1000, help="simulated runs a row (passes and tolerance: half)")
-    runs = parser.parse_args().runs
+    runs = parsed(parser).runs
     torch.manual_seed(0)
     started = time.perf_counter()
-    print(describe_machine())
+    print_machine()
     error = 100 * math.sqrt(0.95 * 0.05 / runs)
     print(f"{runs} runs a row, {SAMPLES} samples a minibatch; simulation error of a single pair {error:.1f} points\n")
     print(f"| {'interval':<66} | target % | covered % | worst pair % |")

@@ -10,13 +10,12 @@ for comparison one unbiased HSIC of all samples at once. The truth comes from a 
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 
 import torch
 from layer_identification import Digits, cached
-from machine import describe_machine
+from measure import parsed, parser_of, print_machine
 from torch import Tensor, nn
 
 import cka_hooks
@@ -48,15 +47,14 @@ def off_diagonal(matrix: Tensor) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "figure")
     parser.add_argument("--repeats", type=int, default=24)
     parser.add_argument("--samples", type=int, default=1024, help="of each repetition")
     parser.add_argument("--truth", type=int, default=32768, help="samples that the truth is made from")
     parser.add_argument("--steps", type=int, default=500, help="of training")
-    parser.add_argument("--figure", type=Path, help="draw to this file")
-    options = parser.parse_args()
+    options = parsed(parser)
     started = time.perf_counter()
-    print(describe_machine())
+    print_machine()
     model = cached(0, options.steps)
     digits = Digits(3)
     many = (digits.draw(256, held_out=True)[0] for _ in range(options.truth // 256))

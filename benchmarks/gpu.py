@@ -13,7 +13,6 @@ remembers from one process to the next.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import warnings
 from collections.abc import Callable
@@ -25,8 +24,7 @@ from typing import Any, NamedTuple
 import peers
 import torch
 import torchvision
-from machine import describe_machine
-from measure import BARE, choose_device, interleaved, peak_mib, table, timed
+from measure import BARE, chosen_device, interleaved, parsed, parser_of, peak_mib, print_machine, table, timed
 from torch import Tensor, nn
 from workload import Config, resnet18_cifar, vit_b_16
 
@@ -128,18 +126,16 @@ def measured(row: Row, device: torch.device, rounds: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "rounds", "device", rounds=7, device="cuda")
     parser.add_argument("--rows", nargs="+", default=["*"], help="globs of rows")
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds, whose median counts")
-    parser.add_argument("--device", default="cuda")
-    args = parser.parse_args()
+    args = parsed(parser)
     warnings.simplefilter("ignore")
-    device = choose_device(args.device)
-    print(describe_machine() + "\n")
+    print_machine()
+    print()
     rows = []
     for row in ROWS:
         if any(fnmatch(row.title, glob) for glob in args.rows):
-            rows.append(measured(row, device, args.rounds))
+            rows.append(measured(row, chosen_device(), args.rounds))
             print(": ".join(rows[-1][:3]), flush=True)
     header = [
         "network, batch",

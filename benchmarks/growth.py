@@ -10,7 +10,6 @@ how long the all-pairs product takes, next to the forward pass.
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 import warnings
@@ -19,18 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from machine import describe_machine
-from measure import (
-    BARE,
-    add_clock_option,
-    add_device_option,
-    choose_clock,
-    choose_device,
-    chosen_device,
-    interleaved,
-    table,
-    timed,
-)
+from measure import BARE, chosen_device, interleaved, parsed, parser_of, print_machine, table, timed
 from torch import Tensor, nn
 from workload import forward
 
@@ -137,11 +125,7 @@ def many_layers(layers: int, samples: int, width: int) -> list[list[str]]:
 SWEEPS = {
     "layers": ("layers (64 samples, 256 features)", by_layers, [10, 30, 100, 300, 1000]),
     "samples": ("samples (20 layers, minibatch 64, 4096 features)", by_samples, [64, 128, 256, 512, 1024, 2048]),
-    "minibatch": (
-        "minibatch (20 layers, 512 samples, 4096 features)",
-        by_minibatch,
-        [16, 32, 64, 128, 256, 512],
-    ),
+    "minibatch": ("minibatch (20 layers, 512 samples, 4096 features)", by_minibatch, [16, 32, 64, 128, 256, 512]),
     "features": ("features (10 layers, 64 samples)", by_features, [256, 1024, 4096, 16384, 65536, 262144]),
 }
 
@@ -174,21 +158,15 @@ def plot(path: Path, found: dict[str, list[Point]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "rounds", "figure", "cpu-time", "device")
     parser.add_argument("--sweeps", nargs="+", choices=list(SWEEPS), default=list(SWEEPS))
     parser.add_argument("--points", type=int, default=None, help="only the first so many points of each sweep")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds, whose median counts")
     parser.add_argument("--layers", type=int, default=1000, help="of the last table; 0 leaves it out")
     parser.add_argument("--samples", type=int, default=256, help="of the last table")
     parser.add_argument("--width", type=int, default=512, help="of the last table")
-    parser.add_argument("--figure", type=Path, default=None, help="where to write the figure")
-    add_clock_option(parser)
-    add_device_option(parser)
-    args = parser.parse_args()
-    choose_device(args.device)
+    args = parsed(parser)
     warnings.simplefilter("ignore", cka_hooks.CKAWarning)
-    print(describe_machine())
-    choose_clock(args.cpu_time)
+    print_machine()
     print(f"chains of x + c, one forward pass over all samples a run, {args.rounds} interleaved rounds, medians\n")
     found: dict[str, list[Point]] = {}
     rows = []

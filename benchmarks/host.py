@@ -23,8 +23,7 @@ from contextlib import nullcontext
 from unittest.mock import patch
 
 import torch
-from machine import describe_machine
-from measure import BARE, Timings, add_clock_option, choose_clock, interleaved, table
+from measure import BARE, Timings, interleaved, parsed, parser_of, print_machine, table
 from torch import Tensor, nn
 
 import cka_hooks
@@ -166,16 +165,13 @@ def measured(batches: Batches, layers: int, rounds: int) -> Timings:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "rounds", "cpu-time", rounds=7)
     parser.add_argument("--layers", type=int, default=200)
     parser.add_argument("--batches", type=int, default=50, help="in each run")
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds, whose median counts")
-    add_clock_option(parser)
-    args = parser.parse_args()
+    args = parsed(parser)
     warnings.simplefilter("ignore", cka_hooks.CKAWarning)
     torch.set_num_threads(1)
-    print(describe_machine())
-    choose_clock(args.cpu_time)
+    print_machine()
     print(f"{args.layers} layers, {args.batches} batches a run, {args.rounds} interleaved rounds, medians\n")
     rows = []
     for title, make in CASES.items():

@@ -11,14 +11,13 @@ nothing is downloaded. Layers are compared on digits that were not trained on.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from machine import describe_machine
+from measure import parsed, parser_of, print_machine
 from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor, nn
 from torch.nn import functional
@@ -241,14 +240,13 @@ def draw_figure(path: Path, matrix: Tensor, shares: Mapping[str, Tensor], networ
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "figure")
     parser.add_argument("--networks", type=int, default=10)
     parser.add_argument("--steps", type=int, default=500, help="of training, 64 images each")
     parser.add_argument("--samples", type=int, default=1024, help="that layers are compared on")
-    parser.add_argument("--figure", type=Path, help="draw to this file")
-    options = parser.parse_args()
+    options = parsed(parser)
     started = time.perf_counter()
-    print(describe_machine())
+    print_machine()
     count = options.networks
     models: list[nn.Module] = [cached(seed, options.steps) for seed in range(count)]
     untrained: list[nn.Module] = [network(seed).eval() for seed in range(count)]

@@ -19,24 +19,58 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from machine import describe_machine
 
 BARE = "bare"
 _clock = time.perf_counter
 _device = torch.device("cpu")
 
 
-def add_device_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device",
-        default="cpu",
-        help="cpu or cuda: model and batches are on it before anything is timed, times are synchronised, and memory "
-        "is what its allocator handed out",
-    )
+OPTIONS: dict[str, dict[str, Any]] = {
+    "rounds": {"type": int, "default": 5, "help": "interleaved rounds, whose median counts"},
+    "figure": {"type": Path, "help": "where to write the figure"},
+    "cpu-time": {
+        "action": "store_true",
+        "help": "count processor time, which other programs disturb less (set OMP_NUM_THREADS=1: waiting threads "
+        "count)",
+    },
+    "device": {
+        "default": "cpu",
+        "help": "cpu or cuda: model and batches are on it before anything is timed, times are synchronised, and "
+        "memory is what its allocator handed out",
+    },
+}
 
 
-def choose_device(name: str) -> torch.device:
+def parser_of(documented: str | None, *names: str, **defaults: object) -> argparse.ArgumentParser:
+    """The parser of a benchmark, with those of OPTIONS that it has."""
+    parser = argparse.ArgumentParser(description=documented, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in names:
+        parser.add_argument(f"--{name}", **OPTIONS[name])
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What the user asked for; its device and clock are those of every run from here on."""
+    global _clock
+    args = parser.parse_args()
+    choose_device(getattr(args, "device", "cpu"))
+    _clock = time.process_time if getattr(args, "cpu_time", False) else time.perf_counter
+    return args
+
+
+def print_machine() -> None:
+    """What everything that is printed below ran on."""
+    print(describe_machine())
+    if _clock is time.process_time:
+        print("processor time, not wall-clock time")
+
+
+def choose_device(name: str) -> None:
     """Of every run from here on; ends the program with a sentence where it is not there."""
     global _device
     _device = torch.device(name)
@@ -44,7 +78,6 @@ def choose_device(name: str) -> torch.device:
         sys.exit(
             f"--device {name}: PyTorch {torch.__version__} sees no NVIDIA GPU here; leave --device out for the CPU"
         )
-    return _device
 
 
 def chosen_device() -> torch.device:
@@ -55,22 +88,6 @@ def synchronised() -> None:
     """Wait for what was launched."""
     if _device.type == "cuda":
         torch.cuda.synchronize(_device)
-
-
-def add_clock_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--cpu-time",
-        action="store_true",
-        help="count processor time, which other programs disturb less (set OMP_NUM_THREADS=1: waiting threads count)",
-    )
-
-
-def choose_clock(cpu_time: bool) -> None:
-    """Of every time that is taken from here on."""
-    global _clock
-    _clock = time.process_time if cpu_time else time.perf_counter
-    if cpu_time:
-        print("processor time, not wall-clock time")
 
 
 @dataclasses.dataclass

@@ -11,14 +11,13 @@ with the shares of these.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from machine import describe_machine
+from measure import parsed, parser_of, print_machine
 from torch import Tensor
 
 from cka_hooks.hsic import all_pairs, centre, pack
@@ -141,14 +140,14 @@ def permuted(n: int, minibatches: int, draws: int = 10_000) -> Iterator[tuple[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--runs", type=int, default=4000, help="simulated runs a row")
     parser.add_argument("--samples", type=int, nargs="+", default=[8, 32, 128], help="per minibatch")
     parser.add_argument("--minibatches", type=int, nargs="+", default=[10, 40], help="per run")
     parser.add_argument("--draws", type=int, default=10_000, help="real permutations")
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     started = time.perf_counter()
-    print(describe_machine())
+    print_machine()
     error = 100 * (0.05 * 0.95 / arguments.runs) ** 0.5
     print(f"{arguments.runs} runs a row; simulation error at 5 % {error:.2f} points\n")
     heads = " | ".join(f"below {100 * level:g} %" for level in LEVELS)

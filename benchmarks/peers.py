@@ -29,18 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torchvision
-from machine import describe_machine
-from measure import (
-    BARE,
-    add_clock_option,
-    add_device_option,
-    choose_clock,
-    choose_device,
-    in_own_process,
-    interleaved,
-    peak_mib,
-    table,
-)
+from measure import BARE, in_own_process, interleaved, parsed, parser_of, peak_mib, print_machine, table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -334,28 +323,22 @@ def plot(path: Path, rows: list[Row]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "rounds", "figure", "cpu-time", "device")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=None)
     parser.add_argument("--full", action="store_true", help="all cases, ResNet-50 and ViT-B/16 at 224 pixels too")
     parser.add_argument("--packages", nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--batches", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds, whose median counts")
     parser.add_argument("--torch-cka-layers", type=int, default=TORCH_CKA_LAYERS, help="leave it out above this many")
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--figure", type=Path, default=None, help="where to write the figure")
     parser.add_argument("--child", nargs=2, metavar=("CASE", "PACKAGE"), help=argparse.SUPPRESS)
-    add_clock_option(parser)
-    add_device_option(parser)
-    args = parser.parse_args()
-    choose_device(args.device)
+    args = parsed(parser)
     warnings.simplefilter("ignore")
     if args.child:
         child(*args.child, args)
         return
     names = args.cases or list(FULL if args.full else DEFAULT)
     packages = [package for package in args.packages if installed(package)]
-    print(describe_machine())
-    choose_clock(args.cpu_time)
+    print_machine()
     print(f"image crops, {args.batches} batches a run, {args.rounds} interleaved rounds (torch-cka: at most 2)")
     missing = [package for package in args.packages if package not in packages]
     if missing:

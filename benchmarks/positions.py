@@ -10,15 +10,13 @@ over many such sets of texts.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from machine import describe_machine
-from measure import BARE, add_clock_option, choose_clock, interleaved
+from measure import BARE, interleaved, parsed, parser_of, print_machine
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
@@ -101,16 +99,13 @@ def bars(sets: int, steps: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "rounds", "cpu-time", rounds=3)
     parser.add_argument("--bars", action="store_true", help="measure error bars instead of time")
     parser.add_argument("--batches", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sets", type=int, default=60, help="of texts")
     parser.add_argument("--steps", type=int, default=400, help="of training")
-    add_clock_option(parser)
-    arguments = parser.parse_args()
-    print(describe_machine())
-    choose_clock(arguments.cpu_time)
+    arguments = parsed(parser)
+    print_machine()
     if arguments.bars:
         bars(arguments.sets, arguments.steps)
     else:
