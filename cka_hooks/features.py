@@ -43,7 +43,6 @@ def feature_rows(
     features: Reduction | str = "flatten",
     *,
     batch_dim: int = 0,
-    mask: Tensor | None = None,
     masks: Sequence[tuple[Tensor, Sequence[int]]] = (),
     channels: Layout | int | None = None,
 ) -> Tensor:
@@ -55,9 +54,8 @@ def feature_rows(
             channels). "token" takes position 0, "token:k" position k, "last" the last position that is not padding. A
             callable maps (n, ...) to (n, d).
         batch_dim: the dimension with the samples.
-        mask: (n, T), nonzero where position t of a sample is data and not padding. It applies to every dimension of
-            that size.
-        masks: further masks, each with the dimensions that it applies to.
+        masks: (n, T) each, nonzero where position t of a sample is data and not padding, with the numbers of the
+            dimensions that it describes.
         channels: where the channels are, with more than two dimensions: "first" (n, C, ...), "last" (n, ..., C), or
             the number of a dimension. None: last for three dimensions (tokens), else first (images).
 
@@ -81,7 +79,7 @@ def feature_rows(
     if moved.ndim <= 2:
         return memory_order(moved)
     tokens, spoken = tokens_of(activation, batch_dim=batch_dim, masks=masks, channels=channels)
-    kept = kept_of(tokens, [(mask, range(activation.ndim)), *spoken] if mask is not None else spoken)
+    kept = kept_of(tokens, spoken)
     if features == "mean":
         return _mean(tokens, kept)
     if features == "last":

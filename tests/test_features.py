@@ -22,8 +22,9 @@ TOKENS = torch.randn(6, 7, 5, generator=GENERATOR)
 IMAGES = torch.randn(6, 5, 3, 4, generator=GENERATOR)
 
 
-def rows(activation: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return feature_rows(activation, *args, **kwargs).flatten(1)
+def rows(activation: Tensor, *args: Any, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    masks = [] if mask is None else [(mask, range(activation.ndim))]
+    return feature_rows(activation, *args, masks=masks, **kwargs).flatten(1)
 
 
 def test_each_reduction() -> None:
