@@ -28,7 +28,7 @@ from cka_hooks.recording.batches import sample_count
 from cka_hooks.results.result import CKAResult
 from cka_hooks.results.words import SHARE
 from cka_hooks.run.feature_files import is_feature_file
-from cka_hooks.run.loop import samples_of
+from cka_hooks.run.replay import lengths
 from cka_hooks.similarity.kernels import KERNELS
 
 LINE = "compare the layers of a model, or of two"
@@ -205,13 +205,13 @@ def _plan(
             if seconds > _SHORT:
                 break
     each = seconds / trials / size
-    total, count = samples_of(loader), len(trial.rows)
+    there, count = max(lengths(loader) or {0}), len(trial.rows)
+    total = min(there, arguments.samples or there)
     minibatches = f"minibatches of {min(arguments.minibatch or size, arguments.join_batches or size)}"
     if arguments.per == "position":
         minibatches = f"{arguments.positions or 'all'} positions of a batch"
     cost = f"{each * 1000:.3g} ms per sample; the loader does not say how many it has"
-    if total is not None:
-        total = min(total, arguments.samples or total)
+    if total:
         about = "about" if arguments.tolerance is None else "at most"
         cost = (
             f"{about} {_duration(each * total)} for {total:,} samples, estimated from one batch of {size}, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from typing import Any, cast
+from typing import Any
 
 from cka_hooks.errors import OptionError, TooFewSamplesError
 from cka_hooks.hsic import MIN_SAMPLES
@@ -88,9 +88,9 @@ class Loop:
                 self._keeper.announce(self._comparison.state.samples, progress)
             with ExitStack() as stack:
                 stack.enter_context(self._comparison)
-                bounds = [bound for bound in (samples_of(loader), self._share) if bound is not None]
-                total = min(bounds) * self._options.epochs if bounds else None
-                self._bar = stack.enter_context(progress_bar(name, "sample", total, shown=progress))
+                there = max(replay.lengths(loader) or {self._share or 0})
+                total = min(there, self._share or there) * self._options.epochs
+                self._bar = stack.enter_context(progress_bar(name, "sample", total or None, shown=progress))
                 self._bar.update(self._seen)
                 stopped = not self._keeper.finished and self._passes(loader, sampler, shuffle)
                 self._keeper.save(self._state(), finished=True)
@@ -255,15 +255,3 @@ def small_after(loader: Iterable[Any]) -> int | None:
         counts = [batches.sample_count(batch) for batch in loader]
         return 1 if all(count is not None and count < MIN_SAMPLES for count in counts) else None
     return _TRIED
-
-
-def samples_of(loader: Iterable[Any]) -> int | None:
-    """How many samples a loader brings; None if it does not say."""
-    if isinstance(loader, Sequence):
-        counts = [batches.sample_count(batch) for batch in loader]
-        return None if None in counts else sum(cast(list[int], counts))
-    sampler = getattr(loader, "sampler", None)
-    try:
-        return len(sampler if sampler is not None else loader.dataset)  # type: ignore[attr-defined]
-    except (AttributeError, TypeError):
-        return None
