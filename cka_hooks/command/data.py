@@ -45,9 +45,10 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, root: Path, transform: Transform) -> None:
         self.paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGES and path.is_file())
-        self.classes = sorted({path.relative_to(root).parts[0] for path in self.paths if path.parent != root})
-        self.sample_ids = [path.relative_to(root).as_posix() for path in self.paths]
-        self._root = root
+        parts = [path.relative_to(root).parts for path in self.paths]
+        self.classes = sorted({folder for folder, *file in parts if file})
+        self.sample_ids = ["/".join(names) for names in parts]
+        self._targets = [self.classes.index(folder) if file else 0 for folder, *file in parts]
         self._transform = transform
 
     def __len__(self) -> int:
@@ -62,8 +63,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
                 image = file.convert("RGB")
         except Exception as error:  # of many kinds: decoders raise what they like
             raise SpecError(f"could not read {path} as an image ({type(error).__name__}: {error})") from error
-        top = path.relative_to(self._root).parts[0]
-        return self._transform(image), self.classes.index(top) if path.parent != self._root else 0
+        return self._transform(image), self._targets[index]
 
 
 def load_data(

@@ -262,17 +262,15 @@ def from_file(spec: str) -> Any:
         raise SpecError(f"no file {file} to find {name!r} in")
     try:
         module = _imported(path)
-        if not hasattr(module, name):
-            raise SpecError(f"{file} has no {name!r}; it has {', '.join(_own_names(module)) or 'nothing'}")
-        found = getattr(module, name)
-        if isinstance(found, nn.Module):
-            return copy.deepcopy(found)
-        is_data = not isinstance(found, type) and isinstance(found, Iterable | Dataset)
-        return found() if callable(found) and not is_data else found
-    except SpecError:
-        raise
+        if hasattr(module, name):
+            found = getattr(module, name)
+            if isinstance(found, nn.Module):
+                return copy.deepcopy(found)
+            is_data = not isinstance(found, type) and isinstance(found, Iterable | Dataset)
+            return found() if callable(found) and not is_data else found
     except (Exception, SystemExit) as error:
         raise SpecError(f"{spec} raised {_where(error, path)}") from error
+    raise SpecError(f"{file} has no {name!r}; it has {', '.join(_own_names(module)) or 'nothing'}")
 
 
 def _own_names(module: ModuleType) -> list[str]:
