@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import json
@@ -33,7 +34,7 @@ from measure import BARE, in_own_process, interleaved, parsed, parser_of, peak_m
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models.resnet import BasicBlock, ResNet
-from workload import calibrate, image_crops, resnet18_cifar, vit_b_16, without_inplace
+from workload import Config, forward, image_crops, resnet18_cifar, vit_b_16, without_inplace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import oracle
@@ -123,20 +124,12 @@ class OutOfPlaceBlock(BasicBlock):
         return self.relu(out + identity)
 
 
-class Case(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Case(Config):
     """One model with its data."""
 
-    title: str
-    build: Callable[[], nn.Module]
-    pixels: int
-    batch: int
     calibrated: bool = True
     noise: bool = False
-
-    def model(self) -> nn.Module:
-        torch.manual_seed(0)
-        model = self.build().eval()
-        return calibrate(model, self.pixels) if self.calibrated else model
 
     def loader(self, batches: int, device: str | torch.device = "cpu") -> DataLoader:
         """Batches that are on the device already: what a loader takes to bring them there is nobody's here."""
@@ -192,9 +185,7 @@ def layers_of(model: nn.Module, loader: DataLoader) -> list[str]:
 
 
 def bare(model: nn.Module, loader: DataLoader) -> None:
-    with torch.no_grad():
-        for images, _ in loader:
-            model(images)
+    forward(model, (images for images, _ in loader))
 
 
 # What is measured
@@ -219,7 +210,7 @@ def installed(package: str) -> bool:
 
 def run_case(name: str, packages: list[str], args: argparse.Namespace) -> list[Row]:
     case = CASES[name]
-    model, loader = case.model().to(args.device), case.loader(args.batches, args.device)
+    model, loader = case.model(case.calibrated).to(args.device), case.loader(args.batches, args.device)
     layers = layers_of(model, loader)
     if len(layers) > args.torch_cka_layers:
         packages = [package for package in packages if package != "torch-cka"]
@@ -257,7 +248,7 @@ def run_case(name: str, packages: list[str], args: argparse.Namespace) -> list[R
 def child(name: str, package: str, args: argparse.Namespace) -> None:
     """Peak memory of one package above the bare forward pass, in a process that runs nothing else."""
     case = CASES[name]
-    model, loader = case.model().to(args.device), case.loader(args.batches, args.device)
+    model, loader = case.model(case.calibrated).to(args.device), case.loader(args.batches, args.device)
     layers = layers_of(model, loader)
     importlib.import_module(RUNS[package].module)
     below = peak_mib(partial(bare, model, loader))

@@ -8,7 +8,7 @@ scikit-learn, and BatchNorm gets its running statistics from them; `calibrate=Fa
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
@@ -106,7 +106,7 @@ class Config:
     build: Callable[[], nn.Module]
     pixels: int
     batch: int
-    blocks: str
+    blocks: str = ""
 
     def model(self, calibrated: bool = True, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
@@ -132,7 +132,7 @@ CONFIGS = {
 }
 
 
-def forward(model: nn.Module, batches: list[Tensor]) -> None:
+def forward(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """What every ratio is relative to: the model over the batches, without gradients."""
     with torch.no_grad():
         for batch in batches:
