@@ -56,6 +56,10 @@ def dataset():
 def stream():
     return (torch.randn(16, 6, generator=torch.Generator().manual_seed(i)) for i in range(4))
 
+def drawn():
+    import numpy
+    return (torch.from_numpy(numpy.random.randn(16, 6).astype("f4")) for _ in range(4))
+
 def named():
     x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
     samples = [{"input": one, "id": f"s{i}"} for i, one in enumerate(x)]
@@ -121,6 +125,12 @@ def test_the_plan_takes_no_sample_from_the_run(nets, tmp_path, data):
     planned, quiet = (CKAResult.load(tmp_path / name / "cka.json") for name in ("planned", "quiet"))
     assert planned.samples == quiet.samples == 64
     assert torch.equal(planned.matrix, quiet.matrix)
+
+
+def test_a_stream_that_draws_from_numpy_brings_each_batch_once(nets, tmp_path, capsys):
+    assert run(nets, tmp_path, data="drawn") == 0
+    assert "came twice" not in capsys.readouterr().err
+    assert CKAResult.load(tmp_path / "cka.json").samples == 64
 
 
 def test_a_finished_checkpoint_gives_its_result_again(nets, tmp_path):

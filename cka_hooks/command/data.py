@@ -190,8 +190,11 @@ def first_batch(loader: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
         first = next(iterator)
     except StopIteration:
         raise SpecError("the loader yielded no batch: it is empty") from None
+    if iterator is loader:
+        # What is yet to come must not be drawn like the first batch.
+        return first, chain([first], iterator)
     randomness.restore(before)
-    return first, (chain([first], iterator) if iterator is loader else loader)
+    return first, loader
 
 
 def described(spec: str, loader: Iterable[Any]) -> str:
