@@ -217,7 +217,7 @@ def test_reductions_with_a_mask_do_not_wait(features: Any) -> None:
         consumer=accumulator.observe,
         features=features,
         batch_dim=0,
-        mask=lambda batch: batch["attention_mask"],
+        mask={"*": lambda batch: batch["attention_mask"]},
     )
     with NoHostSync(), recorder, torch.no_grad():
         for _ in range(2):
