@@ -457,6 +457,25 @@ def test_flatten_names_the_layers() -> None:
         cka_hooks.compare(bert(), [text(11)], layers=["bert.pooler.dense", "classifier"], progress=False)
 
 
+def test_a_mask_of_pixels_is_said() -> None:
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch = nn.Conv2d(3, 6, 4, 4)
+            self.block = nn.Linear(6, 6)
+
+        def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> Tensor:
+            return self.block(self.patch(pixel_values).flatten(2).mT)
+
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.ones(8, 12, 12).long()
+    counts[2, :, 8:], counts[5, 4:] = 0, 0
+    batches = [{"pixel_values": torch.randn(8, 3, 12, 12, generator=generator), "pixel_mask": counts} for _ in "ab"]
+    said = r"'pixel_mask'\] looks like a mask.*in 'block'.*brought to \(n, T\)"
+    with pytest.warns(cka_hooks.CKAWarning, match=said):
+        check(Patches(), batches, {"block": unmasked(mean)})
+
+
 # Lengths
 
 

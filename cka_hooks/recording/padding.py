@@ -409,13 +409,15 @@ def _suspect(batch: Any, form: batches.Form, keywords: Mapping[str, Any]) -> _Su
     for where, key, item in items:
         if item is first or item.is_floating_point() or item.is_complex() or not item.numel():
             continue
-        if item.ndim == 2 and item.shape[1] > 1:
+        if item.ndim in (2, 3) and item.shape[1] > 1:
             counts = item != 0
             is_named = bool(key) and ("mask" in key or "pad" in key or item.dtype is torch.bool)
             is_alike = is_named or (not key and isinstance(first, Tensor) and item.shape == first.shape[:2])
-            if is_alike and bool((item == counts).all()) and bool((counts.diff(dim=1) != 0).sum(1).amax() == 1):
+            ends = [(counts.diff(dim=dim) != 0).sum(dim).amax() for dim in range(1, item.ndim)]
+            if is_alike and bool((item == counts).all()) and max(ends) == 1:
                 what = f"{where} looks like a mask of padding, {tuple(item.shape)}"
-                return _Suspect(what, f"{'~' if 'pad' in key else ''}{where}")
+                brought = "" if item.ndim == 2 else ", brought to (n, T) for T positions of a layer,"
+                return _Suspect(what, f"{'~' if 'pad' in key else ''}{where}{brought}")
         for other, _, data in items if item.ndim == 1 and item.dtype is not torch.bool else ():
             dim = _ends(data, item, is_named="len" in key)
             if dim is not None:
