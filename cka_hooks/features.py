@@ -22,7 +22,8 @@ REDUCTIONS = ("flatten", "mean", "token", "last")
 
 def check_reduction(features: object) -> None:
     """Raise :class:`OptionError` unless `features` names a reduction or can be called."""
-    if not callable(features) and features not in REDUCTIONS and _position(features) is None:
+    is_name = isinstance(features, str) and (features in REDUCTIONS or _position(features) is not None)
+    if not (is_name or callable(features)):
         raise _unknown(features)
 
 

@@ -68,7 +68,10 @@ class Options:
         elif self.positions is not None:
             raise OptionError(f'positions={self.positions!r} needs per="position": pass that, too, or leave it out')
         for name, least in _WHOLE.items():
-            object.__setattr__(self, name, whole(name, getattr(self, name), least))
+            number = whole(name, getattr(self, name), least)
+            object.__setattr__(self, name, getattr(Options, name) if number is None else number)
+        for name in ("batch_dim", "channel_dim"):
+            object.__setattr__(self, name, dimensions(name, getattr(self, name)))
         for name, what in _ABOVE_ZERO.items():
             object.__setattr__(self, name, above_zero(name, getattr(self, name), what))
         needed = {"estimator": "unbiased", "per": "sample", "epochs": 1} if self.permutations else {}
@@ -122,6 +125,17 @@ def whole(name: str, value: Any, least: int, most: float = math.inf) -> Any:
         why = ", which an HSIC estimate needs" if least == MIN_SAMPLES and most == math.inf else ""
         raise OptionError(f"{name}={value!r}: expected a whole number {bounds}{why}")
     return number
+
+
+def dimensions(name: str, value: Any) -> Any:
+    """A dimension of tensors, None, or a mapping from layer pattern to these.
+
+    Raises:
+        OptionError: it is anything else.
+    """
+    if isinstance(value, Mapping):
+        return {pattern: dimensions(f"{name} of {pattern!r}", dim) for pattern, dim in value.items()}
+    return whole(name, value, -64, 63)
 
 
 def above_zero(name: str, value: Any, what: str) -> float | None:

@@ -100,6 +100,16 @@ def test_options(options: dict[str, Any], message: str) -> None:
         ({"kernel": "rbf", "sigma": math.inf}, "sigma=inf"),
         ({"kernel": "rbf", "bandwidth": "1"}, "bandwidth='1'"),
         ({"estimator": ["unbiased"]}, "estimator="),
+        ({"batch_dim": "0"}, "batch_dim='0': expected a whole number"),
+        ({"batch_dim": {"fc": 0.0}}, "batch_dim of 'fc'=0.0: expected a whole number"),
+        ({"channel_dim": {"**": [1]}}, "channel_dim of '**'=[1]: expected a whole number"),
+        ({"channel_dim": 100}, "channel_dim=100: expected a whole number from -64 to 63"),
+        (
+            {"forward": "forward_features"},
+            "forward='forward_features' cannot be called: expected a function of a model",
+        ),
+        ({"features": np.ones(3)}, "is not a reduction"),
+        ({"layers": torch.tensor(3)}, "expected a name, a glob"),
     ],
     ids=str,
 )
@@ -113,11 +123,21 @@ def test_numbers_that_are_none_are_refused_before_the_first_batch(options: dict[
 def test_numbers_of_any_type_are_numbers_in_the_result(tmp_path) -> None:
     """NumPy's scalars and tensors of one number, in a result that can be saved."""
     options = {"max_samples": np.int64(40), "tolerance": np.float32(0.5), "epochs": torch.tensor(1)}
+    options |= {"batch_dim": np.int64(0), "channel_dim": torch.tensor(1)}
     options |= {"seed": np.uint8(3), "minibatch": np.int32(8), "keep_minibatches": np.bool_(True)}
     result = compare(Counting(), image_batches(), progress=False, **options)
-    assert [result.settings[name] for name in options] == [40, 0.5, 1, 3, 8, True]
+    assert [result.settings[name] for name in options] == [40, 0.5, 1, 0, 1, 3, 8, True]
     result.save(tmp_path / "cka.json")
     assert cka_hooks.CKAResult.load(tmp_path / "cka.json") == result
+
+
+def test_none_for_a_number_is_its_default() -> None:
+    assert compare(Counting(), image_batches(), epochs=None, seed=None, progress=False).settings["epochs"] == 1
+
+
+def test_an_accumulator_is_no_consumer() -> None:
+    with pytest.raises(cka_hooks.OptionError, match="consumer=.* cannot be called: expected a function of a label"):
+        cka_hooks.LayerRecorder(Counting(), consumer=cka_hooks.CKAAccumulator())
 
 
 @pytest.mark.parametrize("names", [{0: Counting(), 10: Counting()}, {"": Counting(), "b": Counting()}], ids=str)

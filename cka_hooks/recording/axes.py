@@ -10,6 +10,7 @@ from torch import nn
 
 from cka_hooks.errors import BatchError
 from cka_hooks.names import PerLayer
+from cka_hooks.options import dimensions
 from cka_hooks.recording.batches import Given
 from cka_hooks.recording.outputs import INPUT, NotRecordable, tensors_in
 from cka_hooks.recording.probe import Probe, Take
@@ -48,6 +49,7 @@ class SampleDimension:
     """
 
     def __init__(self, names: Mapping[str, nn.Module], batch_dim: int | Mapping[str, int] | None) -> None:
+        batch_dim = dimensions("batch_dim", batch_dim)
         self._given = PerLayer(batch_dim, names, "batch_dim")
         self._everywhere = isinstance(batch_dim, int)
         self._sequence_first = {name: module for name, module in names.items() if _wants_second(module)}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cka_hooks.errors import warn
 from cka_hooks.names import PerLayer
+from cka_hooks.options import dimensions
 from cka_hooks.recording.outputs import tensors_in
 
 # Kinds of modules, the dimension in which they put their channels, and the attribute with the number of channels.
@@ -49,7 +50,7 @@ class Channels:
     """
 
     def __init__(self, names: Mapping[str, nn.Module], channel_dim: int | Mapping[str, int] | None) -> None:
-        self._given = PerLayer(channel_dim, names, "channel_dim")
+        self._given = PerLayer(dimensions("channel_dim", channel_dim), names, "channel_dim")
         self._found: dict[tuple[str, int], int] = {}
         self._guessed: dict[str, tuple[int, ...]] = {}
         self._has_warned = False

@@ -181,7 +181,7 @@ def select_layers(model: nn.Module, layers: Layers = None) -> list[Selection]:
     candidates = named_layers(model)
     if layers is None:
         return _first_names(candidates, lambda name, module: not isinstance(module, _CONTAINERS))
-    is_one = isinstance(layers, str | type) or callable(layers)
+    is_one = isinstance(layers, str | type | torch.Tensor) or callable(layers)
     entries = list(layers) if isinstance(layers, Iterable) and not is_one else [layers]
     if not entries:
         raise LayerError("layers is empty: name at least one layer, or pass None for every leaf module that runs")

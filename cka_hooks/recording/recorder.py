@@ -108,6 +108,10 @@ class LayerRecorder:
         detach: bool = True,
     ) -> None:
         self.model = check_model(model)
+        for name, given in (("forward", forward), ("consumer", consumer)):
+            if given is not None and not callable(given):
+                what = "a model and a batch" if name == "forward" else "a label and an activation"
+                raise OptionError(f"{name}={given!r:.200} cannot be called: expected a function of {what}")
         self._forward = forward
         self._names = named_layers(model)
         self._modules = list(dict.fromkeys(self._names.values()))
