@@ -136,7 +136,7 @@ def test_none_for_a_number_is_its_default() -> None:
 
 
 def test_an_accumulator_is_no_consumer() -> None:
-    with pytest.raises(cka_hooks.OptionError, match="consumer=.* cannot be called: expected a function of a label"):
+    with pytest.raises(cka_hooks.OptionError, match=r"consumer=.* cannot be called: expected a function of a label"):
         cka_hooks.LayerRecorder(Counting(), consumer=cka_hooks.CKAAccumulator())
 
 
