@@ -41,9 +41,11 @@ def test_many_minibatches(minibatches: int) -> None:
         tracemalloc.stop()
     assert result.minibatches == minibatches
     assert result.samples == minibatches * SIZE
-    # Python objects: nothing grows with the number of minibatches, but for up to 35 kB that tracemalloc comes to
-    # ascribe to shapes of tensors, in plain PyTorch too. The process: neither.
-    assert max(python[1:]) - python[1] < 50_000, python
+    # Python objects: nothing grows with the number of minibatches. What levels off does: some 60 kB within the first
+    # thousand, of fingerprints of 256 batches, and what tracemalloc comes to ascribe to shapes of tensors, in plain
+    # PyTorch too. In the second half of 600 that is 15 kB; an object kept of each minibatch is as much again. The
+    # process: neither.
+    assert max(python[5:]) - python[5] < 25_000, python
     assert resident[-1] - resident[1] < 4_000, resident
 
     generator.manual_seed(1)
