@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 from scipy.special import ndtri
@@ -94,16 +96,9 @@ class ResultDiff:
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain JSON values."""
-        return {
-            "compared": self.compared,
-            "testable": self.testable,
-            "threshold": self.threshold,
-            "differing": [_without_nan(entry._asdict()) for entry in self.differing],
-            "largest": None if self.largest is None else _without_nan(self.largest._asdict()),
-            "only_first": list(self.only_first),
-            "only_second": list(self.only_second),
-            "settings": {name: list(pair) for name, pair in self.settings.items()},
-        }
+        largest = None if self.largest is None else _without_nan(self.largest._asdict())
+        differing = [_without_nan(entry._asdict()) for entry in self.differing]
+        return {**vars(self), "differing": differing, "largest": largest}
 
 
 def diff(first: CKAResult, second: CKAResult, *, level: float = 0.95) -> ResultDiff:
@@ -145,30 +140,31 @@ def _entries(first: CKAResult, second: CKAResult) -> list[Entry]:
     """Every unordered pair of two layers that is defined in both."""
     entries = []
     seen: set[frozenset[str]] = set()
-    row_at = {label: i for i, label in enumerate(second.rows)}
-    column_at = {label: j for j, label in enumerate(second.columns)}
-    ours, our_errors = first.matrix.tolist(), first.stderr.tolist()
-    theirs, their_errors = second.matrix.tolist(), second.stderr.tolist()
-    for i, row in enumerate(first.rows):
-        for j, column in enumerate(first.columns):
-            pair = frozenset((row, column))
-            there = (row, column) if row in row_at and column in column_at else (column, row)
-            if len(pair) < 2 or pair in seen or there[0] not in row_at or there[1] not in column_at:
-                continue
-            seen.add(pair)
-            k, m = row_at[there[0]], column_at[there[1]]
-            a, b = ours[i][j], theirs[k][m]
-            if math.isnan(a) or math.isnan(b):
-                continue
-            stderr = math.hypot(our_errors[i][j], their_errors[k][m])
-            z = (b - a) / stderr if stderr > 0 else (0.0 if a == b else math.copysign(math.inf, b - a))
-            entries.append(Entry(row, column, a, b, stderr, z if not math.isnan(stderr) else math.nan))
+    found = {pair: (value, error) for pair, value, error in _values(second)}
+    for pair, a, error in _values(first):
+        there = found.get(pair) or found.get(pair[::-1])
+        if there is None or pair[0] == pair[1] or frozenset(pair) in seen:
+            continue
+        seen.add(frozenset(pair))
+        b, stderr = there[0], math.hypot(error, there[1])
+        if math.isnan(a) or math.isnan(b):
+            continue
+        z = (b - a) / stderr if stderr > 0 else (0.0 if a == b else math.copysign(math.inf, b - a))
+        entries.append(Entry(*pair, a, b, stderr, z if not math.isnan(stderr) else math.nan))
     return entries
 
 
+def _values(result: CKAResult) -> Iterator[tuple[tuple[str, str], float, float]]:
+    """The labels, the value and the standard error of each entry."""
+    pairs = product(result.rows, result.columns)
+    return zip(pairs, result.matrix.flatten().tolist(), result.stderr.flatten().tolist(), strict=True)
+
+
 def _settings(first: CKAResult, second: CKAResult) -> dict[str, tuple[Any, Any]]:
-    ours = {**first.settings, "samples": first.samples, "minibatches": first.minibatches}
-    theirs = {**second.settings, "samples": second.samples, "minibatches": second.minibatches}
+    ours, theirs = (
+        {**result.settings, "samples": result.samples, "minibatches": result.minibatches}
+        for result in (first, second)
+    )
     return {
         name: (ours.get(name), theirs.get(name))
         for name in {**ours, **theirs}

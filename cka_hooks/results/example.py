@@ -12,9 +12,7 @@ def example(models: tuple[str, ...] = ()) -> CKAResult:
     block = torch.tensor([[1.0, 0.9, 0.5], [0.9, 1.0, 0.6], [0.5, 0.6, 1.0]], dtype=torch.float64, device="cpu")
     names = [f"{name}/" for name in models] or [""]
     labels = tuple(f"{name}{layer}" for name in names for layer in ("conv1", "conv2", "fc"))
-    matrix = torch.kron(block.new_full((len(names),) * 2, 0.95), block)
-    for start in range(0, len(labels), 3):
-        matrix[start : start + 3, start : start + 3] = block
+    matrix = torch.kron(block.new_full((len(names),) * 2, 0.95).fill_diagonal_(1.0), block)
     return CKAResult(
         rows=labels,
         columns=labels,

@@ -39,14 +39,19 @@ def steps(result: CKAResult) -> dict[str, list[tuple[int, int]]]:
         >>> steps(CKAResult.example())
         {'': [(0, 1), (1, 2)]}
     """
-    found: dict[str, list[tuple[int, int]]] = {}
-    positions: dict[str, list[int]] = {}
-    for position, label in enumerate(result.rows):
-        positions.setdefault(result.model_of(label), []).append(position)
-    for model, rows in positions.items():
+    found = {}
+    for model, rows in by_model(result).items():
         names = [result.layer_of(result.rows[row]) for row in rows]
         found[model] = [(rows[a], rows[b]) for a, b in followers(names)]
     return found
+
+
+def by_model(result: CKAResult) -> dict[str, list[int]]:
+    """The rows of each model."""
+    groups: dict[str, list[int]] = {}
+    for position, label in enumerate(result.rows):
+        groups.setdefault(result.model_of(label), []).append(position)
+    return groups
 
 
 def followers(names: list[str]) -> list[tuple[int, int]]:

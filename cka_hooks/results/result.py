@@ -153,11 +153,6 @@ class CKAResult:
     def _column_index(self) -> dict[str, int]:
         return {label: index for index, label in enumerate(self.columns)}
 
-    @property
-    def _entries(self) -> dict[str, torch.Tensor | None]:
-        """The fields with one number for each entry."""
-        return {name: getattr(self, name) for name in _OF_ENTRIES}
-
     @cached_property
     def _model_set(self) -> frozenset[str]:
         return frozenset(self.models)
@@ -204,7 +199,7 @@ class CKAResult:
         """
         half = t_quantile(level, self.degrees_of_freedom) * self.stderr
         # An exact value has an interval of width 0, even if t has no degrees of freedom.
-        half = torch.where(self.stderr == 0, torch.zeros_like(half), half)
+        half = half.masked_fill(self.stderr == 0, 0.0)
         return self.matrix - half, self.matrix + half
 
     @property
@@ -378,8 +373,9 @@ class CKAResult:
         column_at = [self._column_index[label] for label in columns]
         kept = set(rows) | set(columns)
         owners = {self.model_of(label) for label in kept}
+        wholes = {name: getattr(self, name) for name in _OF_ENTRIES}
         entries: dict[str, Any] = {
-            name: None if it is None else it[..., row_at, :][..., column_at] for name, it in self._entries.items()
+            name: it if it is None else it[..., row_at, :][..., column_at] for name, it in wholes.items()
         }
         hsic = self.minibatch_hsic
         gone = [i for i, label in enumerate(self.minibatch_layers) if label in self.degenerate and label not in kept]
@@ -608,14 +604,14 @@ class CKAResult:
             if entry.name == "settings":
                 # How long a run took is not part of what it found.
                 mine, theirs = ({**settings, "seconds": None} for settings in (mine, theirs))
-            if isinstance(mine, torch.Tensor) and isinstance(theirs, torch.Tensor):
-                if mine.shape != theirs.shape or not torch.allclose(mine, theirs, 0, 0, equal_nan=True):
-                    return False
             elif entry.name == "influence":
                 # A share may be NaN, which does not equal itself. Its text does.
-                if {k: repr(v) for k, v in mine.items()} != {k: repr(v) for k, v in theirs.items()}:
-                    return False
-            elif type(mine) is not type(theirs) or mine != theirs:
+                mine, theirs = ({layer: repr(it) for layer, it in found.items()} for found in (mine, theirs))
+            if isinstance(mine, torch.Tensor) and isinstance(theirs, torch.Tensor):
+                is_equal = mine.shape == theirs.shape and torch.allclose(mine, theirs, 0, 0, equal_nan=True)
+            else:
+                is_equal = type(mine) is type(theirs) and mine == theirs
+            if not is_equal:
                 return False
         return True
 

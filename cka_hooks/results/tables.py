@@ -6,6 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Iterator
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -128,10 +129,9 @@ def _tidy(result: CKAResult) -> Iterator[list[Any]]:
     if result.null_unknown is None:
         parts["pvalue"] = result.pvalue()
     yield ["row", "column", *parts]
-    values = [part.tolist() for part in parts.values()]
-    for i, row in enumerate(result.rows):
-        for j, column in enumerate(result.columns):
-            yield [row, column, *(value[i][j] for value in values)]
+    numbers = (part.flatten().tolist() for part in parts.values())
+    for pair, *values in zip(product(result.rows, result.columns), *numbers, strict=True):
+        yield [*pair, *values]
 
 
 def _cell(value: Any) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cka_hooks.names import printable
-from cka_hooks.results.order import followers
+from cka_hooks.results.order import by_model, followers
 from cka_hooks.results.result import CKAResult
 
 #: Consecutive layers whose CKA with each other is above this are near-identical.
@@ -45,7 +45,7 @@ def summary(result: CKAResult) -> str:
     """
     lines = [*_size(result)]
     if result.square:
-        groups = _by_model(result, result.rows)
+        groups = by_model(result)
         lines += _most_alike(result, groups)
         changes = [found for found in (_largest_change(result, *group) for group in groups.items()) if found]
         lines += _largest_changes(changes)
@@ -104,7 +104,7 @@ def _size(result: CKAResult) -> Iterator[str]:
     if not result.square:
         count = f"{count} against {len(result.columns)}"
     elif len(result.models) > 1:
-        groups = _by_model(result, result.rows)
+        groups = by_model(result)
         each = ", ".join(f"{name}: {len(positions)}" for name, positions in groups.items())
         if len(groups) > _FEW:
             least, most = (of(map(len, groups.values())) for of in (min, max))
@@ -298,13 +298,6 @@ def _left_out(result: CKAResult) -> Iterator[str]:
             f"One sample decides much: {sample} alone accounts for {share:.0%} of HSIC(layer, layer) of "
             f"{label}{others}."
         )
-
-
-def _by_model(result: CKAResult, labels: tuple[str, ...]) -> dict[str, Positions]:
-    groups: dict[str, Positions] = {}
-    for position, label in enumerate(labels):
-        groups.setdefault(result.model_of(label), []).append(position)
-    return groups
 
 
 def _one_model(result: CKAResult, labels: Iterable[str]) -> str:
