@@ -169,7 +169,7 @@ def saving(path: Path) -> Iterator[tuple[BaseProcess, Callable[[], int | None]]]
         yield process, next_word
 
 
-@pytest.mark.parametrize("kills", [10, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_again_and_again(tmp_path: Path, kills: int) -> None:
     """SIGKILL at random moments between two checkpoints: nothing that is in one is lost, no file is half written."""
     torch.set_num_threads(1)

@@ -4,8 +4,8 @@ import io
 import json
 import os
 import subprocess
-import sys
 
+import processes
 import pytest
 import torch
 
@@ -133,14 +133,8 @@ def test_pictures_that_cannot_be_drawn_lose_nothing_and_leave_the_exit_code(nets
 def test_the_backend_of_a_notebook_is_left_out(tmp_path):
     CKAResult.example().save(tmp_path / "cka.json")
     words = ["show", str(tmp_path / "cka.json"), "--out", str(tmp_path / "x.png")]
-    done = subprocess.run(
-        [sys.executable, "-m", "cka_hooks", *words],
-        env={**os.environ, "MPLBACKEND": "module://not_installed.backend"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
+    environment = {**os.environ, "MPLBACKEND": "module://not_installed.backend"}
+    done = processes.finished("-m", "cka_hooks", *words, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -186,17 +180,11 @@ def test_what_a_file_holds_does_not_steer_the_terminal(hostile, tmp_path, capsys
 def test_an_ascii_terminal_gets_escapes(hostile, nets, tmp_path):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
     words = ["run", "--model", f"{nets}:odd_label", "--data", f"{nets}:loader", "--out", str(tmp_path / "out")]
-    for command in (["show", str(hostile)], words):
-        done = subprocess.run(
-            [sys.executable, "-m", "cka_hooks", *command],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stderr
-        assert "\\u5c64" in done.stdout or "\\u5c42\\x1b[2J" in done.stdout
+    code = f"from cka_hooks.command.cli import main; assert main({['show', str(hostile)]}) == main({words}) == 0"
+    done = processes.finished("-c", code, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "\\u5c64" in done.stdout
+    assert "\\u5c42\\x1b[2J" in done.stdout
 
 
 def test_a_stream_without_an_encoding_is_printed_to():

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import runpy
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -154,17 +152,6 @@ def test_functions_that_need_arguments_are_refused_before_anything_runs() -> Non
     for wrong in (model(0).forward, lambda seed: model(seed)):
         with pytest.raises(cka_hooks.ModelError, match="model 'b' is a function that needs arguments"):
             cka_hooks.compare({"a": builds, "b": wrong}, loader(), progress=False)
-
-
-def test_the_example_of_a_training_run(tmp_path, capsys) -> None:
-    pytest.importorskip("sklearn")
-    path = Path(__file__).parents[1] / "examples" / "training_run.py"
-    example = runpy.run_path(str(path))
-    result = example["main"](tmp_path, epochs=2)
-    assert result.models == ("epoch00", "epoch01", "epoch02")
-    assert "to initialisation" in capsys.readouterr().out
-    # The first layer changes less than the last.
-    assert result["epoch00/0", "epoch02/0"] > result["epoch00/8", "epoch02/8"]
 
 
 def test_random_state_is_untouched() -> None:
