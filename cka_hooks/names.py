@@ -48,6 +48,11 @@ def closest(name: str, names: Sequence[str], count: int = 5) -> list[str]:
     return difflib.get_close_matches(name, names, n=count, cutoff=0.4) or list(names[:count])
 
 
+def labelled(name: str, layer: str) -> str:
+    """The label of a model's layer among those of several models; the other one if either is empty."""
+    return "/".join(filter(None, (name, layer)))
+
+
 def printable(text: str) -> str:
     r"""Text on one line, with control characters spelled out.
 

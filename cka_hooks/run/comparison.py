@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cka_hooks.errors import LayerError, OptionError, SampleCountError
 from cka_hooks.features import Reduction
 from cka_hooks.hsic import Estimator
+from cka_hooks.names import labelled
 from cka_hooks.options import Options, whole
 from cka_hooks.recording import batches
 from cka_hooks.recording.guest import RandomStream, untouched
@@ -310,7 +311,7 @@ class Comparison:
     def _labelled(self, attribute: str) -> dict[str, Any]:
         """An attribute of each model's recorder, under the layers' labels in the result."""
         return {
-            _label(name, layer): value
+            labelled(name, layer): value
             for name, recorder in self._recorders.items()
             for layer, value in getattr(recorder, attribute).items()
         }
@@ -370,10 +371,6 @@ class Comparison:
         self._accumulator.unsync()
 
 
-def _label(name: str, layer: str) -> str:
-    return f"{name}/{layer}" if name else layer
-
-
 class _Labelled:
     """`CKAAccumulator.observe` for one of several models."""
 
@@ -382,11 +379,11 @@ class _Labelled:
         self._taker = taker
 
     def __call__(self, layer: str, activation: Tensor) -> None:
-        self._taker.observe(_label(self._name, layer), activation)
+        self._taker.observe(labelled(self._name, layer), activation)
 
     def slot(self, layer: str) -> Callable[[Tensor], None] | None:
         """A function of one layer's features, see :meth:`CKAAccumulator.slot`."""
-        return self._taker.slot(_label(self._name, layer))
+        return self._taker.slot(labelled(self._name, layer))
 
 
 def _leave(guests: Sequence[AbstractContextManager[object]]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cka_hooks.arrays import as_features
 from cka_hooks.errors import BatchError, OptionError, SampleCountError
+from cka_hooks.names import labelled
 from cka_hooks.recording.batches import fields_of, sample_count
 from cka_hooks.run import replay
 from cka_hooks.run.feature_files import opened
@@ -180,7 +181,7 @@ class Brought:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of one sample of each layer, by label."""
         return {
-            _label(name, layer): tuple(array.shape[1:])
+            labelled(name, layer): tuple(array.shape[1:])
             for name, one in self.entries.items()
             for layer, array in one.arrays.items()
         }
@@ -273,7 +274,7 @@ class Brought:
         for name, one in self.entries.items():
             try:
                 for layer, features in one.features(self._rows(one, ids, samples)):
-                    yield _label(name, layer), features
+                    yield labelled(name, layer), features
             except (SampleCountError, OptionError) as error:
                 raise type(error)(f"{name!r}: {error}") from error
 
@@ -403,10 +404,6 @@ def repeated(ids: Sequence[Identifier]) -> list[Identifier]:
 
 def _first(found: Sequence[Identifier]) -> str:
     return ", ".join(map(repr, found[:5])) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
-
-
-def _label(name: str, layer: str) -> str:
-    return f"{name}/{layer}" if layer else name
 
 
 def _is_key(value: Any) -> bool:
