@@ -145,7 +145,11 @@ def with_transformers(folder: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:::lightning", "ignore:::torch", "ignore:::transformers")
 @pytest.mark.parametrize("entry", [it for name, it in list(globals().items()) if name.startswith("with_")])
-def test_a_warning_points_at_the_users_line(entry: Callable[..., None], tmp_path: Path) -> None:
+def test_a_warning_points_at_the_users_line(
+    entry: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Lightning's callback writes into the folder of the script.
+    monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", cka_hooks.CKAWarning)
         entry(*[tmp_path][: len(inspect.signature(entry).parameters)])
