@@ -133,7 +133,7 @@ def compare(
         SampleCountError: two models, or two layers, have different numbers of samples; or precomputed features have
             another number of rows than the loader has samples, or no row for one of them.
         TooFewSamplesError: the loader is empty, or all batches have fewer than 4 samples. This is raised after the
-            first one.
+            first one, or after 8 if the loader does not say how large its batches are.
         NonFiniteError: a layer has NaN or infinity. `.partial` has the result of all others.
         OutOfMemoryError: memory does not suffice for a layer, even in smaller pieces.
         CheckpointError: the file at `checkpoint` is damaged, or belongs to a run with another model or other options.

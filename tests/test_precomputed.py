@@ -444,6 +444,12 @@ def test_an_array_needs_a_name() -> None:
         cka_hooks.compare(features(5), loader(), progress=False)
 
 
+@pytest.mark.parametrize("path", ["v4.npy", Path("v4.npy")])
+def test_a_path_is_told_how_a_file_is_read(path: Any) -> None:
+    with pytest.raises(OptionError, match=r"'V4' is a path: .* pass cka_hooks.Precomputed.load\(.*v4.npy"):
+        compare({"V4": path}, loader())
+
+
 def test_a_row_of_nan_names_the_layer() -> None:
     array = features(5)
     array[17] = torch.nan

@@ -61,21 +61,17 @@ class Footprint:
     def named(self, name: str) -> tuple[State, list[Step]]:
         """Its state and steps with labels ``name/layer``."""
 
-        def label(of_layers: Mapping[str, Any]) -> dict[str, Any]:
+        def label(of_layers: Any) -> Any:
+            if isinstance(of_layers, tuple):
+                return tuple(f"{name}/{layer}" for layer in of_layers)
             return {f"{name}/{layer}": value for layer, value in of_layers.items()}
 
-        fields: dict[str, Any] = {
-            field: label(getattr(self.state, field)) for field, it in DECLARED.items() if it.of_layers and not it.axes
-        }
-        layers = tuple(label(dict.fromkeys(self.state.layers)))
-        state = dataclasses.replace(self.state, layers=layers, **fields)
-        steps = [
-            step._replace(
-                dtypes=label(step.dtypes),
-                groups=[group._replace(layers=tuple(label(dict.fromkeys(group.layers)))) for group in step.groups],
-            )
-            for step in self.steps
-        ]
+        fields = ["layers", *(field for field, it in DECLARED.items() if it.of_layers)]
+        state = dataclasses.replace(self.state, **{field: label(getattr(self.state, field)) for field in fields})
+        steps = []
+        for step in self.steps:
+            groups = [group._replace(layers=label(group.layers)) for group in step.groups]
+            steps.append(step._replace(dtypes=label(step.dtypes), groups=groups))
         return state, steps
 
     def state_dict(self) -> dict[str, Any]:
@@ -95,15 +91,10 @@ class Footprint:
             OptionError: this is anything else.
         """
         try:
-            steps = [
-                Step(
-                    **{
-                        **step,
-                        "groups": [Minibatches(**{**it, "layers": tuple(it["layers"])}) for it in step["groups"]],
-                    }
-                )
-                for step in state["steps"]
-            ]
+            steps = []
+            for step in state["steps"]:
+                groups = [Minibatches(**{**it, "layers": tuple(it["layers"])}) for it in step["groups"]]
+                steps.append(Step(**{**step, "groups": groups}))
             own = State.from_state_dict(state["state"])
             return cls(own, steps, state["type"], dict(state["settings"]), state.get("places"))
         except (KeyError, TypeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ def named_models(model: Any) -> dict[str, Any]:
     """The models by name, "" for a single one. Arrays in the mapping become `Precomputed`.
 
     Raises:
-        OptionError: the mapping is empty, a name is not text, or features have no name.
+        OptionError: the mapping is empty, a name is not text, features have no name, or an entry is a path.
         ModelError: an entry is a ``state_dict``.
     """
     if not isinstance(model, Mapping):
@@ -32,6 +33,8 @@ def named_models(model: Any) -> dict[str, Any]:
     refuse_weights(model)
     found: dict[str, Any] = {}
     for name, it in model.items():
+        if isinstance(it, str | os.PathLike):
+            raise OptionError(f"{name!r} is a path: for features in a file, pass cka_hooks.Precomputed.load({it!r})")
         try:
             found[name] = Precomputed(it) if is_features(it) and not isinstance(it, Precomputed) else it
         except OptionError as error:
@@ -55,18 +58,15 @@ def each_where_it_matches(models: Mapping[str, nn.Module], layers: Any) -> dict[
         return dict.fromkeys(models, layers)
     chosen: dict[str, list[Any]] = {name: [] for name in models}
     for entry in layers:
-        failure: LayerError | None = None
-        matched = False
+        failures: list[LayerError] = []
         for name, model in models.items():
             try:
                 select_layers(model, [entry])
-            except LayerError as error:
-                failure = failure or error
-            else:
-                matched = True
                 chosen[name].append(entry)
-        if not matched and failure is not None:
-            raise failure
+            except LayerError as error:
+                failures.append(error)
+        if len(failures) == len(models):
+            raise failures[0]
     for name, entries in chosen.items():
         if not entries:
             raise LayerError(f"none of layers={list(layers)!r} matches a layer of the model {name!r}")

@@ -156,7 +156,9 @@ class Brought:
     def __init__(
         self, entries: Mapping[str, Precomputed], sample_ids: SampleIds | None, *, of_positions: bool = False
     ) -> None:
-        if sample_ids is not None and (isinstance(sample_ids, bool) or not _is_key(sample_ids)):
+        if sample_ids is not None and (
+            isinstance(sample_ids, bool) or not (isinstance(sample_ids, str | int) or callable(sample_ids))
+        ):
             raise OptionError(
                 f"sample_ids={sample_ids!r}: it is a key of the batch, or a function of the batch that returns the "
                 "identifiers of its samples"
@@ -404,10 +406,6 @@ def repeated(ids: Sequence[Identifier]) -> list[Identifier]:
 
 def _first(found: Sequence[Identifier]) -> str:
     return ", ".join(map(repr, found[:5])) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
-
-
-def _is_key(value: Any) -> bool:
-    return isinstance(value, str | int) or callable(value)
 
 
 def _checked(array: Any, layer: Any) -> int:
