@@ -47,11 +47,6 @@ def check(model: nn.Module, batches: Sequence[Any], call: Call | None = None, **
     return result
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def test_vision_transformer() -> None:
     model = vision.VisionTransformer(
         image_size=64, patch_size=16, num_layers=3, num_heads=4, hidden_dim=32, mlp_dim=64, num_classes=10

@@ -50,18 +50,12 @@ def _why(selection: Selection, tap: Tap, taps: Mapping[int, Tap], names: Mapping
     above = [
         first_names[key]
         for key, other in taps.items()
-        if other.ran and key in first_names and _contains(other.module, selection.module)
+        if other.ran and key in first_names and any(part is selection.module for part in other.module.modules())
     ]
     did_its_work = max(above, key=len, default=None)
     parent, _, own = selection.name.rpartition(".")
     if did_its_work is None and own == "out_proj" and isinstance(selection.module, NonDynamicallyQuantizableLinear):
         did_its_work = parent
-    return (
-        f"did not run: {did_its_work!r} did its work without calling it"
-        if did_its_work
-        else "did not run in the forward pass"
-    )
-
-
-def _contains(module: nn.Module, part: nn.Module) -> bool:
-    return any(other is part for other in module.modules())
+    if not did_its_work:
+        return "did not run in the forward pass"
+    return f"did not run: {did_its_work!r} did its work without calling it"

@@ -40,7 +40,8 @@ def activation_of(value: Any, part: str = "") -> Tensor:
         # and after a nested tensor attention weights; these are not the layer's output.
         if isinstance(leaf, PackedSequence) or leaf.is_nested or leaf.is_quantized or leaf.is_complex():
             break
-    raise NotRecordable(reason or f"returned no tensor but {_kind(found)}")
+    kind = "nothing" if found is None else f"a {type(found).__name__}"
+    raise NotRecordable(reason or f"returned no tensor but {kind}")
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -71,12 +72,11 @@ def _child(value: Any, step: str, part: str) -> Any:
             return getattr(value, step)
     except (LookupError, ValueError, AttributeError):
         pass
+    there = f"a {type(value).__name__}"
     if isinstance(value, Mapping):
         there = f"a mapping with the keys {', '.join(map(str, value))}"
     elif isinstance(value, Sequence) and not isinstance(value, str):
-        there = f"a {type(value).__name__} of {len(value)}"
-    else:
-        there = f"a {type(value).__name__}"
+        there += f" of {len(value)}"
     raise NotRecordable(f"there is no {step!r} (of {part!r}) in {there}")
 
 
@@ -118,7 +118,3 @@ def _unusable(tensor: Tensor | PackedSequence) -> str | None:
     if not tensor.is_floating_point():
         return f"a tensor of {str(tensor.dtype).removeprefix('torch.')}, not of floating-point numbers"
     return None
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"
