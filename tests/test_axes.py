@@ -11,7 +11,6 @@ import numpy as np
 import oracle
 import pytest
 import torch
-import torchvision.models as vision
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset, TensorDataset
@@ -135,19 +134,6 @@ def test_position_biases_of_as_many_positions_as_samples() -> None:
     assert list(result.layers) == labels
     assert bias not in labels
     np.testing.assert_allclose(result.matrix.numpy(), matrix, rtol=0, atol=1e-6)
-
-
-@pytest.mark.filterwarnings("ignore:.*meshgrid")
-def test_boxes_of_a_detector_have_four_coordinates() -> None:
-    model = vision.detection.fasterrcnn_mobilenet_v3_large_320_fpn(
-        weights=None, weights_backbone=None, min_size=64, max_size=64
-    ).eval()
-    batches = [(list(images), [{"boxes": None}] * 4) for images in data(4, 3, 64, 64, count=2)]
-    result = cka_hooks.compare(model, batches, progress=False)
-    labels, matrix, _ = oracle.cka_of_model(model, [list(images) for images, _ in batches], call=lambda m, b: m(b))
-    assert list(result.layers) == labels
-    np.testing.assert_allclose(result.matrix.numpy(), matrix, rtol=0, atol=1e-6)
-    assert "roi_heads.box_predictor.bbox_pred" in result.skipped
 
 
 def test_mixtral() -> None:

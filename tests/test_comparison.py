@@ -319,7 +319,7 @@ def test_pvalues_against_permuted_samples() -> None:
         return cka.compute()
 
     result = value(permuted=False)
-    rounds = 300
+    rounds = 150
     above = sum(value(permuted=True)["x", "y"] >= result["x", "y"] for _ in range(rounds)) / rounds
     p = float(result.pvalue()[0, 1])
     assert 0.02 < p < 0.6
