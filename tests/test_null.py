@@ -135,7 +135,7 @@ def test_ten_pairs_against_ten_thousand_real_permutations(n: int) -> None:
     draws, rows, columns = 10_000, *torch.tril_indices(n, n, -1)
     cumulants = torch.zeros(2, 5, 5, dtype=torch.float64)
     sums = torch.zeros(draws, 5, 5, dtype=torch.float64)
-    for _ in range(6 if n < 128 else 2):
+    for _ in range({8: 6, 32: 3, 128: 1}[n]):
         layers = torch.stack([centre(x @ x.mT) for x in five_layers(n, generator)])
         cumulants += null_cumulants(layers.square().sum((1, 2))[:, None] / n, null_numbers(layers)[:, None], n)
         lower = 2 / n * layers[:, rows, columns]
