@@ -39,7 +39,7 @@ def main(quick: bool = False) -> cka_hooks.CKAResult:
     across = result.between("resnet18", "vgg11_bn")
     for row in across.rows:
         best = max(across.columns, key=lambda column, row=row: across[row, column])
-        print(f"{row:<20} is most alike to {best:<24} {across[row, best]:.3f}")
+        print(f"{row:<20} is most similar to {best:<24} {across[row, best]:.3f}")
     if not quick:
         across.plot("two_architectures.png")
         across.plot_profile("two_architectures_profile.png")

@@ -46,7 +46,7 @@ def test_the_most_alike_pair_is_not_a_trivial_one():
         with_values(list("abcd"), {("a", "b"): 1.0 - 1e-9, ("a", "d"): 0.8, ("c", "d"): 0.7}),
     )
     assert "Most alike: a and d, CKA 0.800 (standard error 0.010)." in text
-    assert "The same but for rotation and scale: 1 pair, such as a and b." in text
+    assert "Identical up to rotation and scale: 1 pair, such as a and b." in text
 
 
 def test_a_value_just_below_1_does_not_read_as_1():
@@ -61,12 +61,12 @@ def test_an_error_has_as_many_digits_as_tell_it_from_0(error, words):
     assert value_in_words(0.5, error) == f"CKA 0.500 (standard error {words})"
 
 
-def test_the_largest_change_is_told_for_each_model():
+def test_the_largest_change_is_named_for_each_model():
     labels = ["m/a", "m/b", "m/c", "n/a", "n/b", "n/c"]
     pairs = {("m/a", "m/b"): 0.9, ("m/b", "m/c"): 0.5, ("n/a", "n/b"): 0.4, ("n/b", "n/c"): 0.9}
     text = summary(with_values(labels, pairs, models=("m", "n")))
-    assert "Changes most from one layer to the next of m at b -> c, CKA 0.500" in text
-    assert "Changes most from one layer to the next of n at a -> b, CKA 0.400" in text
+    assert "Changes most from one layer to the next in m at b -> c, CKA 0.500" in text
+    assert "Changes most from one layer to the next in n at a -> b, CKA 0.400" in text
     assert "Most alike within one model: m/a and m/b" in text
     assert "Most alike across models: " in text
 
@@ -84,7 +84,7 @@ def test_blocks_are_alike_throughout_and_not_only_step_by_step():
     chain = {("c", "d"): 0.96, ("d", "e"): 0.96, ("e", "f"): 0.96, ("d", "f"): 0.5}
     result = with_values(labels, near | chain)
     assert near_identical(result, list(range(6))) == [[0, 1, 2]]
-    assert "Near-identical in a row (CKA above 0.95 with each other): a to c (3 layers)." in summary(result)
+    assert "Runs of near-identical layers (CKA above 0.95 with each other): a to c (3 layers)." in summary(result)
 
 
 def test_matches_are_counted_beside_chance():
@@ -92,7 +92,7 @@ def test_matches_are_counted_beside_chance():
     pairs = {("m/a", "n/a"): 0.9, ("m/b", "n/c"): 0.9, ("m/c", "n/c"): 0.9, ("m/d", "n/a"): 0.9}
     result = with_values(labels, pairs, models=("m", "n"))
     expected = (
-        "3 of 4 layers of m are most alike to a layer of n at the same or a neighbouring position "
+        "3 of 4 layers of m are most similar to a layer of n at the same or a neighbouring position "
         "(chance: 2.5); 2 to the layer of the same name."
     )
     assert expected in summary(result)
@@ -126,8 +126,8 @@ def test_what_was_left_out_is_grouped_by_reason_and_thinned():
 def test_a_sample_that_decides_is_named():
     influence = {"conv1": Influence(0.2, 1), "conv2": Influence(0.7, 41), "fc": Influence(math.nan, 0)}
     text = summary(dataclasses.replace(CKAResult.example(), influence=influence))
-    told = "One sample decides much: sample 41 of the run alone accounts for 70% of HSIC(layer, layer) of conv2."
-    assert told in text
+    words = "One sample dominates: sample 41 of the run alone accounts for 70% of HSIC(layer, layer) of conv2."
+    assert words in text
     assert "decides" not in summary(CKAResult.example())
 
 

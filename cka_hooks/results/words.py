@@ -139,7 +139,7 @@ def _most_alike(result: CKAResult, groups: dict[str, Positions]) -> Iterator[str
         if len(same):
             first, second = same[0]
             yield (
-                f"The same but for rotation and scale{words}: {_count(len(same), 'pair')}, "
+                f"Identical up to rotation and scale{words}: {_count(len(same), 'pair')}, "
                 f"such as {result.rows[first]} and {result.columns[second]}."
             )
 
@@ -173,14 +173,14 @@ def _largest_change(result: CKAResult, model: str, positions: Positions) -> _Cha
 def _largest_changes(found: list[_Change]) -> Iterator[str]:
     start = "Changes most from one layer to the next"
     if len(found) <= _FEW:
-        yield from (f"{start}{_of(it.model)} at {it.where}, {it.words}." for it in found)
+        yield from (f"{start}{it.model and f' in {it.model}'} at {it.where}, {it.words}." for it in found)
     else:
         places = [f"{it.where}{_of(it.model)}, {it.words}" for it in sorted(found)]
         yield f"{start} at {_listing(places, '; ', most=2)}."
 
 
 def _near_identical(result: CKAResult, groups: dict[str, Positions]) -> Iterator[str]:
-    start, all_found = f"Near-identical in a row (CKA above {NEAR} with each other)", []
+    start, all_found = f"Runs of near-identical layers (CKA above {NEAR} with each other)", []
     for model, positions in groups.items():
         found = sorted(near_identical(result, positions), key=len, reverse=True)
         names = [
@@ -219,7 +219,7 @@ def near_identical(result: CKAResult, positions: Positions) -> list[Positions]:
 
 
 class _Depth(NamedTuple):
-    """How many rows of one model are most alike to a column of another at about their own depth."""
+    """How many rows of one model are most similar to a column of another at about their own depth."""
 
     share: float
     words: str
@@ -243,7 +243,7 @@ def _depth(result: CKAResult, one: tuple[str, Positions], other: tuple[str, Posi
     chance = float(near.mean(axis=1).sum())
     where = "position" if len(rows) == len(columns) else "relative depth"
     words = (
-        f"{hits} of {_count(len(rows), 'layer')}{_of(first)} are most alike to a layer{_of(second)} at the "
+        f"{hits} of {_count(len(rows), 'layer')}{_of(first)} are most similar to a layer{_of(second)} at the "
         f"same or a neighbouring {where} (chance: {chance:.1f})"
     )
     if [result.layer_of(result.columns[j]) for j in columns] == [result.layer_of(result.rows[i]) for i in rows]:
@@ -257,7 +257,7 @@ def _same_depth(pairs: list[_Depth | None]) -> Iterator[str]:
         yield from (f"{pair.words}." for pair in pairs if pair is not None)
     else:
         yield (
-            "Layers that are most alike to one at the same or a neighbouring depth of another model, over "
+            "Layers that are most similar to one at the same or a neighbouring depth of another model, over "
             f"{len(found)} pairs of models: from {found[0].short}, to {found[-1].short}."
         )
 
@@ -295,7 +295,7 @@ def _left_out(result: CKAResult) -> Iterator[str]:
         sample = result.influence[label].spelled
         others = f", and more than half in {_count(len(shares) - 1, 'other layer')}" if len(shares) > 1 else ""
         yield (
-            f"One sample decides much: {sample} alone accounts for {share:.0%} of HSIC(layer, layer) of "
+            f"One sample dominates: {sample} alone accounts for {share:.0%} of HSIC(layer, layer) of "
             f"{label}{others}."
         )
 
