@@ -295,8 +295,7 @@ def _left_out(result: CKAResult) -> Iterator[str]:
         sample = result.influence[label].spelled
         others = f", and more than half in {_count(len(shares) - 1, 'other layer')}" if len(shares) > 1 else ""
         yield (
-            f"One sample dominates: {sample} alone accounts for {share:.0%} of HSIC(layer, layer) of "
-            f"{label}{others}."
+            f"One sample dominates: {sample} alone accounts for {share:.0%} of HSIC(layer, layer) of {label}{others}."
         )
 
 
