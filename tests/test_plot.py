@@ -186,7 +186,7 @@ def test_colours_and_their_scale_can_be_chosen(tmp_path):
         ({"figsize": (3,)}, "figsize is"),
         ({"figsize": (0, 3)}, "figsize is"),
         ({"figsize": 5}, "figsize is"),
-        ({"figsize": (1, 1)}, "no room beside the labels; make it at least 1.* inches"),
+        ({"figsize": (1, 1)}, "no room beside the labels: make it at least 1.* inches"),
         ({"figsize": (5, 5), "ax": Figure().add_subplot()}, "leave one of them out"),
     ],
 )

@@ -498,7 +498,7 @@ def test_files(tmp_path: Path, suffix: str, ids: Any) -> None:
     assert all(torch.equal(got, arrays[name][[7, 2, 3, 59]]) for name, got in found.features([7, 2, 3, 59]))
     one = Precomputed.load(f"{path}::v1")
     assert (list(one.arrays), one.sample_ids) == ([""], ids)
-    with pytest.raises(OptionError, match=r"no array 'V1'; the closest are 'v1'"):
+    with pytest.raises(OptionError, match=r"no array 'V1': the closest are 'v1'"):
         Precomputed.load(f"{path}::V1")
     options = {} if ids is None else {"sample_ids": "id"}
     close(

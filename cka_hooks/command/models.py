@@ -126,7 +126,7 @@ def _from_file(spec: str) -> LoadedModel:
 
 def unknown(package: str, kind: str, name: str, names: Sequence[str]) -> SpecError:
     """The error for a package that has no model or data set of this name."""
-    return SpecError(f"{package} has no {kind} {name!r}; the closest are {', '.join(closest(name, names))}")
+    return SpecError(f"{package} has no {kind} {name!r}: the closest are {', '.join(closest(name, names))}")
 
 
 def _torchvision(name: str, weights: str | None) -> LoadedModel:

@@ -33,7 +33,7 @@ def checked(result: CKAResult) -> dict[str, Any]:
     fields["settings"] = _plain_json(result.settings)
     shape = (len(fields["rows"]), len(fields["columns"]))
     if 0 in shape:
-        raise OptionError(f"a result of {shape[0]} x {shape[1]} layers; expected at least one row and column")
+        raise OptionError(f"a result of {shape[0]} x {shape[1]} layers: expected at least one row and column")
     _check_tensor("matrix", result.matrix, shape)
     _check_tensor("stderr", result.stderr, shape)
     if bool((result.stderr < 0).any()):
@@ -44,7 +44,7 @@ def checked(result: CKAResult) -> dict[str, Any]:
         if bool((result.null_variance < 0).any()):
             raise OptionError("null_variance contains negative numbers; a variance must be 0 or more, or NaN")
     elif result.null_variance is not result.null_skewness:
-        raise OptionError("null_variance and null_skewness belong together; give both or neither")
+        raise OptionError("null_variance and null_skewness belong together: give both or neither")
     if result.permuted is not None:
         _check_tensor("permuted", result.permuted, (*result.permuted.shape[:1], *shape))
     if result.minibatch_hsic is not None:
@@ -66,11 +66,11 @@ def _labels(name: str, labels: Any) -> tuple[str, ...]:
     seen = set()
     for label in (labels,) if isinstance(labels, str) else labels:
         if not isinstance(label, str):
-            raise OptionError(f"{name} contains {label!r}; labels must be strings, such as {str(label)!r}")
+            raise OptionError(f"{name} contains {label!r}: labels must be strings, such as {str(label)!r}")
         if not label and name == "models":
-            raise OptionError("models contains an empty name; give every model a name")
+            raise OptionError("models contains an empty name: give every model a name")
         if label in seen:
-            raise OptionError(f"{name} has {label!r} more than once; labels must differ")
+            raise OptionError(f"{name} has {label!r} more than once: labels must differ")
         seen.add(label)
         plain.append(str.__str__(label))  # of NumPy's text, too
     return tuple(plain)
@@ -87,7 +87,7 @@ def _count(name: str, value: Any, least: int) -> int:
     except TypeError:
         number = -1
     if not least <= number <= _MOST:
-        raise OptionError(f"{name} is {value!r:.60}; expected a whole number, {least} or more")
+        raise OptionError(f"{name} is {value!r:.60}: expected a whole number, {least} or more")
     return number
 
 
@@ -99,11 +99,11 @@ def _check_tensor(name: str, tensor: object, shape: tuple[int, ...]) -> None:
     """
     if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float64 or tensor.device.type != "cpu":
         found = f"{tensor.dtype} on {tensor.device}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise OptionError(f"{name} is {found}; expected a float64 tensor on the CPU")
+        raise OptionError(f"{name} is {found}: expected a float64 tensor on the CPU")
     if tuple(tensor.shape) != shape:
         raise OptionError(f"{name} has shape {tuple(tensor.shape)}; its labels need {shape}")
     if bool(tensor.isinf().any()):
-        raise OptionError(f"{name} contains infinity; expected finite numbers, or NaN where undefined")
+        raise OptionError(f"{name} contains infinity: expected finite numbers, or NaN where undefined")
 
 
 def _plain_json(settings: object) -> dict[str, Any]:
@@ -118,10 +118,10 @@ def _plain_json(settings: object) -> dict[str, Any]:
         plain = json.loads(json.dumps(settings, default=_plain_number), parse_constant=str)
     except (TypeError, ValueError, RecursionError) as error:
         raise OptionError(
-            f"settings cannot be written as JSON ({error}); use plain numbers, strings, lists and dicts"
+            f"settings cannot be written as JSON ({error}): use plain numbers, strings, lists and dicts"
         ) from error
     if not isinstance(plain, dict):
-        raise OptionError(f"settings is {type(settings).__name__}; expected a dict")
+        raise OptionError(f"settings is {type(settings).__name__}: expected a dict")
     return plain
 
 

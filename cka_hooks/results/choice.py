@@ -18,8 +18,8 @@ def known(label: str, labels: Sequence[str]) -> str:
         return label
     close = closest(label, labels, 3)
     raise LayerError(
-        f"no layer {label!r} in this result; the closest of its {len(labels)} are "
-        f"{', '.join(map(repr, close))}. result.layers lists them all."
+        f"no layer {label!r} in this result: the closest of its {len(labels)} are "
+        f"{', '.join(map(repr, close))}; result.layers lists all of them"
     )
 
 
@@ -31,12 +31,12 @@ def known_model(name: str, models: tuple[str, ...]) -> None:
     """
     if name not in models:
         raise LayerError(
-            f"no model {name!r} in this result; "
+            f"no model {name!r} in this result: "
             + (
-                f"its models are {', '.join(map(repr, models))}."
+                f"its models are {', '.join(map(repr, models))}"
                 if models
                 else "its layers come from one unnamed model. Name models by comparing a mapping, "
-                "compare({'a': model_a, 'b': model_b}, loader)."
+                "compare({'a': model_a, 'b': model_b}, loader)"
             )
         )
 
@@ -48,7 +48,7 @@ def pair_of(pair: tuple[str, str]) -> tuple[str, str]:
         OptionError: this is not a pair.
     """
     if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(label, str) for label in pair)):
-        raise OptionError(f"{pair!r} is not a pair of layers; expected two labels, such as ('conv1', 'fc')")
+        raise OptionError(f"{pair!r} is not a pair of layers: expected two labels, such as ('conv1', 'fc')")
     return pair
 
 
@@ -60,7 +60,7 @@ def patterns_of(choice: str | Sequence[str]) -> tuple[str, ...]:
     """
     patterns = (choice,) if isinstance(choice, str) or not isinstance(choice, Iterable) else tuple(choice)
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
-        raise OptionError(f"{choice!r} chooses no layers; expected a label, a glob, or a sequence of them")
+        raise OptionError(f"{choice!r} chooses no layers: expected a label, a glob, or a sequence of them")
     return patterns
 
 

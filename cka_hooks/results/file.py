@@ -64,7 +64,7 @@ def write_result(result: CKAResult, path: PathLike) -> None:
         raise OptionError(
             f"{path}: the result holds {numbers:,} numbers in {lists:,} rows, and a result file at most "
             f"{_MAX_NUMBERS:,} in {_MAX_MARKS[b'['] - 1000:,}. "
-            "save(path, minibatches=False) leaves out the values of single minibatches and permutations."
+            "save(path, minibatches=False) leaves out the values of single minibatches and permutations"
         )
     document: dict[str, Any] = {"format": FORMAT, "format_version": VERSION}
     for entry, value in zip(_FIELDS, values, strict=True):
@@ -85,7 +85,7 @@ def read_result(path: PathLike) -> CKAResult:
     def refuse(reason: str, cause: BaseException | None = None) -> NoReturn:
         raise ResultFileError(
             f"{os.fspath(path)} is not a result that this version of cka_hooks saved: {reason}. "
-            "Save the result again with result.save(path)."
+            "Save the result again with result.save(path)"
         ) from cause
 
     try:

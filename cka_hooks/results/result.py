@@ -176,8 +176,8 @@ class CKAResult:
         known(second, self.layers)
         side = "rows" if first in self._row_index else "columns"
         raise LayerError(
-            f"{first!r} and {second!r} are both {side} of this result, which pairs rows with columns only. "
-            "Look the pair up in the whole result instead."
+            f"{first!r} and {second!r} are both {side} of this result, which pairs rows with columns only: "
+            "look the pair up in the whole result instead"
         )
 
     def interval(self, level: float = 0.95) -> tuple[torch.Tensor, torch.Tensor]:
@@ -277,8 +277,8 @@ class CKAResult:
         """
         if self.minibatch_hsic is None:
             raise OptionError(
-                "a difference needs the values of every minibatch, and this result has none. "
-                "Run the comparison again with keep_minibatches=True."
+                "a difference needs the values of every minibatch, and this result has none: "
+                "run the comparison again with keep_minibatches=True"
             )
         layers = self.minibatch_layers
         (a, b), (c, d) = ([layers.index(known(label, layers)) for label in pair_of(it)] for it in (first, second))

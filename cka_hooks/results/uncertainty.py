@@ -49,7 +49,7 @@ class Difference:
 def t_quantile(level: float, degrees_of_freedom: int) -> float:
     """Half the width, in standard errors, of an interval that holds the true value with probability ``level``."""
     if not (isinstance(level, (int, float)) and 0 < level < 1):
-        raise OptionError(f"level is {level!r}; expected a number between 0 and 1, such as 0.95")
+        raise OptionError(f"level is {level!r}: expected a number between 0 and 1, such as 0.95")
     return float(stdtrit(degrees_of_freedom, (1 + level) / 2))
 
 

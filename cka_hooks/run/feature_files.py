@@ -51,7 +51,7 @@ def opened(file: str | os.PathLike[str]) -> tuple[dict[str, Any], Any]:
     if name:
         if name not in arrays:
             near = ", ".join(map(repr, closest(name, list(arrays)))) or "none"
-            raise OptionError(f"{path} has no array {name!r}; the closest are {near}")
+            raise OptionError(f"{path} has no array {name!r}: the closest are {near}")
         arrays = {"": arrays[name]}
     elif len(arrays) == 1:
         arrays = {"": next(iter(arrays.values()))}

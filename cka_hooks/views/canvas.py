@@ -84,7 +84,7 @@ def drawn(
             if min(size) < _LEAST:
                 needed = f"{width - size[0] + _LEAST:.1f} by {height - size[1] + _LEAST:.1f}"
                 raise OptionError(
-                    f"figsize={figsize!r} leaves no room beside the labels; make it at least {needed} inches"
+                    f"figsize={figsize!r} leaves no room beside the labels: make it at least {needed} inches"
                 )
     total = (edges.left + size[0] + edges.right, edges.below + size[1] + edges.above)
     figure.set_size_inches(*total)
@@ -106,7 +106,7 @@ def written(figure: Figure, path: PathLike | None) -> None:
     if suffix not in formats:
         raise OptionError(
             f"{os.fspath(path)} ends in {'.' + suffix if suffix else 'no suffix'}, which is not a "
-            f"picture format; use one of {', '.join('.' + name for name in sorted(formats))}"
+            f"picture format: use one of {', '.join('.' + name for name in sorted(formats))}"
         )
     replace_file(path, lambda file: figure.savefig(file, format=suffix))
 
@@ -164,7 +164,7 @@ def _checked(figsize: Any) -> Size:
             return width, height
     except (TypeError, ValueError):
         pass
-    raise OptionError(f"figsize is {figsize!r}; expected width and height in inches, such as (6, 5)")
+    raise OptionError(f"figsize is {figsize!r}: expected width and height in inches, such as (6, 5)")
 
 
 class _Edges(NamedTuple):

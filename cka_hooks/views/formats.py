@@ -63,7 +63,7 @@ def format_of(path: PathLike) -> Format:
             return found
     known = ", ".join(f"{'/'.join(one.suffixes)} ({one.line})" for one in FORMATS)
     raise OptionError(
-        f"{os.fspath(path)} ends in {suffix or 'no suffix'}, which is not a format of a result; use one of {known}"
+        f"{os.fspath(path)} ends in {suffix or 'no suffix'}, which is not a format of a result: use one of {known}"
     )
 
 

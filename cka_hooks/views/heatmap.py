@@ -144,12 +144,12 @@ def _ends(scale: Scale, shown: Floats, by_error: bool) -> tuple[float, float]:
     fitting = math.floor(lowest / step + 1e-9) * step, math.ceil(highest / step - 1e-9) * step
     for name, end, default, fit in zip(("vmin", "vmax"), scale[1:], defaults, fitting, strict=True):
         if end is not None and end != "data" and not (isinstance(end, int | float) and math.isfinite(end)):
-            raise OptionError(f'{name} is {end!r}; expected a number, or "data" for a scale that fits the values')
+            raise OptionError(f'{name} is {end!r}: expected a number, or "data" for a scale that fits the values')
         ends.append(default if end is None else fit if end == "data" else float(end))
     low, high = ends
     if not low < high:
         if "data" not in scale[1:]:
-            raise OptionError(f"vmin={low:g} is not below vmax={high:g}; swap them, or leave one out")
+            raise OptionError(f"vmin={low:g} is not below vmax={high:g}: swap them, or leave one out")
         low, high = (low - step, high) if scale.vmin == "data" else (low, low + step)
     return low, high
 
@@ -163,7 +163,7 @@ def _colours(cmap: str | Colormap | None, default: str) -> Any:
     try:
         return matplotlib.colormaps[cmap or default].with_extremes(bad=MISSING)
     except (KeyError, TypeError) as error:
-        raise OptionError(f"cmap is {cmap!r}; expected the name of a colour map, such as {default!r}") from error
+        raise OptionError(f"cmap is {cmap!r}: expected the name of a colour map, such as {default!r}") from error
 
 
 def _colourbar(axes: Axes, image: AxesImage, what: str, beyond: str, given: bool) -> None:
@@ -257,8 +257,8 @@ def _write_values(axes: Axes, result: CKAResult, *, stderr: bool) -> None:
     need = _CELL[2 if stderr else 1]
     if width / columns < 0.8 * need or height / rows < 0.5 * need:
         warn(
-            f"the cells of {rows} x {columns} layers are too small to write values into; they are left out. "
-            "Choose fewer layers with result.select(...), or larger axes."
+            f"the cells of {rows} x {columns} layers are too small to write values into, so they are left out: "
+            "choose fewer layers with result.select(...), or larger axes"
         )
         return
     image = axes.images[-1]
