@@ -92,21 +92,21 @@ def null_cumulants(own: Tensor, numbers: Tensor, n: int) -> Tensor:
         >>> null_cumulants(centred.square().sum((-2, -1)) / 8, null_numbers(centred), 8).shape
         torch.Size([2, 2, 2])
     """
-    of_t, of_both, of_s = _shares(n)
+    variance, of_t, of_both, of_s = null_weights(n)
     # Python numbers rather than tensors, which would have to be moved to the device.
     t, s = numbers.unbind(-1)
     third = (of_t * t + of_both * s) @ t.mT + (of_both * t + of_s * s) @ s.mT
-    return torch.stack([2 / (n * (n - 3)) * own @ own.mT, third / n**3])
+    return torch.stack([variance * own @ own.mT, third])
 
 
 @lru_cache(maxsize=256)
-def _shares(n: int) -> tuple[float, float, float]:
-    """The weights in the third moment of t of both layers, of t of one with s of the other, and of s of both."""
-    here = [(graph, graph.ways / math.perm(n, graph.vertices)) for graph in _GRAPHS if graph.vertices <= n]
+def null_weights(n: int) -> tuple[float, float, float, float]:
+    """The weights in `null_cumulants` of |A|^2 of both layers, t of both, t of one with s of the other, s of both."""
+    here = [(graph, graph.ways / math.perm(n, graph.vertices) / n**3) for graph in _GRAPHS if graph.vertices <= n]
     of_t = sum(share * graph.triangle**2 for graph, share in here)
     of_both = sum(share * graph.triangle * graph.triple for graph, share in here)
     of_s = sum(share * graph.triple**2 for graph, share in here)
-    return of_t, of_both, of_s
+    return 2 / (n * (n - 3)), of_t, of_both, of_s
 
 
 def permuted_orders(hsic: Tensor, n: int, count: int, seed: int) -> Tensor:

@@ -34,6 +34,7 @@ VIEWS = {
     "select",
     "slice",
     "split",
+    "split_with_sizes",
 }
 VIEWS |= {"squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view", "_unsafe_view"}
 

@@ -18,11 +18,16 @@ from processes import finished
 from test_device import NoHostSync
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import cka_hooks
 from cka_hooks import CKAAccumulator
-from cka_hooks.similarity import products
-from cka_hooks.similarity.products import batch, fused
+from cka_hooks.similarity import batch, products
+from cka_hooks.similarity.batch import Minibatches
+from cka_hooks.similarity.products import fused
+from cka_hooks.similarity.products.grams import Grams
+from cka_hooks.similarity.state import DECLARED, State
 
 CHECKS = Path(__file__).parent / "fused_checks.py"
 pytestmark = pytest.mark.filterwarnings("ignore:one sample decides")
@@ -82,12 +87,35 @@ class Launches:
             values.view(-1)[row * n * n : (row + 1) * n * n] = found.flatten()
             shift[row] = 0
 
+    def centre_grams(self, program: fused.Program, tensors: Sequence[Tensor]) -> None:
+        values, shift, parts, numbers = tensors
+        (rows, _, _), (n,) = program.grid, program.numbers
+        grams = values[: rows * n * n].view(rows, 1, n, n)
+        made = Minibatches.of(("",) * rows, Grams(grams, shift[:rows, None]), "unbiased")
+        grams.flatten(2)[..., : made.vectors.shape[-1]] = made.vectors
+        numbers[:rows] = made.numbers[:, 0]
+        parts[: rows * n] = made.parts.flatten()
+
+    def add_hsic(self, program: fused.Program, tensors: Sequence[Tensor], minibatches: int, positions: int) -> None:
+        hsic, numbers, parts, *sums = tensors
+        hsic.copy_(hsic.tril() + hsic.tril(-1).mT)
+        layers = tuple(map(str, range(len(parts))))
+        names = ("moments", "null", "spread", "size", "differ", "bad", "peak")
+        state = State(layers, **dict(zip(names, sums, strict=True)), minibatches=minibatches, samples=positions)
+        group = Minibatches(layers, parts, numbers, parts)
+        added = {name: DECLARED[name].of(group, hsic) for name in names}
+        if not any(program.numbers[3:]):
+            added["null"].zero_()
+        state.merge(State(layers, **added))
+        for name, tensor in zip(names, sums, strict=True):
+            tensor.copy_(getattr(state, name))
+
 
 class OnlyCounted(Launches):
     def partial_grams(self, *_: Any) -> None:
         pass
 
-    add_partials = centre_grams = partial_grams
+    add_partials = centre_grams = add_hsic = partial_grams
 
 
 def taken_on_a_cpu(features: Tensor, minibatches: int) -> bool:
@@ -99,6 +127,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     found = Launches()
     monkeypatch.setattr(fused, "launch", found)
     monkeypatch.setattr(fused, "takes", taken_on_a_cpu)
+    monkeypatch.setattr(fused, "adds_up", lambda vectors: not fused._failed)
     monkeypatch.setattr(fused, "processors_of", lambda device: 4)
     monkeypatch.setattr(fused, "_failed", False)
     return found
@@ -133,15 +162,16 @@ def test_the_result_is_that_of_pytorch_products(
     """Layers that are taken and layers that are not, batches of several sizes."""
     batches = [layers_of(samples) for samples in (24, 24, 20, 150, 24)]
     found = result_of(batches, **options)
-    assert (sum(launches.count.values()) > 0) == (options.get("kernel") != "distance")
+    assert (launches.count["partial_grams"] > 0) == (options.get("kernel") != "distance")
     monkeypatch.setattr(fused, "takes", lambda features, minibatches: False)
+    monkeypatch.setattr(fused, "adds_up", lambda vectors: False)
     expected = result_of(batches, **options)
     assert found.layers == expected.layers == ("x", "wide", "y", "half")
     np.testing.assert_allclose(found.matrix, expected.matrix, atol=1e-6)
     np.testing.assert_allclose(found.stderr, expected.stderr, atol=1e-6)
 
 
-@pytest.mark.parametrize("fails_at", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize("fails_at", [*range(6), 7, 8, 9, 14, 15])
 def test_where_triton_fails_products_are_pytorchs(launches: Launches, fails_at: int) -> None:
     """With one warning, and nothing that was made before is lost."""
     layers = {str(i): torch.randn(16, 40) + i for i in range(4)}
@@ -151,15 +181,6 @@ def test_where_triton_fails_products_are_pytorchs(launches: Launches, fails_at: 
     with pytest.warns(cka_hooks.CKAWarning, match="no such kernel.*CKA_HOOKS_FUSED=0") as warned:
         found = result_of([layers] * 2)
     assert len(warned) == 1
-    np.testing.assert_allclose(found.matrix, expected.matrix, atol=1e-6)
-
-
-def test_where_centring_fails_it_is_pytorchs(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = {str(i): torch.randn(16, 40) + i for i in range(4)}
-    expected = result_of([layers] * 2)
-    monkeypatch.setattr(fused, "centres", lambda grams: not fused._failed)
-    with pytest.warns(cka_hooks.CKAWarning, match="no attribute 'centre_grams'"):
-        found = result_of([layers] * 2)
     np.testing.assert_allclose(found.matrix, expected.matrix, atol=1e-6)
 
 
@@ -191,7 +212,6 @@ def pretended(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> Iterator[O
     found = OnlyCounted()
     monkeypatch.setattr(fused, "launch", found)
     monkeypatch.setattr(fused, "current_stream", lambda device: 0)
-    monkeypatch.setattr(fused, "centres", lambda grams: grams.shift is not None)
     with FakeTensorMode():
         if torch.__version__.startswith("2.6."):
             pytest.skip("PyTorch 2.6 asks the CUDA driver about a view of a pretended tensor")
@@ -236,9 +256,47 @@ def test_one_launch_a_layer_and_a_step_that_does_not_grow(
     assert few[2] == many[2]
     # Of both batches, and of the very first layer.
     assert pretended.count["add_partials"] == 3
+    assert pretended.count["add_hsic"] == 2
     if options.get("kernel") is None:
         assert pretended.count["centre_grams"] == 2
-        assert many[2] < 60
+        # And one product.
+        assert many[2] == 1
+
+
+class Allocations(TorchDispatchMode):
+    """Counts tensors whose memory is none that an operator was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+
+        def memory(values: Any) -> set[int]:
+            return {it.untyped_storage()._cdata for it in tree_leaves(values) if isinstance(it, Tensor)}
+
+        self.count[func.overloadpacket.__name__] += len(memory(out) - memory((args, kwargs)))
+        return out
+
+
+@pytest.mark.parametrize("minibatch", [None, 12])
+@pytest.mark.parametrize("layers", [3, 300])
+def test_nothing_is_allocated_from_the_second_batch_on(
+    pretended: OnlyCounted, layers: int, minibatch: int | None
+) -> None:
+    """One group of minibatches and two, and a batch of another size between."""
+    model = chain(layers)
+    cka = CKAAccumulator(minibatch=minibatch)
+    counts = []
+    with torch.no_grad(), cka_hooks.LayerRecorder(model, consumer=cka.observe, batch_dim=0):
+        for samples in (32, 20, 32, 20, 32):
+            model(torch.randn(samples, 16, device="cuda"))
+            with Allocations() as allocated:
+                cka.step()
+            counts.append(+allocated.count)
+    assert counts[0]
+    assert not any(counts[2:])
 
 
 def test_padded_text_is_added_up_by_one_table(pretended: OnlyCounted) -> None:

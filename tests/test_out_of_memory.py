@@ -63,17 +63,17 @@ def test_retried_in_smaller_pieces(error: Exception) -> None:
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_names_the_layer_and_what_to_do_and_goes_on(error: Exception) -> None:
     cka = cka_hooks.CKAAccumulator()
-    kernel = cka._kernel
     first, *rest = batches()
     cka.update({"x": first, "y": first.sin()})
-    cka._kernel = Short(cka, 0, error)
+    kernel = cka._groups[0]._kernel
+    cka._groups[0]._kernel = Short(cka, 0, error)
     with pytest.raises(
         cka_hooks.OutOfMemoryError, match=r"layer 'x': 16 samples of 12 features .*minibatch="
     ) as caught:
         cka.update({"x": rest[0], "y": rest[0].sin()})
     assert caught.value.__cause__ is error
     assert isinstance(caught.value, MemoryError)
-    cka._kernel = kernel
+    cka._groups[0]._kernel = kernel
     for batch in rest[1:]:
         cka.update({"x": batch, "y": batch.sin()})
     whole = cka_hooks.CKAAccumulator()
@@ -89,9 +89,10 @@ def test_while_adding_up_nothing_is_added(monkeypatch: pytest.MonkeyPatch, where
     first, second, third, *_ = (torch.cat([a, b]) for a, b in zip(batches(), batches()[1:], strict=False))
     cka.update({"x": first[:22], "y": first[:22].sin()})
     before = repr(cka.state_dict())
-    from cka_hooks.similarity import state
+    from cka_hooks.similarity import batch, state
 
-    real, calls = getattr(state, where), []
+    module = state if where == "all_pairs" else batch
+    real, calls = getattr(module, where), []
 
     def failing(*args):
         calls.append(1)
@@ -99,7 +100,7 @@ def test_while_adding_up_nothing_is_added(monkeypatch: pytest.MonkeyPatch, where
             raise ERRORS[0]
         return real(*args)
 
-    monkeypatch.setattr(state, where, failing)
+    monkeypatch.setattr(module, where, failing)
     with pytest.raises(cka_hooks.OutOfMemoryError, match="comparing 2 layers of 22 samples"):
         cka.update({"x": second[:22], "y": second[:22].sin()})
     monkeypatch.undo()

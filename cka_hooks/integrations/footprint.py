@@ -13,7 +13,8 @@ from cka_hooks.results.result import CKAResult
 from cka_hooks.run.comparison import Comparison
 from cka_hooks.run.in_turn import kept_on_cpu, refuse_other_positions
 from cka_hooks.run.outcome import finished
-from cka_hooks.similarity.state import DECLARED, Minibatches, State, Step
+from cka_hooks.similarity.batch import Minibatches, Step
+from cka_hooks.similarity.state import DECLARED, State
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from cka_hooks.run.looked_at import LookedAt
 from cka_hooks.run.outcome import finished
 from cka_hooks.run.precomputed import Brought, Counted, Identifier, Precomputed, SampleIds, is_features, without_ids
 from cka_hooks.similarity.accumulator import CKAAccumulator
-from cka_hooks.similarity.state import State, Step
+from cka_hooks.similarity.batch import Step
+from cka_hooks.similarity.state import State
 
 
 class Comparison:

@@ -22,7 +22,8 @@ from cka_hooks.run.entries import per_model
 from cka_hooks.run.loop import DONE, Loop
 from cka_hooks.run.precomputed import Precomputed
 from cka_hooks.run.ranks import Ranks
-from cka_hooks.similarity.state import State, Step
+from cka_hooks.similarity.batch import Step
+from cka_hooks.similarity.state import State
 
 Builder = nn.Module | Precomputed | Callable[[], nn.Module]
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from cka_hooks.errors import LayerError, OptionError, SampleCountError
 from cka_hooks.precision import without_gradients
 from cka_hooks.similarity.accumulator import CKAAccumulator
-from cka_hooks.similarity.state import State, Step
+from cka_hooks.similarity.batch import Step
+from cka_hooks.similarity.state import State
 
 _NOTHING = Step(0, 0, [], {})
 

@@ -16,8 +16,9 @@ from cka_hooks.run import replay
 from cka_hooks.run.checkpoint import Keeper, undisturbed
 from cka_hooks.run.comparison import Comparison
 from cka_hooks.run.ranks import Ranks
+from cka_hooks.similarity.batch import Step
 from cka_hooks.similarity.estimate import largest_stderr, too_few
-from cka_hooks.similarity.state import State, Step
+from cka_hooks.similarity.state import State
 
 # With `tolerance`, first look at the standard errors after this many minibatches. (After three, they cover too
 # little: the run would stop where the spread happens to be small.) Then look again at this ratio.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,12 +18,11 @@ from cka_hooks.hsic import MIN_SAMPLES, Estimator, features_differ
 from cka_hooks.options import Options
 from cka_hooks.precision import without_gradients
 from cka_hooks.results.result import CKAResult
+from cka_hooks.similarity.batch import DIFFER, Batch, Step
 from cka_hooks.similarity.estimate import largest_stderr, result_of
-from cka_hooks.similarity.kernels import OfLinear, as_kernel
-from cka_hooks.similarity.products.batch import Batch
-from cka_hooks.similarity.products.grams import Grams
+from cka_hooks.similarity.kernels import as_kernel
 from cka_hooks.similarity.reduce import exchanged, is_shared, reduced
-from cka_hooks.similarity.state import Minibatches, State, Step
+from cka_hooks.similarity.state import State
 
 # Default size of minibatches, where size changes only the spread: a GPU then reads each activation once.
 LARGEST_BY_DEFAULT = 128
@@ -38,22 +37,6 @@ _OWN_OPTIONS = (
     "keep_minibatches",
     "permutations",
 )
-
-
-class _Observed(NamedTuple):
-    """What is known of a layer in the current batch; in its first batch, also whether its features differ."""
-
-    samples: int
-    dtype: torch.dtype
-    differ: Tensor | None
-
-
-def _with_differ(minibatches: Minibatches, differ: Mapping[str, Tensor]) -> Minibatches:
-    """The same minibatches, with whether features differ for the layers that were asked."""
-    if not differ:
-        return minibatches
-    known = [differ.get(label, it).to(it) for label, it in zip(minibatches.layers, minibatches.differ, strict=True)]
-    return minibatches._replace(differ=torch.stack(known))
 
 
 class CKAAccumulator:
@@ -136,7 +119,12 @@ class CKAAccumulator:
 
     def reset(self) -> None:
         """Forget everything that was added."""
-        self._pending: dict[str, _Observed] = {}
+        # The layers of the current batch, in order, and how its samples are split.
+        self._pending: dict[str, None] = {}
+        self._samples = 0
+        self._parts: list[tuple[int, int]] = []
+        # For layers that were not seen before: the dtype, and whether features differ.
+        self._asked: dict[str, tuple[torch.dtype, Tensor]] = {}
         self.discard()
         self._batches = 0
         self._own: State | None = None
@@ -185,7 +173,7 @@ class CKAAccumulator:
     @property
     def observing_samples(self) -> int:
         """Number of samples of each layer observed since the last `step`."""
-        return next((observed.samples for observed in self._pending.values()), 0)
+        return self._samples if self._pending else 0
 
     def largest_stderr(self) -> float:
         """The largest standard error of a defined pair so far, infinite before the third minibatch.
@@ -229,51 +217,27 @@ class CKAAccumulator:
                 f"layer {layer!r} was observed twice in batch {self._batches} (counted from 0): call step() after "
                 "each forward pass, or discard() where one broke off"
             )
+        samples = rows.shape[0]
+        if not self._pending:
+            self._samples = samples
+            self._parts = _split(samples, self._options.minibatch, self._split_by_default)
+        elif samples != self._samples:
+            raise SampleCountError(
+                f"layer {layer!r} has {samples} samples and {next(iter(self._pending))!r} has {self._samples} in the "
+                "same batch: CKA compares the same samples in the same order"
+            )
         with without_gradients():
-            samples = rows.shape[0]
-            for other, observed in self._pending.items():
-                if observed.samples != samples:
-                    raise SampleCountError(
-                        f"layer {layer!r} has {samples} samples and {other!r} has {observed.samples} in the same "
-                        "batch: CKA compares the same samples in the same order"
-                    )
-                break
             start = 0
-            split = _split(samples, self._options.minibatch, self._split_by_default)
-            for number, (count, size) in enumerate(split):
+            for number, (count, size) in enumerate(self._parts):
                 some = rows if count * size == samples else rows[start : start + count * size]
                 if number == len(self._groups):
-                    self._groups.append(Batch(self._kernel.of_linear if isinstance(self._kernel, OfLinear) else None))
-                group = self._groups[number]
-                if not group.shelve(layer, some, count):
-                    group.put(layer, self._grams(layer, some, count))
+                    self._groups.append(Batch(self._kernel))
+                self._groups[number].take(layer, some, count)
                 start += count * size
-            dtype = dtype or rows.dtype
-            differ = None if layer in self.state.dtypes else features_differ(rows, dtype)
-        self._pending[layer] = _Observed(samples, dtype, differ)
-
-    def _grams(self, layer: str, rows: Tensor, minibatches: int) -> Grams:
-        """Gram matrices of one layer, made in smaller pieces if memory does not suffice for all of them at once."""
-        try:
-            return self._kernel(rows, minibatches)
-        except memory.EXHAUSTED as error:
-            memory.raise_unless_exhausted(error)
-        # Outside of the handler, whose traceback would keep the scratch buffers of the failed attempt.
-        memory.release(rows.device)
-        try:
-            with memory.smaller_pieces():
-                parts = [self._kernel(part, 1) for part in rows.chunk(minibatches)]
-        except memory.EXHAUSTED as error:
-            memory.raise_unless_exhausted(error)
-            features = rows.shape[1] * rows.shape[2]
-            raise OutOfMemoryError(
-                f"out of memory in layer {layer!r}: {len(rows)} samples of {features:,} features "
-                f"({rows.numel() * rows.element_size() / 1e6:,.1f} MB, {str(rows.dtype).removeprefix('torch.')}) on "
-                f"{rows.device}, even in smaller pieces: leave the layer out (layers=), average it over positions "
-                "(features='mean'), take smaller minibatches (minibatch=), or use a smaller batch_size in the loader"
-            ) from error
-        joined: list[Any] = [None if of_one[0] is None else torch.cat(of_one) for of_one in zip(*parts, strict=True)]
-        return Grams(*joined)
+            if layer not in self.state.dtypes:
+                dtype = dtype or rows.dtype
+                self._asked[layer] = dtype, features_differ(rows, dtype)
+        self._pending[layer] = None
 
     def step(self) -> Step:
         """Complete the batch and add it to the sums.
@@ -293,26 +257,22 @@ class CKAAccumulator:
                 "no layer was observed since the last step(): pass observe to the hooks of the modules that run, "
                 "or drop this step()"
             )
-        pending, self._pending = self._pending, {}
+        layers, asked = tuple(self._pending), self._asked
         self._batches += 1
-        first = next(iter(pending.values()))
-        split = _split(first.samples, self._options.minibatch, self._split_by_default)
-        layers = tuple(pending)
         try:
             with without_gradients():
-                groups = [
-                    Minibatches.of(layers, group.grams(layers), self._estimator)
-                    for group in self._groups[: len(split)]
-                ]
-                asked = {layer: of_one.differ for layer, of_one in pending.items() if of_one.differ is not None}
-                groups[:1] = [_with_differ(group, asked) for group in groups[:1]]
-                dtypes = {layer: str(pending[layer].dtype).removeprefix("torch.") for layer in asked}
-                step = Step(first.samples, sum(count * size for count, size in split), groups, dtypes)
+                groups = [group.minibatches(layers, self._estimator) for group in self._groups[: len(self._parts)]]
+                for group in groups[:1]:
+                    for layer in asked:
+                        group.numbers[layers.index(layer), 0, DIFFER] = asked[layer][1]
+                dtypes = {layer: str(dtype).removeprefix("torch.") for layer, (dtype, _) in asked.items()}
+                counted = sum(count * size for count, size in self._parts)
+                step = Step(self._samples, counted, groups, dtypes)
                 self.state.add(step, keep=self._options.keep_minibatches, seed=self._options.seed)
         except memory.EXHAUSTED as error:
             memory.raise_unless_exhausted(error)
             raise OutOfMemoryError(
-                f"out of memory while comparing {len(pending)} layers of {first.samples} samples with one another, "
+                f"out of memory while comparing {len(layers)} layers of {self._samples} samples with one another, "
                 "and this batch was not added: choose fewer layers (layers=) or smaller minibatches (minibatch=)"
             ) from error
         finally:
@@ -321,7 +281,8 @@ class CKAAccumulator:
 
     def discard(self) -> None:
         """Forget what was observed since the last `step`, after a forward pass that was cut short."""
-        self._pending = {}
+        self._pending.clear()
+        self._asked = {}
         for group in self._groups:
             group.release()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
@@ -19,104 +19,10 @@ import torch
 from torch import Tensor
 
 from cka_hooks.errors import OptionError, SampleCountError
-from cka_hooks.hsic import Estimator, all_pairs, centre, pack, sample_parts
-from cka_hooks.null import null_cumulants, null_numbers, permuted_pairs
+from cka_hooks.hsic import all_pairs
+from cka_hooks.null import null_cumulants, null_weights, permuted_pairs
+from cka_hooks.similarity.batch import DIFFER, FINITE, SIZE, SPREAD, TRIANGLES, Minibatches, Step
 from cka_hooks.similarity.products import fused
-from cka_hooks.similarity.products.grams import Grams
-
-# How many numbers of the (layers, minibatches, n, n) stack to centre at a time: 32 MB. On a CPU 8 MB, because its
-# allocator would request more from the system anew each time.
-_CENTRED_AT_A_TIME = 1 << 22
-
-
-class Minibatches(NamedTuple):
-    """All layers of m minibatches of n samples, ready to be added. Every tensor has the layers in dimension 0.
-
-    Attributes:
-        layers: l labels.
-        vectors: (l, m, p) centred Gram matrices, see :func:`cka_hooks.hsic.pack`.
-        spread: (l, m) traces of the centred linear Gram matrices.
-        size: (l, m) traces of the linear Gram matrices.
-        finite: (l, m) bool, whether the layer was finite; its vectors are 0 where it was not.
-        parts: (l, m, n) each sample's part of the layer's own HSIC.
-        cubes: (l, m, 2) see :func:`cka_hooks.null.null_numbers`; 0 for the biased estimator.
-        differ: (l,) 1 if :func:`cka_hooks.hsic.features_differ`, 0 if not, or if that was not asked.
-    """
-
-    layers: tuple[str, ...]
-    vectors: Tensor
-    spread: Tensor
-    size: Tensor
-    finite: Tensor
-    parts: Tensor
-    cubes: Tensor
-    differ: Tensor
-
-    @classmethod
-    def of(cls, layers: tuple[str, ...], grams: Grams | Sequence[Grams], estimator: Estimator) -> Minibatches:
-        """Centre the Gram matrices of all layers of m minibatches, a bounded stack at a time.
-
-        Args:
-            layers: their labels.
-            grams: one for each layer, or those of all layers stacked in a leading dimension.
-            estimator: "unbiased" or "biased".
-        """
-        if isinstance(grams, Grams) and estimator == "unbiased" and fused.centres(grams):
-            made = fused.centred(grams)
-            if made is not None:
-                return cls(layers, *made, *[made[0].new_zeros(len(layers))])
-        first = grams if isinstance(grams, Grams) else grams[0]
-        device = first.values.device
-        m, n, _ = first.values.shape[-3:]
-        packed: Tensor | None = None
-        rest: list[tuple[Tensor, ...]] = []
-        step = max(1, _CENTRED_AT_A_TIME // (4 if device.type == "cpu" else 1) // (m * n * n))
-        for low in range(0, len(layers), step):
-            stacked = _stacked(grams, slice(low, low + step), device)
-            spread, size = stacked.traces()
-            finite = torch.isfinite(stacked.values.sum((-2, -1)) + size)
-            bad = ~finite.unsqueeze(-1)
-            centred = centre(stacked.values, estimator)
-            cubes = null_numbers(centred) if estimator == "unbiased" else centred.new_zeros(*finite.shape, 2)
-            parts = sample_parts(centred, estimator).masked_fill_(bad, 0)
-            rest.append((spread, size, finite, parts, cubes.masked_fill_(bad, 0)))
-            vectors = pack(centred, estimator).masked_fill_(bad, 0)
-            if packed is None:
-                packed = vectors if step >= len(layers) else vectors.new_empty(len(layers), *vectors.shape[1:])
-            if packed is not vectors:
-                packed[low : low + step] = vectors
-        assert packed is not None
-        return cls(layers, packed, *map(torch.cat, zip(*rest, strict=True)), *[packed.new_zeros(len(layers))])
-
-    @classmethod
-    def joined(cls, parts: Sequence[Minibatches]) -> Minibatches:
-        """The same minibatches with the layers of several models."""
-        layers = tuple(layer for part in parts for layer in part.layers)
-        return cls(layers, *(torch.cat(tensors) for tensors in zip(*(part[1:] for part in parts), strict=True)))
-
-    def cpu(self) -> Minibatches:
-        """A copy on the CPU."""
-        return Minibatches(self.layers, *(tensor.cpu() for tensor in self[1:]))
-
-
-def _stacked(grams: Grams | Sequence[Grams], some: slice, device: torch.device) -> Grams:
-    """The Gram matrices of some of the layers, stacked."""
-    if isinstance(grams, Grams):
-        return Grams(*(None if stack is None else stack[some] for stack in grams))  # type: ignore[arg-type]
-    found: list[Any] = []
-    for tensors in zip(*grams[some], strict=True):
-        there = [tensor.to(device, non_blocking=True) for tensor in tensors if tensor is not None]
-        found.append(torch.stack(there) if there else None)
-    return Grams(*found)
-
-
-class Step(NamedTuple):
-    """A batch of `samples`, of which `counted` are in `groups` of equal minibatches; dtypes of layers by label."""
-
-    samples: int
-    counted: int
-    groups: list[Minibatches]
-    dtypes: dict[str, str]
 
 
 class Combine(Enum):
@@ -183,14 +89,19 @@ def moments_of(hsic: Tensor) -> Tensor:
     return torch.stack([hsic.sum(0), hsic.square().sum(0), (hsic * own.unsqueeze(-1)).sum(0), own.mT @ own])
 
 
+def _sum_of(number: int) -> Callable[[Minibatches, Tensor], Tensor]:
+    return lambda it, _: it.numbers[..., number].sum(1)
+
+
 def _bad(minibatches: Minibatches, _: Tensor) -> Tensor:
-    numbers = torch.arange(minibatches.finite.shape[1], dtype=torch.float64, device=minibatches.finite.device)
-    return torch.where(minibatches.finite, math.inf, numbers).amin(1)
+    finite = minibatches.numbers[..., FINITE]
+    numbers = torch.arange(finite.shape[1], dtype=finite.dtype, device=finite.device)
+    return torch.where(finite > 0, math.inf, numbers).amin(1)
 
 
 def _null(minibatches: Minibatches, hsic: Tensor) -> Tensor:
     own = hsic.diagonal(dim1=-2, dim2=-1).mT
-    return null_cumulants(own, minibatches.cubes, minibatches.parts.shape[-1])
+    return null_cumulants(own, minibatches.numbers[..., TRIANGLES:], minibatches.parts.shape[-1])
 
 
 def _peak(minibatches: Minibatches, _: Tensor) -> Tensor:
@@ -240,9 +151,9 @@ class State:
 
     layers: tuple[str, ...] = ()
     moments: Tensor = _tensor(Combine.SUM, lambda _, hsic: moments_of(hsic), lead=(4,), axes=2)
-    spread: Tensor = _tensor(Combine.SUM, lambda it, _: torch.where(it.finite, it.spread, 0).sum(1), axes=1)
-    size: Tensor = _tensor(Combine.SUM, lambda it, _: torch.where(it.finite, it.size, 0).sum(1), axes=1)
-    differ: Tensor = _tensor(Combine.SUM, lambda it, _: it.differ, axes=1)
+    spread: Tensor = _tensor(Combine.SUM, _sum_of(SPREAD), axes=1)
+    size: Tensor = _tensor(Combine.SUM, _sum_of(SIZE), axes=1)
+    differ: Tensor = _tensor(Combine.SUM, _sum_of(DIFFER), axes=1)
     bad: Tensor = _tensor(Combine.FIRST, _bad, axes=1, fill=math.inf, after="minibatches")
     peak: Tensor = _tensor(Combine.LARGEST, _peak, lead=(2,), axes=1, after="positions")
     null: Tensor = _tensor(Combine.SUM, _null, lead=(2,), axes=2)
@@ -268,6 +179,8 @@ class State:
     identifiers: list[str] = _value(Combine.CONCATENATED, list)
     repeats: str | None = _value(Combine.FIRST, None)
     stopped: str | None = _value(Combine.FIRST, None)
+    # Where the h_ij of a batch are made on a GPU.
+    _hsic: Tensor | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
     @property
     def positions(self) -> int:
@@ -287,47 +200,73 @@ class State:
             keep: whether to keep the values of its minibatches.
             seed: seed of the permutations.
         """
-        parts: list[State] = []
-        for group in step.groups:
-            hsic = all_pairs(group.vectors)
-            tensors: dict[str, Any] = {
-                name: declared.of(group, hsic) for name, declared in DECLARED.items() if declared.of is not None
-            }
-            m, n = group.parts.shape[1:]
-            if keep:
-                tensors["kept"] = [hsic]
-            tensors["permuted"] = hsic[:0]
-            if self.passes > 1:
-                # Later passes bring no new samples, so the null is that of the first pass.
-                tensors["null"].zero_()
-            elif count := len(self.permuted):
-                tensors["permuted"] = permuted_pairs(group.vectors, hsic, n, count, seed)
-            part = type(self)(
-                group.layers, **tensors, minibatches=m, samples=m * n, seen=dict.fromkeys(group.layers, m)
-            )
-            if self.passes == 1:
-                part.first_minibatches, part.first_samples = m, m * n
-            parts.append(part)
-        # An empty state contributes nothing; its tensors would be made as large as the others and moved to the
-        # device.
-        last = parts[-1] if parts else type(self)()
-        last.largest, last.left_out, last.dtypes = step.samples, step.samples - step.counted, step.dtypes
-        for part in parts or [last]:
-            self.merge(part)
+        if not self._add_in_place(step.groups, keep):
+            made = []
+            for group in step.groups:
+                hsic = all_pairs(group.vectors)
+                tensors: dict[str, Any] = {
+                    name: declared.of(group, hsic) for name, declared in DECLARED.items() if declared.of is not None
+                }
+                tensors |= {"kept": [hsic] if keep else [], "permuted": hsic[:0]}
+                if self.passes > 1:
+                    # Later passes bring no new samples, so the null is that of the first pass.
+                    tensors["null"].zero_()
+                elif count := len(self.permuted):
+                    tensors["permuted"] = permuted_pairs(group.vectors, hsic, group.parts.shape[-1], count, seed)
+                made.append(tensors)
+            for group, tensors in zip(step.groups, made, strict=True):
+                self.merge(type(self)(group.layers, **tensors, **self._counts(group)))
+        self._combine(largest=step.samples, left_out=step.samples - step.counted, dtypes=step.dtypes)
+
+    def _counts(self, group: Minibatches) -> dict[str, Any]:
+        """What minibatches add to the fields that are not tensors."""
+        m, n = group.parts.shape[1:]
+        counts: dict[str, Any] = {"minibatches": m, "samples": m * n, "seen": dict.fromkeys(group.layers, m)}
+        return counts | {"first_minibatches": m, "first_samples": m * n} if self.passes == 1 else counts
+
+    def _add_in_place(self, groups: list[Minibatches], keep: bool) -> bool:
+        """Add a batch on a GPU, by one product and one launch. If PyTorch has to, return False and add nothing."""
+        if not groups or len(self.permuted) or not fused.adds_up(groups[0].vectors):
+            return False
+        layers, sizes = groups[0].layers, [group.vectors.shape[1] for group in groups]
+        room = self._hsic
+        if room is None or room.shape[1] != len(layers) or len(room) < sum(sizes):
+            room = groups[0].vectors.new_empty(sum(sizes), len(layers), len(layers))
+        hsics = room[: sum(sizes)].split(sizes)
+        for group, hsic in zip(groups, hsics, strict=True):
+            vectors = group.vectors.transpose(0, 1)
+            torch.bmm(vectors, vectors.mT, out=hsic)
+        self._cover(layers, room.device)
+        if self.layers != layers or self.moments.device != room.device:
+            return False
+        sums = self.moments, self.null, self.spread, self.size, self.differ, self.bad, self.peak
+        for group, hsic in zip(groups, hsics, strict=True):
+            weights = null_weights(group.parts.shape[-1]) if self.passes == 1 else (0.0,) * 4
+            if not fused.add_up((hsic, group.numbers, group.parts, *sums), weights, self.minibatches, self.positions):
+                return False
+            self._combine(**self._counts(group), kept=[hsic] if keep else [])
+        self._hsic = None if keep else room
+        return True
 
     def merge(self, other: State) -> None:
         """Add another state, whose minibatches come after those of this one."""
-        offsets = {declared.after: getattr(self, declared.after, 0) for declared in DECLARED.values()}
-        layers = tuple(dict.fromkeys(self.layers + other.layers))
-        if layers != self.layers:
-            device = self.moments.device if self.layers else other.moments.device
-            vars(self).update(vars(self.at(layers).to(device)))
-        theirs = other.at(layers) if other.layers != layers else other
+        self._cover(other.layers, other.moments.device)
+        theirs = other.at(self.layers) if other.layers != self.layers else other
         if theirs.moments.device != self.moments.device:
             theirs = theirs.to(self.moments.device)
-        for name, declared in DECLARED.items():
-            offset = offsets[declared.after]
-            setattr(self, name, _combined(declared, getattr(self, name), getattr(theirs, name), offset))
+        self._combine(**{name: getattr(theirs, name) for name in DECLARED})
+
+    def _combine(self, **theirs: Any) -> None:
+        """Add fields of another state, which has the same layers."""
+        offsets = {name: getattr(self, DECLARED[name].after, 0) for name in theirs}
+        for name, value in theirs.items():
+            setattr(self, name, _combined(DECLARED[name], getattr(self, name), value, offsets[name]))
+
+    def _cover(self, layers: tuple[str, ...], device: torch.device) -> None:
+        """Make room for more layers, on a device if they are the first."""
+        union = tuple(dict.fromkeys(self.layers + layers))
+        if union != self.layers:
+            vars(self).update(vars(self.at(union).to(self.moments.device if self.layers else device)))
 
     def at(self, layers: tuple[str, ...]) -> State:
         """The same sums with every axis of layers in another order, filled for layers that were not seen."""

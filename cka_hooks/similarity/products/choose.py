@@ -5,7 +5,7 @@ a large common component is that component plus rounding. So a common vector is 
 it matters, and partial products are added in float64.
 
 To add a backend, write a file beside this one with a function like :func:`reference.shifted`, and choose it here. A
-backend that makes the matrices of many layers together is chosen earlier, in batch.py.
+backend that makes the matrices of many layers together is chosen earlier, in ../batch.py.
 """
 
 from __future__ import annotations

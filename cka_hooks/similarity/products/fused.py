@@ -39,6 +39,10 @@ ROOM = 3 << 22
 SLOTS, PART = 16, 128
 # A layer with too many minibatches for that goes to PyTorch.
 MOST_ROWS = ROOM // (2 * MAX_SAMPLES)
+# Layers in a side of the tile of pairs that one program adds.
+LAYERS = 16
+# How many numbers of each layer and minibatch come with its vector.
+NUMBERS = 6
 # How many sequences of layers to keep tables for.
 KEPT = 1024
 
@@ -116,7 +120,7 @@ class Program:
         self,
         kernel: str,
         grid: tuple[int, int, int],
-        numbers: Sequence[int],
+        numbers: Sequence[float],
         constants: dict[str, int],
         options: dict[str, int],
     ) -> None:
@@ -269,6 +273,7 @@ class Shelf:
         self._tables: dict[tuple[int, ...], tuple[Program, Tensor]] = {}
         self._values = torch.empty(0, dtype=torch.float64, device=device)
         self._shift = torch.empty(0, dtype=torch.float64, device=device)
+        self._parts = self._numbers = self._shift
         self._processors = processors_of(device)
 
     def add(self, features: Tensor, minibatches: int) -> None:
@@ -278,16 +283,23 @@ class Shelf:
         shape: Any = features.shape
         program = program_of(shape, features.stride(), features.dtype, minibatches, self._processors)
         stream = current_stream(self._device)
-        lane = self._lanes.get(stream)
-        if lane is None:
-            self._first_of(stream, features)
-            lane = self._lanes[stream]
-        elif lane.used + program.slots > program.room:
-            self._add_up(lane)
+        known = self._lanes.get(stream)
+        if known is None:
+            self._follow(self._other_streams())
+        elif known.used + program.slots > program.room:
+            self._add_up(known)
+        lane = known or _Lane(self._device, stream)
         launch(program, stream, (features, *lane.buffers), lane.used)
         lane.pending += (lane.used, program.grid[0], self.rows)
         lane.used += program.slots
-        self.rows += 1
+        if known is None:
+            # Once more, now that both kernels are known to run. If they do not run, the caller goes on with PyTorch's
+            # products, possibly after other layers were added here.
+            self._add_up(lane)
+            self._lanes[stream] = lane
+            self.add(features, minibatches)
+        else:
+            self.rows += 1
 
     def finish(self) -> Grams:
         """(L, m, n, n) values and (L, m) shift of the layers added since `release`, valid until then."""
@@ -299,6 +311,29 @@ class Shelf:
         values = self._values[: self.rows * m * n * n].view(self.rows, m, n, n)
         return Grams(values, self._shift[: self.rows * m].view(self.rows, m))
 
+    def centred(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Make vectors, numbers and parts of `Minibatches`, unbiased, in one launch. Return None if PyTorch has to.
+
+        The vectors overwrite the Gram matrices.
+        """
+        grams = self.finish()
+        assert grams.shift is not None
+        rows, m, n, _ = grams.values.shape
+        if len(self._parts) < rows * m * n or len(self._numbers) < rows * m:
+            self._parts, self._numbers = (
+                self._values.new_empty(rows * m * n),
+                self._values.new_empty(rows * m, NUMBERS),
+            )
+        try:
+            tensors = self._values, self._shift, self._parts, self._numbers
+            launch(_centring(rows * m, n), current_stream(self._device), tensors)
+        except Exception as error:
+            fail(error)
+            return None
+        vectors = grams.values.flatten(2)[..., : n * (n - 1) // 2]
+        numbers, parts = self._numbers[: rows * m], self._parts[: rows * m * n]
+        return vectors, numbers.view(rows, m, NUMBERS), parts.view(rows, m, n)
+
     def release(self) -> None:
         """Free what was taken on this stream, and forget what was not taken."""
         self._lead(self._other_streams())
@@ -306,20 +341,6 @@ class Shelf:
             lane.pending.clear()
             lane.used = 0
         self.rows = 0
-
-    def _first_of(self, stream: int, features: Tensor) -> None:
-        """A lane for a stream that has none yet, once both kernels are known to run.
-
-        If they do not run, the caller goes on with PyTorch's products, possibly after other layers were added here.
-        """
-        self._follow(self._other_streams())
-        lane = _Lane(self._device, stream)
-        shape: Any = features.shape
-        program = program_of(shape, features.stride(), features.dtype, self._m, self._processors)
-        launch(program, stream, (features, *lane.buffers), 0)
-        lane.pending += (0, program.grid[0], self.rows)
-        self._add_up(lane)
-        self._lanes[stream] = lane
 
     def _other_streams(self) -> list[torch.cuda.Stream]:
         now = current_stream(self._device)
@@ -374,42 +395,33 @@ class Shelf:
         return program, table.to(self._device, non_blocking=True)
 
 
-def centres(grams: Grams) -> bool:
-    """Whether `centred` can be used for (L, m, n, n) Gram matrices."""
-    values, shift = grams.values, grams.shift
-    return (
-        values.is_cuda
-        and type(values) is Tensor
-        and shift is not None
-        and values.is_contiguous()
-        and shift.is_contiguous()
-        and values.shape[-1] <= MAX_SAMPLES
-        and not _failed
-        and _runs_on(values.device.index)
-    )
+def adds_up(vectors: Tensor) -> bool:
+    """Whether :func:`add_up` can be used for minibatches with these vectors."""
+    return vectors.is_cuda and type(vectors) is Tensor and not _failed and _runs_on(vectors.device.index)
 
 
-def centred(grams: Grams) -> tuple[Tensor, ...] | None:
-    """The tensors of `Minibatches` for linear, unbiased Gram matrices, in one launch; None if PyTorch has to."""
-    values, shift = grams.values, grams.shift
-    assert shift is not None
-    layers, m, n, _ = values.shape
-    rows = layers, m
-    found = (
-        values.new_empty(*rows, n * (n - 1) // 2),
-        values.new_empty(rows),
-        values.new_empty(rows),
-        values.new_empty(rows, dtype=torch.bool),
-        values.new_empty(*rows, n),
-        values.new_empty(*rows, 2),
-    )
-    program = _centring(layers * m, n)
+def add_up(tensors: Sequence[Tensor], weights: tuple[float, ...], minibatches: int, positions: int) -> bool:
+    """Add m minibatches of n samples to the sums of a run, in one launch. Return False if PyTorch has to.
+
+    Args:
+        tensors: what `add_hsic` in fused_kernels.py takes. The first one becomes symmetric.
+        weights: see :func:`cka_hooks.null.null_weights`.
+        minibatches: how many came before.
+        positions: how many samples came before.
+    """
+    hsic, _, parts = tensors[:3]
     try:
-        launch(program, current_stream(values.device), (values, shift, values.new_empty(*rows, n), *found))
+        program = _adding(*hsic.shape[:2], parts.shape[-1], weights)
+        launch(program, current_stream(hsic.device), [it.contiguous() for it in tensors], minibatches, positions)
     except Exception as error:
         fail(error)
-        return None
-    return found
+    return not _failed
+
+
+@lru_cache(maxsize=256)
+def _adding(m: int, layers: int, n: int, weights: tuple[float, ...]) -> Program:
+    tiles = -(-layers // LAYERS)
+    return Program("add_hsic", (tiles, tiles, 1), (layers, m, n, *weights), {"N": LAYERS, "BLOCK": PART}, {})
 
 
 @lru_cache(maxsize=256)

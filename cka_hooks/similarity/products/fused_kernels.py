@@ -182,63 +182,158 @@ def _centred(grams, offsets, i, j, n):
 
 
 @triton.jit(do_not_specialize=["n"])
-def centre_grams(
-    GRAMS, SHIFTS, OFFSETS, VECTORS, SPREAD, SIZE, FINITE, PARTS, CUBES, n, N: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def centre_grams(GRAMS, SHIFTS, PARTS, NUMBERS, n, N: tl.constexpr, BLOCK: tl.constexpr):
     """Make from linear GRAMS (rows, n, n) what `Minibatches.of` makes, unbiased, one row per program.
 
-    VECTORS (rows, n (n - 1) / 2), SPREAD and SIZE (rows,), PARTS (rows, n) and CUBES (rows, 2) are float64, FINITE
-    (rows,) bool; OFFSETS (rows, n) float64 is scratch.
+    PARTS (rows, n) and NUMBERS (rows, 6) are float64. A vector of n (n - 1) / 2 numbers overwrites the start of its
+    Gram matrix.
     """
     row = tl.program_id(0).to(tl.int64)
-    grams, offsets = GRAMS + row * n * n, OFFSETS + row * n
+    # Until the end, PARTS holds what is to be subtracted.
+    grams, parts, numbers = GRAMS + row * n * n, PARTS + row * n, NUMBERS + row * 6
     i = tl.arange(0, N)
     there = i < n
     sums = tl.zeros((N,), tl.float64)
     for low in range(0, N, BLOCK):
         j = low + tl.arange(0, BLOCK)
         sums += tl.sum(
-            tl.load(grams + i[:, None] * n + j[None, :], mask=there[:, None] & (j < n)[None, :], other=0.0), 1
+            tl.load(grams + j[:, None] * n + i[None, :], mask=(j < n)[:, None] & there[None, :], other=0.0), 0
         )
     own = tl.load(grams + i * (n + 1), mask=there, other=0.0)
     total, trace, shift = tl.sum(sums, 0), tl.sum(own, 0), tl.load(SHIFTS + row)
     size = trace + n * shift * shift
     finite = (total + size) - (total + size) == 0.0
-    tl.store(SPREAD + row, trace - total / n)
-    tl.store(SIZE + row, size)
-    tl.store(FINITE + row, finite)
-    tl.store(offsets + i, (sums - own) / (n - 2) - (total - trace) / (2.0 * (n - 1) * (n - 2)), mask=there)
+    tl.store(parts + i, (sums - own) / (n - 2) - (total - trace) / (2.0 * (n - 1) * (n - 2)), mask=there)
     # This program wrote these itself, from any of its threads.
     tl.debug_barrier()
     squares = tl.zeros((N,), tl.float64)
-    vectors = VECTORS + row * (n * (n - 1) // 2)
-    weight = tl.sqrt(2.0 / n.to(tl.float64))
     for low in range(0, N, BLOCK):
-        j = low + tl.arange(0, BLOCK)
-        centred = _centred(grams, offsets, i, j, n)
-        squares += tl.sum(centred * centred, 1)
-        below = (j[None, :] < i[:, None]) & there[:, None]
-        tl.store(
-            vectors + i[:, None] * (i - 1)[:, None] // 2 + j[None, :],
-            tl.where(finite, centred * weight, 0.0),
-            mask=below,
-        )
-    tl.store(PARTS + row * n + i, tl.where(finite, 2.0 * squares / n, 0.0), mask=there)
+        centred = _centred(grams, parts, low + tl.arange(0, BLOCK), i, n)
+        squares += tl.sum(centred * centred, 0)
     norm = tl.sqrt(tl.sum(squares, 0))
     inverse = 1.0 / tl.where(norm > 0.0, norm, 1.0)
     triangles = 0.0
     triples = 0.0
     for low in range(0, N, BLOCK):
         j = low + tl.arange(0, BLOCK)
-        unit = (_centred(grams, offsets, i, j, n) * inverse).to(tl.float32)
+        unit = (_centred(grams, parts, i, j, n) * inverse).to(tl.float32)
         squared = tl.zeros((N, BLOCK), tl.float32)
         for first in range(0, N, BLOCK):
             k = first + tl.arange(0, BLOCK)
-            left = (_centred(grams, offsets, i, k, n) * inverse).to(tl.float32)
-            right = (_centred(grams, offsets, k, j, n) * inverse).to(tl.float32)
+            left = (_centred(grams, parts, i, k, n) * inverse).to(tl.float32)
+            right = (_centred(grams, parts, k, j, n) * inverse).to(tl.float32)
             squared += tl.dot(left, right, input_precision="ieee")
         triangles += tl.sum(tl.sum(squared * unit, 1), 0)
         triples += tl.sum(tl.sum(unit * unit * unit, 1), 0)
     cube = norm * norm * norm
-    tl.store(CUBES + row * 2, tl.where(finite, triangles.to(tl.float64) * cube, 0.0))
-    tl.store(CUBES + row * 2 + 1, tl.where(finite, triples.to(tl.float64) * cube, 0.0))
+    tl.store(numbers, tl.where(finite, trace - total / n, 0.0))
+    tl.store(numbers + 1, tl.where(finite, size, 0.0))
+    tl.store(numbers + 2, tl.where(finite, 1.0, 0.0))
+    tl.store(numbers + 3, 0.0)
+    tl.store(numbers + 4, tl.where(finite, triangles.to(tl.float64) * cube, 0.0))
+    tl.store(numbers + 5, tl.where(finite, triples.to(tl.float64) * cube, 0.0))
+    weight = tl.sqrt(2.0 / n.to(tl.float64))
+    for low in range(0, N, BLOCK):
+        j = low + tl.arange(0, BLOCK)
+        centred = _centred(grams, parts, j, i, n)
+        # Row j goes to j (j - 1) / 2, where only rows up to j were. All threads must have read these before.
+        tl.debug_barrier()
+        tl.store(
+            grams + (j * (j - 1) // 2)[:, None] + i[None, :],
+            tl.where(finite, centred * weight, 0.0),
+            mask=(i[None, :] < j[:, None]) & (j < n)[:, None],
+        )
+    tl.debug_barrier()
+    tl.store(parts + i, tl.where(finite, 2.0 * squares / n, 0.0), mask=there)
+
+
+@triton.jit
+def _add(total, value, needed):
+    tl.store(total, tl.load(total, mask=needed, other=0.0) + value, mask=needed)
+
+
+@triton.jit
+def _add_twice(total, at, value, needed, also_at, other_value, also_needed):
+    _add(total + at, value, needed)
+    _add(total + also_at, other_value, also_needed)
+
+
+@triton.jit(do_not_specialize=["minibatches", "positions", "layers", "m", "n", "variance", "of_t", "of_both", "of_s"])
+def add_hsic(
+    HSIC, NUMBERS, PARTS, MOMENTS, NULL, SPREAD, SIZE, DIFFER, BAD, PEAK,
+    minibatches: tl.int64, positions: tl.int64, layers, m, n,
+    variance: tl.float64, of_t: tl.float64, of_both: tl.float64, of_s: tl.float64,
+    N: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add m minibatches of n samples to the sums of `State`, as `State.add` does, N x N pairs of layers per program.
+
+    The lower triangles of HSIC (m, layers, layers) are read, and copied to the upper ones. NUMBERS (layers, m, 6) and
+    PARTS (layers, m, n) are those of `Minibatches`. MOMENTS (4, layers, layers) to PEAK (2, layers) are in `State`.
+    `minibatches` and `positions` came before, and `variance` to `of_s` are `null_weights`. All tensors are float64.
+    """
+    i = tl.program_id(0) * N + tl.arange(0, N)
+    j = tl.program_id(1) * N + tl.arange(0, N)
+    is_i, is_j = i < layers, j < layers
+    pairs = layers.to(tl.int64) * layers
+    if tl.program_id(1) <= tl.program_id(0):
+        below = is_i[:, None] & (j[None, :] <= i[:, None])
+        above = is_i[:, None] & (j[None, :] < i[:, None])
+        at = i[:, None].to(tl.int64) * layers + j[None, :]
+        across = j[None, :].to(tl.int64) * layers + i[:, None]
+        sums = tl.zeros((N, N), tl.float64)
+        squares = tl.zeros((N, N), tl.float64)
+        with_i = tl.zeros((N, N), tl.float64)
+        with_j = tl.zeros((N, N), tl.float64)
+        both = tl.zeros((N, N), tl.float64)
+        third = tl.zeros((N, N), tl.float64)
+        for b in range(m):
+            hsic = HSIC + b * pairs
+            h = tl.load(hsic + at, mask=below, other=0.0)
+            tl.store(hsic + across, h, mask=above)
+            own_i = tl.load(hsic + i.to(tl.int64) * (layers + 1), mask=is_i, other=0.0)[:, None]
+            own_j = tl.load(hsic + j.to(tl.int64) * (layers + 1), mask=is_j, other=0.0)[None, :]
+            sums += h
+            squares += h * h
+            with_i += h * own_i
+            with_j += h * own_j
+            both += own_i * own_j
+            of_i, of_j = NUMBERS + (i.to(tl.int64) * m + b) * 6, NUMBERS + (j.to(tl.int64) * m + b) * 6
+            t = tl.load(of_i + 4, mask=is_i, other=0.0)
+            s = tl.load(of_i + 5, mask=is_i, other=0.0)
+            third += (of_t * t + of_both * s)[:, None] * tl.load(of_j + 4, mask=is_j, other=0.0)[None, :]
+            third += (of_both * t + of_s * s)[:, None] * tl.load(of_j + 5, mask=is_j, other=0.0)[None, :]
+        _add_twice(MOMENTS, at, sums, below, across, sums, above)
+        _add_twice(MOMENTS + pairs, at, squares, below, across, squares, above)
+        _add_twice(MOMENTS + 2 * pairs, at, with_i, below, across, with_j, above)
+        _add_twice(MOMENTS + 3 * pairs, at, both, below, across, both, above)
+        _add_twice(NULL, at, variance * both, below, across, variance * both, above)
+        _add_twice(NULL + pairs, at, third, below, across, third, above)
+    if tl.program_id(1) == tl.program_id(0):
+        spread = tl.zeros((N,), tl.float64)
+        size = tl.zeros((N,), tl.float64)
+        differ = tl.zeros((N,), tl.float64)
+        bad = tl.load(BAD + i, mask=is_i, other=0.0)
+        for b in range(m):
+            numbers = NUMBERS + (i.to(tl.int64) * m + b) * 6
+            spread += tl.load(numbers, mask=is_i, other=0.0)
+            size += tl.load(numbers + 1, mask=is_i, other=0.0)
+            differ += tl.load(numbers + 3, mask=is_i, other=0.0)
+            finite = tl.load(numbers + 2, mask=is_i, other=1.0)
+            bad = tl.where(finite == 0.0, tl.minimum(bad, (minibatches + b).to(tl.float64)), bad)
+        _add(SPREAD + i, spread, is_i)
+        _add(SIZE + i, size, is_i)
+        _add(DIFFER + i, differ, is_i)
+        tl.store(BAD + i, bad, mask=is_i)
+        peak = tl.load(PEAK + i, mask=is_i, other=0.0)
+        place = tl.load(PEAK + layers + i, mask=is_i, other=0.0)
+        samples = m * n
+        for low in range(0, samples, BLOCK):
+            sample = low + tl.arange(0, BLOCK)
+            of_samples = PARTS + i[:, None].to(tl.int64) * samples + sample[None, :]
+            part = tl.load(of_samples, mask=is_i[:, None] & (sample < samples)[None, :], other=-1.0)
+            largest = tl.max(part, 1)
+            first = tl.min(tl.where(part == largest[:, None], sample[None, :], samples), 1)
+            place = tl.where(largest > peak, (positions + first).to(tl.float64), place)
+            peak = tl.maximum(peak, largest)
+        tl.store(PEAK + i, peak, mask=is_i)
+        tl.store(PEAK + layers + i, place, mask=is_i)
