@@ -281,3 +281,19 @@ def test_a_later_pass_keeps_what_the_first_one_knew() -> None:
     for width, seen in zip((5, 3, 5), streamed, strict=True):
         expected = model(images(width=width, count=1)[0]).mean((2, 3))
         torch.testing.assert_close(seen["1"], expected)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_averages_that_a_norm_subtracts_are_no_features(affine: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8, affine=affine), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    if affine:
+        nn.init.normal_(model[1].weight)
+        nn.init.normal_(model[1].bias)
+    batches = [torch.randn(16, 3, 20, 20) + 3 for _ in range(2)]
+    model, batches = model.to(dtype), [batch.to(dtype) for batch in batches]
+    result = cka_hooks.compare(model, batches, features="mean", progress=False)
+    assert result.layers == ("0", "2", "3")
+    assert "it subtracts its averages, as an InstanceNorm does" in result.skipped["1"]
+    assert cka_hooks.compare(model, batches, features={"1": "flatten", "**": "mean"}, progress=False).skipped == {}

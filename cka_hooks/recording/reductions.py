@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cka_hooks.errors import BatchError, OptionError
@@ -11,6 +13,7 @@ from cka_hooks.features import Reduction, check_reduction, feature_rows, memory_
 from cka_hooks.names import PerLayer
 from cka_hooks.recording.batches import Given
 from cka_hooks.recording.channels import Channels, matters
+from cka_hooks.recording.outputs import NotRecordable
 from cka_hooks.recording.padding import MaskOption, Padding
 from cka_hooks.recording.positions import Positions
 from cka_hooks.recording.probe import Probe
@@ -66,6 +69,7 @@ class Reductions:
         self.followed = [module for module in modules if self._reduces and matters(module)]
         self.follow = self._channels.pass_through
         self._limit: int | None = None
+        self._vanish: dict[str, bool] = {}
         self._samples: int | None = None
 
     def of(self, name: str) -> Reduction | str:
@@ -127,7 +131,17 @@ class Reductions:
             tokens, spoken = tokens_of(activation, batch_dim=route.axis, masks=masks, channels=channels)
             return self._positions.rows(label, tokens, spoken, frozenset(id(mask) for mask, _ in found))
         masks = [(mask[: self._limit].to(activation.device, non_blocking=True), dims) for mask, dims in found]
-        return feature_rows(activation, route.reduction, batch_dim=route.axis, masks=masks, channels=route.channels)
+        options: Any = {"batch_dim": route.axis, "masks": masks, "channels": route.channels}
+        rows = feature_rows(activation, route.reduction, **options)
+        if label not in self._vanish and route.reduction == "mean" and activation.ndim > 2 and len(rows) > 1:
+            size = feature_rows(activation.detach().abs(), "mean", **options)
+            self._vanish[label] = _vanishes(rows.detach(), size, activation.detach(), route.axis)
+        if self._vanish.get(label):
+            raise NotRecordable(
+                "its samples differ and their averages do not, but for rounding: it subtracts its averages, as an "
+                "InstanceNorm does. Pass features='flatten' for it"
+            )
+        return rows
 
     def _free(self, route: Route, activation: Tensor) -> Tensor:
         """The user's function of an activation whose samples only that function knows."""
@@ -149,3 +163,17 @@ class Reductions:
         """At the end of a pass, warn about guesses and about padding that counts as data, once in all passes."""
         self._channels.warn()
         self._padding.warn()
+
+
+def _vanishes(rows: Tensor, size: Tensor, activation: Tensor, axis: int) -> bool:
+    """Whether averages (n, 1, C) of an activation are alike for all samples, which differ, but for rounding.
+
+    Args:
+        rows: averages.
+        size: averages of absolute values.
+        activation: what was averaged.
+        axis: its dimension with the samples.
+    """
+    noise = 4 * torch.finfo(activation.dtype).eps * size
+    differs = (activation - activation.narrow(axis, 0, 1)).abs().amax() > noise.amax()
+    return bool(((rows - rows.mean(0)).abs() <= noise).all() & differs)
