@@ -789,6 +789,20 @@ def test_what_is_not_known(model: nn.Module) -> None:
         cka_hooks.compare(model[1:] if isinstance(model[1], nn.GLU) else model, data(4, 5, 5), progress=False)
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_later_batch_without_a_batch_dimension(plain: bool) -> None:
+    """As ``squeeze`` makes it of one sample, whose 4 channels are then in dimension 0."""
+    torch.manual_seed(0)
+    net: nn.Module = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+    if not plain:
+        net.forward = lambda x: net[1](net[0](x))  # type: ignore[method-assign]
+    batches = data(N, 4, 8, 8)
+    expected = cka_hooks.compare(net, batches, progress=False)
+    with pytest.raises(cka_hooks.LayerError, match="3 dimensions in a batch and 4 in the first:"):
+        cka_hooks.compare(net, [*batches, batches[0][0]], progress=False)
+    assert expected.samples == 3 * N
+
+
 @pytest.mark.parametrize("samples", [1, 2])
 def test_a_first_batch_of_one_or_two_samples(samples: int) -> None:
     class Squeezes(nn.Module):

@@ -57,6 +57,7 @@ class SampleDimension:
         self._inputs: dict[str, tuple[int, ...]] = {}
         self.samples: int | None = None
         self.found: dict[str, int | str | None] = {}
+        self._ranks: dict[str, int] = {}
         self.is_settled = self._everywhere
         self._is_plain = False
         self.evidence: dict[str, str] = {}
@@ -80,6 +81,11 @@ class SampleDimension:
             NotRecordable: there is none, or it is not known.
         """
         given = self._given.of(name, None)
+        if given is None and self._ranks.setdefault(label, len(shape)) != len(shape):
+            raise NotRecordable(
+                f"has {len(shape)} dimensions in a batch and {self._ranks[label]} in the first: keep the dimension "
+                "with the samples in a batch of one sample (squeeze() drops it), or pass batch_dim="
+            )
         if given is not None:
             dim, how = self._checked(given, shape), NAMED
         elif self._is_plain:
