@@ -51,8 +51,6 @@ _GRAPHS = (
 )
 # If the skewness is below this, the tail is a correction to that of the normal distribution.
 _NEARLY_NORMAL = 0.02
-# Numbers of the permuted matrices that are there at a time: 32 MB.
-_PERMUTED_AT_A_TIME = 1 << 22
 # Numbers of permutations that are kept: 256 MB, and what a result file can have.
 _MOST_PERMUTED = 1 << 25
 
@@ -137,22 +135,19 @@ def permuted_pairs(vectors: Tensor, hsic: Tensor, n: int, count: int, seed: int)
         OptionError: that would take more than 256 MB.
     """
     rows, columns = torch.tril_indices(n, n, -1, device=vectors.device)
-    layers, m, length = vectors.shape
+    layers, m, _ = vectors.shape
     if count * layers**2 > _MOST_PERMUTED:
         raise OptionError(
             f"permutations={count} of {layers} layers would take {8e-9 * count * layers**2:,.1f} GB: at most "
             f"{_MOST_PERMUTED // layers**2:,} of so many layers are kept; take fewer, or choose layers by layers="
         )
     found = vectors.new_zeros(count, layers, layers)
-    step = max(1, _PERMUTED_AT_A_TIME // (layers * length))
     for b in range(m):
-        of_all = permuted_orders(hsic[b], n, count, seed)
-        for some, orders in zip(found.split(step), of_all.split(step), strict=True):
-            one, other = orders[:, rows], orders[:, columns]
+        mine, theirs = vectors[:, b], vectors[:, b].mT.contiguous()
+        for total, order in zip(found, permuted_orders(hsic[b], n, count, seed), strict=True):
+            one, other = order[rows], order[columns]
             larger = torch.maximum(one, other)
-            places = larger * (larger - 1) // 2 + torch.minimum(one, other)
-            # Of layers j, permutations and layers i: all of them in one product.
-            some += (vectors[:, b, places] @ vectors[:, b].mT).permute(1, 2, 0)
+            total += mine @ theirs[larger * (larger - 1) // 2 + torch.minimum(one, other)]
     upper = found.triu_(1)
     return upper + upper.mT
 

@@ -446,7 +446,9 @@ def test_an_array_needs_a_name() -> None:
 
 @pytest.mark.parametrize("path", ["v4.npy", Path("v4.npy")])
 def test_a_path_is_told_how_a_file_is_read(path: Any) -> None:
-    with pytest.raises(OptionError, match=r"'V4' is a path: .* pass cka_hooks.Precomputed.load\(.*v4.npy"):
+    with pytest.raises(
+        cka_hooks.ModelError, match=r"expected an nn.Module, or features; cka_hooks.Precomputed.load\(.*v4.npy"
+    ):
         compare({"V4": path}, loader())
 
 

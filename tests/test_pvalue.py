@@ -235,7 +235,6 @@ def test_permuted_values_are_those_of_the_oracle_for_the_orders_that_were_drawn(
     monkeypatch.setattr(
         null, "permuted_orders", lambda *args, real=null.permuted_orders: drawn.append(real(*args)) or drawn[-1]
     )
-    monkeypatch.setattr(null, "_PERMUTED_AT_A_TIME", 1000)  # less than all draws at once
     layers = related(4, 3, 7, seed=0)
     result = run_of(layers, permutations=20).compute()
     orders = torch.stack(drawn, 1)

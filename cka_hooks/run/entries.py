@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from cka_hooks.errors import LayerError, OptionError
+from cka_hooks.errors import LayerError, ModelError, OptionError
 from cka_hooks.recording.layers import refuse_weights, select_layers, unwrap
 from cka_hooks.run.identity import of_model, of_rows
 from cka_hooks.run.precomputed import Precomputed, is_features
@@ -18,8 +18,8 @@ def named_models(model: Any) -> dict[str, Any]:
     """The models by name, "" for a single one. Arrays in the mapping become `Precomputed`.
 
     Raises:
-        OptionError: the mapping is empty, a name is not text, features have no name, or an entry is a path.
-        ModelError: an entry is a ``state_dict``.
+        OptionError: the mapping is empty, a name is not text, or features have no name.
+        ModelError: an entry is a ``state_dict``, or text.
     """
     if not isinstance(model, Mapping):
         if is_features(model):
@@ -34,7 +34,10 @@ def named_models(model: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, it in model.items():
         if isinstance(it, str | os.PathLike):
-            raise OptionError(f"{name!r} is a path: for features in a file, pass cka_hooks.Precomputed.load({it!r})")
+            raise ModelError(
+                f"{name!r} is {it!r}: expected an nn.Module, or features; cka_hooks.Precomputed.load({it!r}) gives "
+                "those in a file"
+            )
         try:
             found[name] = Precomputed(it) if is_features(it) and not isinstance(it, Precomputed) else it
         except OptionError as error:
