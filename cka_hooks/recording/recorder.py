@@ -114,7 +114,6 @@ class LayerRecorder:
                 raise OptionError(f"{name}={given!r:.200} cannot be called: expected a function of {what}")
         self._forward = forward
         self._names = named_layers(model)
-        self._modules = list(dict.fromkeys(self._names.values()))
         self._now = Pass()
         self._by_default = layers is None
         selections = select_layers(model, layers)
@@ -192,7 +191,7 @@ class LayerRecorder:
     def _leave(self, depth: int) -> None:
         """Leave until entered only `depth` times. A second call is harmless: Ctrl-C may cut the first short."""
         if depth <= 0:
-            for module in self._modules:
+            for module in self._names.values():
                 guest.remove_hooks(module, self, self._long_way)
             for tap in self._taps.values():
                 guest.remove_hooks(tap.module, tap)
@@ -278,16 +277,11 @@ class LayerRecorder:
 
     def _show(self, call: Callable[[Any], Any], batch: Any, take: Take) -> None:
         """Run a pass that hands nothing over: a probe sees the layers' outputs."""
-        managed, self._managed = self._managed, True
-        try:
-            self._listen()
-            with self._now.shown_to(take), self._long_way.dimension.watched(take), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                self._restart(None)
-                call(batch)
-        finally:
-            self._managed = managed
-            self._listen()
+        watched = self._long_way.dimension.watched(take)
+        with self._managing(), self._now.shown_to(take), watched, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._restart(None)
+            call(batch)
 
     def _on_start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._managed and self._now.concerns():
@@ -300,14 +294,20 @@ class LayerRecorder:
     @contextmanager
     def _pass(self, given: Given, limit: int | None) -> Iterator[None]:
         self._start(given, limit)
-        self._managed = True
-        self._listen()
+        with self._managing():
+            yield
+        self._reductions.warn()
+
+    @contextmanager
+    def _managing(self) -> Iterator[None]:
+        """Whatever the model's calls are in here, they belong to one pass."""
+        before, self._managed = self._managed, True
         try:
+            self._listen()
             yield
         finally:
-            self._managed = False
+            self._managed = before
             self._listen()
-        self._reductions.warn()
 
     def _start(self, given: Given, limit: int | None) -> None:
         self._started = True

@@ -89,12 +89,8 @@ def slots_of(consumer: Consumer | None) -> Callable[[str], Product | None] | Non
     """
     owner = getattr(consumer, "__self__", consumer)
     name = "__call__" if owner is consumer else getattr(consumer, "__name__", "")
-    for kind in type(owner).__mro__:
-        if name in vars(kind):
-            return getattr(owner, "slot", None) if "slot" in vars(kind) else None
-        if "slot" in vars(kind):
-            break
-    return None
+    kind = next((kind for kind in type(owner).__mro__ if vars(kind).keys() & {name, "slot"}), object)
+    return getattr(owner, "slot", None) if vars(kind).keys() >= {name, "slot"} else None
 
 
 def is_input(selection: Selection) -> bool:

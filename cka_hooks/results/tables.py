@@ -86,14 +86,9 @@ def to_csv(result: CKAResult, path: PathLike, *, tidy: bool = False) -> None:
         fc,0.5,0.6,1.0
     """
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    if tidy:
-        for row, column, *numbers in _tidy(result):
-            writer.writerow([_no_formula(row), _no_formula(column), *map(_cell, numbers)])
-    else:
-        writer.writerow(["layer", *map(_no_formula, result.columns)])
-        for label, values in zip(result.rows, result.matrix.tolist(), strict=True):
-            writer.writerow([_no_formula(label), *map(_cell, values)])
+    matrix = zip(result.rows, result.matrix.tolist(), strict=True)
+    lines = _tidy(result) if tidy else [["layer", *result.columns], *([label, *values] for label, values in matrix)]
+    csv.writer(text, lineterminator="\n").writerows(map(_cell, line) for line in lines)
     replace_file(path, lambda file: file.write(text.getvalue().encode("utf-8", "backslashreplace")))
 
 
@@ -135,7 +130,7 @@ def _tidy(result: CKAResult) -> Iterator[list[Any]]:
 
 
 def _cell(value: Any) -> str:
-    return value if isinstance(value, str) else "" if math.isnan(value) else repr(value)
+    return _no_formula(value) if isinstance(value, str) else "" if math.isnan(value) else repr(value)
 
 
 def _no_formula(label: str) -> str:

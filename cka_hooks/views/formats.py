@@ -67,17 +67,6 @@ def format_of(path: PathLike) -> Format:
     )
 
 
-def export(result: CKAResult, path: PathLike) -> None:
-    """Write a result in the format that the suffix of ``path`` names; see :meth:`CKAResult.export`.
-
-    Raises:
-        OptionError: no format has this suffix.
-        MissingExtraError: the format needs a package that is not installed.
-        OSError: the file cannot be written.
-    """
-    format_of(path).write(result, path)
-
-
 def files_of_a_run() -> dict[str, str]:
     """For each file that a run writes, its name in the folder; ``between`` only if two models were compared."""
     files = {one.name: f"cka{one.suffixes[0]}" for one in FORMATS if one.name}
