@@ -54,7 +54,7 @@ def draw(figure):
     FigureCanvasAgg(figure)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a letter the font lacks
-        figure.canvas.draw()
+        figure.draw_without_rendering()
     return figure
 
 
