@@ -73,22 +73,23 @@ def drawn(
     else:
         width, height = _checked(figsize)
         size = (0.6 * width, 0.6 * height)
-        edges = _Edges(0, 0, 0, 0)
+        edges = (0.0, 0.0, 0.0, 0.0)
         # In other axes, other labels fit, which leave other room. This may alternate, so the largest edges count.
         for number in range(4):
             figure, axes = _canvas(number == 3 and path is None, size)
             draw(axes)
             found = _edges(figure, axes)
-            edges = _Edges(*map(max, edges, found)) if number > 1 else found
-            size = (width - edges.left - edges.right, height - edges.below - edges.above)
+            left, right, below, above = edges = tuple(map(max, edges, found)) if number > 1 else found
+            size = (width - left - right, height - below - above)
             if min(size) < _LEAST:
                 needed = f"{width - size[0] + _LEAST:.1f} by {height - size[1] + _LEAST:.1f}"
                 raise OptionError(
                     f"figsize={figsize!r} leaves no room beside the labels: make it at least {needed} inches"
                 )
-    total = (edges.left + size[0] + edges.right, edges.below + size[1] + edges.above)
+    left, right, below, above = edges
+    total = (left + size[0] + right, below + size[1] + above)
     figure.set_size_inches(*total)
-    axes.set_position((edges.left / total[0], edges.below / total[1], size[0] / total[0], size[1] / total[1]))
+    axes.set_position((left / total[0], below / total[1], size[0] / total[0], size[1] / total[1]))
     return figure, axes
 
 
@@ -167,23 +168,14 @@ def _checked(figsize: Any) -> Size:
     raise OptionError(f"figsize is {figsize!r}: expected width and height in inches, such as (6, 5)")
 
 
-class _Edges(NamedTuple):
-    """Inches from the axes to the edges of the figure."""
-
-    left: float
-    right: float
-    below: float
-    above: float
-
-
-def _edges(figure: Figure, axes: Axes) -> _Edges:
-    """The room that labels, titles and scales need around the axes."""
+def _edges(figure: Figure, axes: Axes) -> tuple[float, ...]:
+    """Inches that labels, titles and scales need around the axes: at the left, at the right, below and above."""
     figure.draw_without_rendering()
     around, inside = axes.get_tightbbox(), axes.get_window_extent()
     if around is None:
-        return _Edges(_MARGIN, _MARGIN, _MARGIN, _MARGIN)
+        return (_MARGIN,) * 4
     lengths = (inside.x0 - around.x0, around.x1 - inside.x1, inside.y0 - around.y0, around.y1 - inside.y1)
-    return _Edges(*(length / figure.dpi + _MARGIN for length in lengths))
+    return tuple(length / figure.dpi + _MARGIN for length in lengths)
 
 
 # ---- labels ---------------------------------------------------------------------------------------
