@@ -2,7 +2,7 @@
 
 compare            a model (or several), a loader -> CKAResult
 CKAResult          the matrix with its standard errors; save, load, plot
-Comparison         the same for a loop of your own: update(batch), compute()
+Comparison         the same for your own loop: update(batch), compute()
 Precomputed        features that somebody else computed, to be compared with a model's
 LayerRecorder      hooks on named modules, for people who write their own loop
 CKAAccumulator     minibatch CKA, one forward pass at a time

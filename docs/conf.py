@@ -56,7 +56,7 @@ myst_heading_anchors = 3
 # Pages refer to files in the repository that are not on the site.
 suppress_warnings = ["config.cache"]
 
-# Builds work without a network: these files have the names that pages refer to. Version 1 of the format is text.
+# Builds work offline: these files have the names that pages refer to. Version 1 of the format is text.
 intersphinx_mapping = {
     "python": ("https://docs.python.org/3", "inventories/python.txt"),
     "torch": ("https://docs.pytorch.org/docs/stable", "inventories/torch.txt"),

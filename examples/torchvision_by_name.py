@@ -23,7 +23,7 @@ def load(quick: bool) -> tuple[torch.nn.Module, str]:
     if not quick:
         try:
             return resnet18(weights=ResNet18_Weights.DEFAULT), "pretrained"
-        except OSError:  # no network
+        except OSError:  # offline
             pass
     torch.manual_seed(0)
     return resnet18(), "random"

@@ -24,7 +24,7 @@ def main(quick: bool = False) -> cka_hooks.CKAResult:
     try:
         weights = None if quick else "DEFAULT"
         nets = {name: models.get_model(name, weights=weights) for name in ("resnet18", "vgg11_bn")}
-    except OSError:  # no network
+    except OSError:  # offline
         nets = {name: models.get_model(name, weights=None) for name in ("resnet18", "vgg11_bn")}
     pixels = digits()[1].tensors[0][: 64 if quick else 256]
     images = torch.nn.functional.interpolate(pixels, 32 if quick else 64, mode="bilinear").expand(-1, 3, -1, -1)

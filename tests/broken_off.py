@@ -1,4 +1,4 @@
-"""A small run that can be broken off anywhere; its module is imported quickly, in processes that are to be killed."""
+"""A small run that can be interrupted anywhere. Its module is imported quickly, in processes that will be killed."""
 
 from __future__ import annotations
 

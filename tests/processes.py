@@ -1,4 +1,4 @@
-"""Programs that tests start: fresh ones, never forks, and gone when their test is, however it ended.
+"""Programs that tests start: fresh processes, never forks, that are gone when their test ends, in whatever way.
 
 A fork shares locks with the process that it comes from. One that is killed while it holds such a lock leaves it
 locked, and a later test waits for it without end.

@@ -1,4 +1,4 @@
-"""The script of the dear attacks runs, and finds nothing in a few rounds."""
+"""The script of the expensive attacks runs, and finds nothing in a few rounds."""
 
 from __future__ import annotations
 

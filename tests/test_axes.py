@@ -1,4 +1,4 @@
-"""Which dimension has the samples: named, known, or confirmed by a probe. Sizes that coincide decide nothing."""
+"""Which dimension holds the samples: named, known, or confirmed by a probe. Matching sizes decide nothing."""
 
 from __future__ import annotations
 

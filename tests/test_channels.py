@@ -1,4 +1,4 @@
-"""Which dimension has the channels, where positions are averaged or chosen: named, known, or said."""
+"""Which dimension holds the channels, if positions are averaged or chosen: named, known, or warned about."""
 
 from __future__ import annotations
 

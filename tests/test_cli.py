@@ -236,7 +236,7 @@ def test_bad_input_is_a_message_and_exit_code_2(nets, tmp_path, capsys, words, m
     [
         ("not_a_net", "data", "is of type int: expected an nn.Module"),
         ("broken", "data", "raised ValueError: no such thing"),
-        ("missing", "data", "has no 'missing'; it has net, wider, "),
+        ("missing", "data", "has no 'missing': it has net, wider, "),
         ("net", "empty", "yielded no batch"),
         ("net", "not_a_net", "expected a loader or a data set"),
     ],

@@ -20,9 +20,9 @@ from cka_hooks.run.replay import Randomness
 
 DATA = """\
 data is one of
-  photos/                        a folder of images, or of one subfolder per class
+  photos/                        a folder of images, or with one subfolder per class
   torchvision:CIFAR10:data/      the test split of a torchvision data set, with the folder that holds it
-  nets.py:test_loader            a loader or data set in a Python file of yours, or a function there that
+  nets.py:test_loader            a loader or data set in your own Python file, or a function there that
                                  returns one
 
 Images are prepared as the weights of --model ask for, or as is usual for ImageNet."""
@@ -202,4 +202,4 @@ def described(spec: str, loader: Iterable[Any]) -> str:
     dataset = getattr(loader, "dataset", None)
     if isinstance(dataset, Subset):
         return f"{len(dataset):,} of {len(dataset.dataset):,} samples of {spec}, drawn and ordered at random"  # type: ignore[arg-type]
-    return f"the loader of {spec.rpartition(':')[2]} as it is"
+    return f"{spec}, as it is"

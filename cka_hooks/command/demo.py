@@ -25,7 +25,7 @@ from cka_hooks.results.result import CKAResult
 LINE = "train two small networks on digits and compare them"
 DESCRIPTION = """\
 Train torchvision's ResNet-18 from two seeds on scikit-learn's handwritten digits, then compare all residual
-blocks of both over the held-out images. This needs no network and takes less than two minutes."""
+blocks of both over the held-out images. This works offline and takes less than two minutes."""
 
 BLOCKS = "layer*.?"
 HELD_OUT = 599

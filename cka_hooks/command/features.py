@@ -21,7 +21,7 @@ Without identifiers, the rows are those of the whole data set, in its own order.
 def sample_ids_word(parser: Any) -> None:
     """Add ``--sample-ids``."""
     parser.add_argument("--sample-ids", type=lambda word: int(word) if word.isdigit() else word, metavar="KEY",
-        help="the entry of each batch that identifies its samples, for a loader of yours")  # fmt: skip
+        help="the entry of each batch that identifies its samples, for your own loader")  # fmt: skip
 
 
 def features_of(spec: str | None, loader: Iterable[Any], key: str | int | None, model: str) -> dict[str, Precomputed]:

@@ -27,7 +27,7 @@ a model is one of
   torchvision:resnet50           torchvision's, with its default weights (downloaded once)
   timm:vit_tiny_patch16_224      timm's, pretrained
   hf:google-bert/bert-base-uncased   a Hugging Face model, by its name or folder
-  nets.py:net                    a model in a Python file of yours, or a function there that returns one
+  nets.py:net                    a model in your own Python file, or a function there that returns one
 
 weights are the name of torchvision weights (IMAGENET1K_V2), "none" for random ones, or a checkpoint file
 (.pt, .pth, .safetensors), which is loaded without running any code in it."""
@@ -270,7 +270,7 @@ def from_file(spec: str) -> Any:
             return found() if callable(found) and not is_data else found
     except (Exception, SystemExit) as error:
         raise SpecError(f"{spec} raised {_where(error, path)}") from error
-    raise SpecError(f"{file} has no {name!r}; it has {', '.join(_own_names(module)) or 'nothing'}")
+    raise SpecError(f"{file} has no {name!r}: it has {', '.join(_own_names(module)) or 'nothing'}")
 
 
 def _own_names(module: ModuleType) -> list[str]:

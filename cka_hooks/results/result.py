@@ -495,7 +495,7 @@ class CKAResult:
         to_npz(self, path)
 
     def to_html(self, path: PathLike, *, title: str | None = None) -> None:
-        """Write a page that needs no network: hover for values, click a row, search layers.
+        """Write a page that works offline: hover for values, click a row, search layers.
 
         Args:
             path: where to write it.

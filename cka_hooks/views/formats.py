@@ -45,7 +45,7 @@ _PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", 
 FORMATS = (
     Format((".json",), "the whole result, which CKAResult.load reads", CKAResult.save, name="result"),
     Format(_PICTURES, "the heatmap as a picture", heatmap, "plot", name="heatmap"),
-    Format((".html",), "a page to look around in, without a network", write_page, name="page"),
+    Format((".html",), "a page to explore, offline", write_page, name="page"),
     Format((".csv",), "the matrix as a table with labels", to_csv),
     Format((".npz",), "labels, matrix and standard errors as NumPy arrays", to_npz),
 )

@@ -1,4 +1,4 @@
-"""Write a result as one HTML page that needs no network: ``page.html`` filled with the data.
+"""Write a result as one HTML page that works offline: ``page.html`` filled with the data.
 
 Layer names are not trusted. They reach the page in two ways only: as JSON in which every ``<``, ``>`` and ``&`` is
 written as ``\\u003c`` and so on, and as escaped text in the heading and the summary. The page's

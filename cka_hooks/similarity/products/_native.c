@@ -1,11 +1,11 @@
-/* Gram matrices of wide float32 features on a CPU: what BLAS has no routine for.
+/* Gram matrices of wide float32 features on a CPU, for which BLAS has no routine.
  *
  * A matrix product packs both of its operands, makes both halves of a symmetric matrix, and accumulates in float32.
- * Here a block of features of all samples is packed once, less a common vector; only tiles on and below the diagonal
- * are made; and each block is added up in float64. Memory is read once, and what is kept does not grow with the features.
+ * Here a block of features of all samples is packed once, minus a common vector. Only tiles on and below the diagonal
+ * are made, and blocks are added in float64. Memory is read once, and buffers do not grow with the number of features.
  *
- * Built where a C compiler with OpenMP and GCC's vector types is at hand, used on processors with AVX2; see native.py
- * for the callers and reference.py for what runs elsewhere.
+ * It is built if there is a C compiler with OpenMP and GCC's vector types, and used on processors with AVX2. See
+ * native.py for the callers and reference.py for what runs elsewhere.
  */
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030A0000
@@ -22,22 +22,22 @@
 
 /* Features in a block: its sums are float32, sums over blocks float64. A multiple of every vector width below. */
 #define BLOCK 1024
-/* From row to row of a packed block: whole powers of two would all fall into the same few lines of a cache. */
+/* Distance between rows of a packed block. Powers of two would all map to the same few cache lines. */
 #define STRIDE (BLOCK + 16)
-/* With more samples, blocks of half as many features: so that the second level of a cache holds one. */
+/* With more samples than this, blocks have half as many features, so that the second-level cache holds one. */
 #define MANY_SAMPLES 256
-/* Multiplications that are worth all threads. Never some of them: the threads are PyTorch's own, and a smaller team would
- * end those that it does not need. */
+/* Multiplications that are worth all threads. Never use only some: the threads are PyTorch's own, and a smaller team
+ * would end those that it does not need. */
 #define WORTH_THREADS (1 << 21)
 
-/* Where the features of m groups of n samples are: (m * n, positions, channels) with these strides, in floats. */
+/* The features of m groups of n samples: (m * n, positions, channels) with these strides, in floats. */
 typedef struct {
     const float *data;
     ptrdiff_t groups, samples, positions, channels;
     ptrdiff_t sample_stride, position_stride, channel_stride;
 } Features;
 
-/* Buffers of one thread, kept from call to call, since fresh memory would cost more than filling it, and freed with it. */
+/* Buffers of one thread. They are kept from call to call, because fresh memory would cost more than filling it. */
 typedef struct {
     float *panel, *common;
     double *sums, *edge;
@@ -145,10 +145,10 @@ static int runs_here(int variant) {
                         : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
-/* What choose.py wants to know of each Gram matrix: `Measured` there, and the norm of what was taken off. */
+/* What choose.py needs to know about each Gram matrix: `Measured` there, and the norm of the subtracted vector. */
 enum { SPREAD, SIZE, WHOLE, OWN, ROWS, TOTAL, TRACE, SHIFT, MEASURES };
 
-/* Of one (n, n) Gram matrix of samples from which a vector of squared norm `norm` was taken off. */
+/* The same for one (n, n) Gram matrix of samples from which a vector of squared norm `norm` was subtracted. */
 static void measure(const double *values, ptrdiff_t n, double norm, double *found) {
     double whole = 0, own = 0, rows = 0, total = 0, trace = 0;
     for (ptrdiff_t i = 0; i < n; i++) {
@@ -185,7 +185,7 @@ static void mirror(double *out, ptrdiff_t n) {
                 out[j * n + i] = out[i * n + j];
 }
 
-/* What one thread has of a group that it shares with others: `sums` (rows, rows), NULL for nothing. */
+/* One thread's part of a group that it shares with others: `sums` (rows, rows), NULL if there is none. */
 typedef struct {
     ptrdiff_t group;
     double norm;
