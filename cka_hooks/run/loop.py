@@ -225,11 +225,7 @@ class Loop:
                 return False
 
     def _state(self) -> dict[str, Any]:
-        return {
-            "comparison": self._comparison.state_dict(),
-            "before": self._before,
-            "next_look": self._next_look,
-        }
+        return {"comparison": self._comparison.state_dict(), "before": self._before, "next_look": self._next_look}
 
     def _restore(self, state: dict[str, Any]) -> None:
         before, next_look = state["before"], state["next_look"]
