@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 from cka_hooks.errors import OptionError, TooFewSamplesError
@@ -87,11 +86,9 @@ class Loop:
         try:
             if self._keeper.resume(self._restore):
                 self._keeper.announce(self._comparison.state.samples, progress)
-            with ExitStack() as stack:
-                stack.enter_context(self._comparison)
-                there = max(replay.lengths(loader) or {self._share or 0})
-                total = min(there, self._share or there) * self._options.epochs
-                self._bar = stack.enter_context(progress_bar(name, "sample", total or None, shown=progress))
+            there = max(replay.lengths(loader) or {self._share or 0})
+            total = min(there, self._share or there) * self._options.epochs or None
+            with self._comparison, progress_bar(name, "sample", total, shown=progress) as self._bar:
                 self._bar.update(self._seen)
                 stopped = not self._keeper.finished and self._passes(loader, sampler, shuffle)
                 self._keeper.save(self._state(), finished=True)
