@@ -537,3 +537,15 @@ def test_classes_are_no_lengths(classes: Tensor) -> None:
     batches = [(torch.randn(8, 9, 4, generator=generator), classes) for _ in range(2)]
     take = {"head": unmasked(mean)}
     check(Sequences(), batches, take, call=lambda model, batch: model(batch[0]))
+
+
+def test_lengths_cost_nothing_if_no_layer_has_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = cka_hooks.LayerRecorder(nn.Sequential(nn.Flatten(), nn.Linear(36, 3)), consumer=lambda layer, x: None)
+    with recorder, torch.no_grad():
+        for x in padded_sequences():
+            recorder.run((x, SHORTER))
+
+            def refused(*args: object) -> None:
+                raise AssertionError("the long way")
+
+            monkeypatch.setattr("cka_hooks.recording.axes.SampleDimension.of", refused)

@@ -7,6 +7,7 @@ have its positions.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import count
@@ -33,6 +34,19 @@ _IGNORED = -100
 _FRAMES = "_get_feature_vector_attention_mask"
 # Batches that are looked at for padding that nobody named.
 _LOOKED_AT = 32
+
+
+_WRONG = {
+    "kept": "the batch's attention mask has zeros, and features='flatten' keeps padding as data in {layers}: use "
+    "features='mean', 'token' or 'last' to leave padding out",
+    "unused": "the {mask} has zeros and was not used in {layers}, which are not known to have its positions: padding "
+    "there counts as data. Pass mask= to name the mask of each layer: a function of the batch that returns (n, T), "
+    "nonzero where a position counts, or a mapping from layer pattern to such functions",
+    "by size": "mask= was used in {layers}, which have as many positions: that these are the mask's could not be "
+    "confirmed. Name them: a mapping from layer pattern to the function",
+    "suspect": "{what}, and was not used: padding counts as data in {layers}. With features='mean', 'token' or "
+    "'last', mask=lambda batch: {use} uses it (nonzero where a position counts)",
+}
 
 
 class _Fit(NamedTuple):
@@ -78,10 +92,8 @@ class Padding:
         self._is_first = True
         self._looks = _LOOKED_AT
         self._suspect: _Suspect | None = None
-        self._suspected: list[str] = []
-        self._unused: dict[str, Source] = {}
-        self._by_size: dict[str, None] = {}
-        self._kept: list[str] = []
+        # What is wrong -> labels of the layers, and the mask of each.
+        self._wrong: dict[str, dict[str, Source]] = defaultdict(dict)
         self._warned: set[str] = set()
 
     # The masks of a batch
@@ -211,7 +223,7 @@ class Padding:
                 # Only the user can know.
                 fit = _Fit(tuple(dim for dim, size in enumerate(shape) if dim > 0 and size == mask.shape[1]))
                 if fit.dims and not self._is_named:
-                    self._by_size[label] = None
+                    self._wrong["by size"][label] = source
             if fit is _APART:
                 continue
             dims = fit.dims if fit is not None else ()
@@ -223,7 +235,7 @@ class Padding:
             else:
                 unused = source
         if unused is not None and not masks:
-            self._unused.setdefault(label, unused)
+            self._wrong["unused"].setdefault(label, unused)
         return masks
 
     def _sources(self, name: str) -> list[Source]:
@@ -248,51 +260,25 @@ class Padding:
             fit, length = self._fits.get((label, source)), self._found[source].shape[1]
             lengths = {length, *(_frames_of(module, length, {}) for module in self._frames.values())}
             if fit.dims != (-1,) and fit.dims if fit is not None else not lengths.isdisjoint(shape[1:]):
-                self._kept.append(label)
+                self._wrong["kept"][label] = source
 
     def _suspects(self, label: str, shape: tuple[int, ...]) -> None:
         if self._suspect is not None and "suspect" not in self._warned and len(shape) > 2:
-            self._suspected.append(label)
+            self._wrong["suspect"][label] = MASK
 
     def warn(self) -> None:
         """At the end of a pass, warn once about padding that counts as data."""
-        if self._kept:
-            self._warn_once(
-                "kept",
-                "the batch's attention mask has zeros, and features='flatten' keeps padding as data in "
-                f"{_listed(self._kept)}: use features='mean', 'token' or 'last' to leave padding out",
-            )
-            self._kept = []
-        if self._unused and "unused" not in self._warned and self.has_zeros:
-            source = next(iter(self._unused.values()))
-            what = f"batch's {source}" if isinstance(source, str) else "mask"
-            self._warn_once(
-                "unused",
-                f"the {what} has zeros and was not used in {_listed(list(self._unused))}, which are not known to "
-                "have its positions: padding there counts as data. Pass mask= to name the mask of each layer: a "
-                "function of the batch that returns (n, T), nonzero where a position counts, or a mapping from layer "
-                "pattern to such functions",
-            )
-        if self._by_size and self.has_zeros:
-            self._warn_once(
-                "by size",
-                f"mask= was used in {_listed(list(self._by_size))}, which have as many positions: that these are the "
-                "mask's could not be confirmed. Name them: a mapping from layer pattern to the function",
-            )
-        if self._suspect is not None and self._suspected:
-            what, use = self._suspect
-            self._warn_once(
-                "suspect",
-                f"{what}, and was not used: padding counts as data in {_listed(self._suspected)}. With "
-                f"features='mean', 'token' or 'last', mask=lambda batch: {use} uses it (nonzero where a position "
-                "counts)",
-            )
+        for wrong, labels in self._wrong.items():
+            if wrong in self._warned or not (wrong == "suspect" or self.has_zeros):
+                continue
+            self._warned.add(wrong)
+            source = next(iter(labels.values()))
+            mask = f"batch's {source}" if isinstance(source, str) else "mask"
+            what, use = self._suspect or (mask, "")
+            warn(_WRONG[wrong].format(mask=mask, what=what, use=use, layers=_listed(list(labels))))
+        if self._suspect is not None:
+            self._warned.add("suspect")
         self._is_first = False
-
-    def _warn_once(self, what: str, message: str) -> None:
-        if what not in self._warned:
-            self._warned.add(what)
-            warn(message)
 
 
 def _listed(labels: list[str]) -> str:
