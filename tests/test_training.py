@@ -257,6 +257,17 @@ def test_options_are_refused_before_training(options, found) -> None:
         TrainingCKA(batches(), **options)
 
 
+@pytest.mark.parametrize("network", [[nn.Identity()], {"V4": np.zeros((128, 3))}], ids=str)
+def test_only_networks_can_be_compared_with(network) -> None:
+    with pytest.raises(cka_hooks.ModelError, match=r"expected an nn\.Module, found"):
+        TrainingCKA(batches(), network=network)
+
+
+def test_batches_that_are_too_small_are_told_how_they_are_joined() -> None:
+    with pytest.raises(cka_hooks.TooFewSamplesError, match=r"the largest batch had 3: .* join_batches=32"):
+        TrainingCKA([batch[:3] for batch in batches()]).start(network())
+
+
 def test_every_so_many_steps_or_epochs() -> None:
     by_epochs, by_steps = TrainingCKA(batches(), every_n_epochs=2), TrainingCKA(batches(), every_n_steps=4)
     assert not by_steps.due(4)  # not started

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from cka_hooks.errors import OptionError, TooFewSamplesError
+from cka_hooks.errors import OptionError
 from cka_hooks.results.result import CKAResult
 from cka_hooks.run.comparison import Comparison
 from cka_hooks.run.in_turn import kept_on_cpu, refuse_other_positions
 from cka_hooks.run.outcome import finished
 from cka_hooks.similarity.batch import Minibatches, Step
+from cka_hooks.similarity.estimate import too_few
 from cka_hooks.similarity.state import DECLARED, State
 
 
@@ -53,9 +54,7 @@ class Footprint:
             if (rest := comparison.flush()) is not None:
                 keep(rest)
         if not comparison.state.minibatches:
-            raise TooFewSamplesError(
-                "the loader yielded no batch of at least 4 samples: use a larger batch_size in it"
-            )
+            raise too_few(comparison.state)
         (kind,) = comparison.types.values()
         return cls(comparison.state.to("cpu"), steps, kind, comparison.settings, comparison.places)
 

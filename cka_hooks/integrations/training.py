@@ -20,7 +20,7 @@ from cka_hooks.integrations.footprint import Footprint, compared
 from cka_hooks.options import Options, whole
 from cka_hooks.recording.batches import Forward
 from cka_hooks.recording.guest import is_sharded
-from cka_hooks.recording.layers import Layers
+from cka_hooks.recording.layers import Layers, check_model
 from cka_hooks.recording.padding import MaskOption
 from cka_hooks.recording.snapshot import Snapshot
 from cka_hooks.results.result import CKAResult
@@ -62,6 +62,7 @@ class TrainingCKA:
 
     Raises:
         OptionError: an option has an invalid value, or the loader can be iterated only once.
+        ModelError: hooks cannot see into another network.
 
     Example:
         >>> import torch
@@ -112,7 +113,7 @@ class TrainingCKA:
             raise OptionError(
                 f"network= has the name {taken.pop()!r}, which results use themselves: choose another one"
             )
-        self._given: dict[str, nn.Module] = given
+        self._given = {name: check_model(it) for name, it in given.items()}
         self._layers, self._forwards = (
             per_model(option, {NOW: None, **given}, name)
             for option, name in ((layers, "layers"), (forward, "forward"))
