@@ -30,15 +30,11 @@ def known_model(name: str, models: tuple[str, ...]) -> None:
         LayerError: there is none. The message names the models that were compared.
     """
     if name not in models:
-        raise LayerError(
-            f"no model {name!r} in this result: "
-            + (
-                f"its models are {', '.join(map(repr, models))}"
-                if models
-                else "its layers come from one unnamed model. Name models by comparing a mapping, "
-                "compare({'a': model_a, 'b': model_b}, loader)"
-            )
-        )
+        why = f"its models are {', '.join(map(repr, models))}"
+        if not models:
+            why = "its layers come from one unnamed model. Name models by comparing a mapping, "
+            why += "compare({'a': model_a, 'b': model_b}, loader)"
+        raise LayerError(f"no model {name!r} in this result: {why}")
 
 
 def pair_of(pair: tuple[str, str]) -> tuple[str, str]:

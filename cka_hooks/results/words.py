@@ -47,8 +47,7 @@ def summary(result: CKAResult) -> str:
     if result.square:
         groups = by_model(result)
         lines += _most_alike(result, groups)
-        changes = [found for found in (_largest_change(result, *group) for group in groups.items()) if found]
-        lines += _largest_changes(changes)
+        lines += _largest_changes(result, groups)
         lines += _near_identical(result, groups)
         lines += _same_depth([_depth(result, *pair) for pair in combinations(groups.items(), 2)])
     else:
@@ -151,48 +150,34 @@ def _alike_across(result: CKAResult) -> Iterator[str]:
         yield f"Most alike: {_pair(result, *best)}."
 
 
-class _Change(NamedTuple):
-    """CKA of the two consecutive layers of a model that are least alike."""
-
-    value: float
-    where: str
-    words: str
-    model: str
-
-
-def _largest_change(result: CKAResult, model: str, positions: Positions) -> _Change | None:
-    defined = _defined(result, positions)
-    pairs = [(defined[a], defined[b]) for a, b in followers([result.layer_of(result.rows[i]) for i in defined])]
-    if len(defined) < 3 or not pairs:
-        return None
-    before, after = min(pairs, key=lambda pair: float(result.matrix[pair]))
-    where = f"{result.layer_of(result.rows[before])} -> {result.layer_of(result.rows[after])}"
-    return _Change(float(result.matrix[before, after]), where, _value(result, before, after), model)
-
-
-def _largest_changes(found: list[_Change]) -> Iterator[str]:
-    start = "Changes most from one layer to the next"
+def _largest_changes(result: CKAResult, groups: dict[str, Positions]) -> Iterator[str]:
+    """The two consecutive layers of each model that are least alike."""
+    start, found = "Changes most from one layer to the next", []
+    for model, positions in groups.items():
+        defined = _defined(result, positions)
+        pairs = [(defined[a], defined[b]) for a, b in followers([result.layer_of(result.rows[i]) for i in defined])]
+        if len(defined) >= 3 and pairs:
+            before, after = min(pairs, key=lambda pair: float(result.matrix[pair]))
+            where = f"{result.layer_of(result.rows[before])} -> {result.layer_of(result.rows[after])}"
+            found.append((float(result.matrix[before, after]), where, _value(result, before, after), model))
     if len(found) <= _FEW:
-        yield from (f"{start}{it.model and f' in {it.model}'} at {it.where}, {it.words}." for it in found)
+        yield from (f"{start}{model and f' in {model}'} at {where}, {words}." for _, where, words, model in found)
     else:
-        places = [f"{it.where}{_of(it.model)}, {it.words}" for it in sorted(found)]
+        places = [f"{where}{_of(model)}, {words}" for _, where, words, model in sorted(found)]
         yield f"{start} at {_listing(places, '; ', most=2)}."
 
 
 def _near_identical(result: CKAResult, groups: dict[str, Positions]) -> Iterator[str]:
-    start, all_found = f"Runs of near-identical layers (CKA above {NEAR} with each other)", []
-    for model, positions in groups.items():
-        found = sorted(near_identical(result, positions), key=len, reverse=True)
-        names = [
-            f"{result.layer_of(result.rows[run[0]])} to {result.layer_of(result.rows[run[-1]])} ({len(run)} layers)"
-            for run in found
-        ]
-        if names and len(groups) <= _FEW:
-            yield f"{start}{_of(model)}: {_listing(names)}."
-        all_found += [(len(run), f"{name}{_of(model)}") for run, name in zip(found, names, strict=True)]
-    if all_found and len(groups) > _FEW:
-        longest = sorted(all_found, key=lambda entry: entry[0], reverse=True)
-        yield f"{start}: {_listing([name for _, name in longest])}."
+    is_few = len(groups) <= _FEW
+    names: dict[str, list[str]] = {_of(model) if is_few else "": [] for model in groups}
+    runs = [(run, model) for model, positions in groups.items() for run in near_identical(result, positions)]
+    for run, model in sorted(runs, key=lambda found: len(found[0]), reverse=True):
+        first, last = (result.layer_of(result.rows[position]) for position in (run[0], run[-1]))
+        name = f"{first} to {last} ({len(run)} layers)"
+        names[_of(model) if is_few else ""].append(name if is_few else name + _of(model))
+    for of, found in names.items():
+        if found:
+            yield f"Runs of near-identical layers (CKA above {NEAR} with each other){of}: {_listing(found)}."
 
 
 def near_identical(result: CKAResult, positions: Positions) -> list[Positions]:
