@@ -204,6 +204,19 @@ def test_a_batch_that_broke_off_leaves_nothing(launches: Launches) -> None:
     assert cka.compute()["x", "y"] == pytest.approx(result_of([{"x": x, "y": y}])["x", "y"])
 
 
+def test_what_is_captured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that is launched while a CUDA graph is captured does not run, and its buffers would be added up."""
+    cka = CKAAccumulator()
+    x = torch.randn(16, 40)
+    cka.update({"x": x, "2 x": 2 * x})
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "is_captured", lambda features: True)
+        with pytest.raises(cka_hooks.OptionError, match=r"layer 'x' .* CUDA graph"):
+            cka.observe("x", x)
+    cka.update({"x": x, "2 x": 2 * x})
+    assert cka.compute().samples == 32
+
+
 # On a pretended GPU
 
 

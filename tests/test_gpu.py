@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import cka_hooks
 from cka_hooks.similarity.products import fused
+from cka_hooks.similarity.state import DECLARED
 
 pytestmark = [
     pytest.mark.gpu,
@@ -99,6 +100,36 @@ def test_kernels(kernel: str, minibatch: int | None) -> None:
         on_gpu.update(x)
         on_cpu.update({label: tensor.cpu() for label, tensor in x.items()})
     np.testing.assert_allclose(on_gpu.compute().matrix, on_cpu.compute().matrix, atol=1e-6)
+
+
+@pytest.mark.parametrize("minibatch", [None, 12])
+def test_sums_are_those_of_a_cpu(minibatch: int | None) -> None:
+    on_gpu, on_cpu = (cka_hooks.CKAAccumulator(minibatch=minibatch, keep_minibatches=True) for _ in range(2))
+    for samples in (40, 50, 40):
+        x = {str(i): torch.randn(samples, 300) + i for i in range(20)}
+        x["1"][7 if samples == 50 else 3] *= 30
+        x["2"][:, 4] = torch.nan if samples == 50 else 0.0
+        for cka, device in ((on_gpu, "cuda"), (on_cpu, "cpu")):
+            if samples == 50:
+                cka.start_pass()
+            cka.update({label: tensor.to(device) for label, tensor in x.items()})
+    for name in DECLARED:
+        found, expected = getattr(on_gpu.state, name), getattr(on_cpu.state, name)
+        if name == "kept":
+            found, expected = torch.cat(found), torch.cat(expected)
+        if isinstance(expected, Tensor):
+            scale = float(expected.nan_to_num(posinf=0).abs().max()) if expected.numel() else 0
+            torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-6 * scale, msg=name)
+        else:
+            assert found == expected, name
+
+
+def test_what_is_captured_is_refused() -> None:
+    x = torch.randn(16, 300, device="cuda")
+    cka = cka_hooks.CKAAccumulator()
+    cka.update({"x": x})
+    with pytest.raises(cka_hooks.OptionError, match="CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        cka.observe("x", x)
 
 
 @pytest.mark.parametrize("power", [-30, -20, -10, 10, 20, 30])

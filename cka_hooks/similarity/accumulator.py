@@ -21,6 +21,7 @@ from cka_hooks.results.result import CKAResult
 from cka_hooks.similarity.batch import DIFFER, Batch, Step
 from cka_hooks.similarity.estimate import largest_stderr, result_of
 from cka_hooks.similarity.kernels import as_kernel
+from cka_hooks.similarity.products import fused
 from cka_hooks.similarity.reduce import exchanged, is_shared, reduced
 from cka_hooks.similarity.state import State
 
@@ -219,6 +220,11 @@ class CKAAccumulator:
             )
         samples = rows.shape[0]
         if not self._pending:
+            if fused.is_captured(rows):
+                raise OptionError(
+                    f"layer {layer!r} was observed while a CUDA graph is captured, which computes nothing: capture "
+                    "the model without hooks, or run it eagerly to compare its layers"
+                )
             self._samples = samples
             self._parts = _split(samples, self._options.minibatch, self._split_by_default)
         elif samples != self._samples:

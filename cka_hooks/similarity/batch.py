@@ -66,14 +66,13 @@ class Minibatches(NamedTuple):
             stacked = _stacked(grams, slice(low, low + step), device)
             spread, size = stacked.traces()
             finite = torch.isfinite(stacked.values.sum((-2, -1)) + size)
+            bad = ~finite.unsqueeze(-1)
             centred = centre(stacked.values, estimator)
-            zero = torch.zeros_like(size)
-            cubes = null_numbers(centred).unbind(-1) if estimator == "unbiased" else (zero, zero)
-            numbers = torch.stack([spread, size, finite.to(size), zero, *cubes], -1)
-            vectors, parts = pack(centred, estimator), sample_parts(centred, estimator)
-            for tensor in (vectors, numbers, parts):
-                tensor.masked_fill_(~finite.unsqueeze(-1), 0)
-            rest.append((numbers, parts))
+            cubes = null_numbers(centred) if estimator == "unbiased" else centred.new_zeros(*finite.shape, 2)
+            numbers = torch.stack([spread, size, finite.to(size), torch.zeros_like(size), *cubes.unbind(-1)], -1)
+            parts = sample_parts(centred, estimator)
+            rest.append((numbers.masked_fill_(bad, 0), parts.masked_fill_(bad, 0)))
+            vectors = pack(centred, estimator).masked_fill_(bad, 0)
             if packed is None:
                 packed = vectors if step >= len(layers) else vectors.new_empty(len(layers), *vectors.shape[1:])
             if packed is not vectors:

@@ -65,6 +65,11 @@ def takes(features: Tensor, minibatches: int) -> bool:
     )
 
 
+def is_captured(features: Tensor) -> bool:
+    """Whether products of these features would go to a CUDA graph that is being captured, and compute nothing."""
+    return features.is_cuda and type(features) is Tensor and torch.cuda.is_current_stream_capturing()
+
+
 @cache
 def _runs_on(index: int) -> bool:
     if os.environ.get("CKA_HOOKS_FUSED", "1") == "0" or torch.version.hip is not None:
