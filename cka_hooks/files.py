@@ -24,6 +24,9 @@ def replace_file(path: PathLike, write: Callable[[BinaryIO], object]) -> None:
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {str(target.parent)!r} to write {target.name!r} into")
+    if target.exists() and not target.is_file():
+        kind = "a folder: name a file in it" if target.is_dir() else "a device or pipe, not a file"
+        raise OSError(f"{os.fspath(path)!r} is {kind}")
     unfinished = target.with_name(f"{unfinished_prefix(target)}{uuid.uuid4().hex}.part")
     try:
         with open(unfinished, "xb") as file:

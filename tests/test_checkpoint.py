@@ -285,6 +285,47 @@ def test_a_lock_that_somebody_planted_is_not_written_to(tmp_path: Path) -> None:
     assert precious.read_text() == "precious"
 
 
+FULL_DISK = """
+import resource, sys, warnings
+import broken_off
+warnings.simplefilter("ignore")
+path = sys.argv[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+result, _ = broken_off.run(path, broken_off.shuffled(), checkpoint_every=1e-9)
+assert result.samples == 100
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
+@pytest.mark.parametrize("limit", [0, 100])
+def test_a_full_disk_loses_no_result(tmp_path: Path, limit: int) -> None:
+    words = ("-c", FULL_DISK, str(tmp_path / "run.ckpt"), str(limit))
+    done = processes.finished(*words, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir())
+    # And that of a run which has ended before.
+    run(tmp_path / "run.ckpt", shuffled())
+    done = processes.finished(*words, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
+    """As root, only something else under the name of the lock stands in the way."""
+    path = tmp_path / "run.ckpt"
+    expected, _ = run(path, shuffled())
+    (tmp_path / ".run.ckpt.lock").mkdir()
+    assert run(path, shuffled())[0].matrix.equal(expected.matrix)
+    path.unlink()
+    with pytest.raises(cka_hooks.OptionError, match="run.ckpt' cannot be written: .*lock"):
+        run(path, shuffled())
+
+
+@pytest.mark.parametrize("path", ["", ".", "a\0b", 3], ids=repr)
+def test_what_is_no_path(path) -> None:
+    with pytest.raises(cka_hooks.OptionError, match=r"checkpoint=.*expected the path of a file"):
+        run(path, shuffled())
+
+
 # Refused
 
 

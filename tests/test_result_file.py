@@ -112,6 +112,18 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         WHOLE.save(tmp_path / "nowhere" / "cka.json")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of POSIX")
+def test_a_device_or_a_folder_is_not_replaced_by_a_file(tmp_path):
+    """As root, ``/dev/null`` could be."""
+    os.mkfifo(tmp_path / "pipe")
+    for write in (WHOLE.save, WHOLE.to_csv, WHOLE.to_html):
+        with pytest.raises(OSError, match="pipe' is a device or pipe, not a file"):
+            write(tmp_path / "pipe")
+        with pytest.raises(OSError, match="is a folder: name a file in it"):
+            write(tmp_path)
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_what_load_would_refuse_as_too_large_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(resultfile, "_MAX_NUMBERS", 40)
     with pytest.raises(OptionError, match="minibatches=False"):

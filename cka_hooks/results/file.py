@@ -88,9 +88,10 @@ def read_result(path: PathLike) -> CKAResult:
             "Save the result again with result.save(path)"
         ) from cause
 
+    content = _read(path, refuse)
     try:
         document = json.loads(
-            _read(path, refuse).decode("utf-8"),
+            content.decode("utf-8"),
             object_pairs_hook=_unique_keys,
             parse_float=_finite,
             parse_constant=_finite,

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,8 @@ class Keeper:
     def _open(self, folder: Path) -> None:
         assert self.path is not None
         for left in folder.glob(f"{glob.escape(unfinished_prefix(self.path))}*.part"):
-            left.unlink(missing_ok=True)
+            with suppress(OSError):
+                left.unlink()
         if self.path.exists():
             self._saved = self._read(self.path)
 
@@ -276,8 +277,15 @@ def path_of_rank(path: str | os.PathLike[str], ranks: Ranks | None) -> Path:
 
     Raises:
         CheckpointError: there are files of a run on another number of ranks.
+        OptionError: it is not the path of a file.
     """
-    path = Path(path)
+    given = path
+    try:
+        path = Path(os.fsdecode(given))
+    except TypeError:
+        path = Path()
+    if not path.name or "\0" in str(path):
+        raise OptionError(f"checkpoint={given!r}: expected the path of a file")
     own = path if ranks is None else path.with_name(f"{path.name}.rank{ranks.rank}-of-{ranks.size}")
     others = list(path.parent.glob(f"{glob.escape(path.name)}.rank*-of-*"))
     others = [found for found in others if ranks is None or not found.name.endswith(f"-of-{ranks.size}")]
