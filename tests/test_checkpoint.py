@@ -316,7 +316,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / ".run.ckpt.lock").mkdir()
     assert run(path, shuffled())[0].matrix.equal(expected.matrix)
     path.unlink()
-    with pytest.raises(cka_hooks.OptionError, match="run.ckpt' cannot be written: .*lock"):
+    with pytest.raises(cka_hooks.OptionError, match=r"run\.ckpt' cannot be written: .*lock"):
         run(path, shuffled())
 
 
