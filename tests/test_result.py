@@ -478,11 +478,11 @@ def test_control_characters_are_never_printed(cut):
 
 
 def test_labels_that_begin_a_formula_are_text_in_a_spreadsheet(tmp_path):
-    labels = ["=1+1", "+a", "-b", "@c", "\t=d", "＝e", "conv1", "1-1"]
+    labels = ["=1+1", "+a", "-b", "@c", "\t=d", "＝e", "\x85=f", "\ufeff=g", "conv1", "1-1", "a\r=1"]
     result = result_of(labels)
     result.to_csv(tmp_path / "cka.csv")
     frame = pandas.read_csv(tmp_path / "cka.csv", index_col=0, dtype=str)
-    assert list(frame.index) == list(frame.columns) == [f"'{label}" for label in labels[:6]] + labels[6:]
+    assert list(frame.index) == list(frame.columns) == [f"'{label}" for label in labels[:8]] + labels[8:]
     result.to_csv(tmp_path / "tidy.csv", tidy=True)
     tidy = pandas.read_csv(tmp_path / "tidy.csv", dtype=str)
     assert set(tidy.row) == set(tidy.column) == set(frame.index)

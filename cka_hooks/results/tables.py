@@ -88,7 +88,8 @@ def to_csv(result: CKAResult, path: PathLike, *, tidy: bool = False) -> None:
     text = io.StringIO(newline="")
     matrix = zip(result.rows, result.matrix.tolist(), strict=True)
     lines = _tidy(result) if tidy else [["layer", *result.columns], *([label, *values] for label, values in matrix)]
-    csv.writer(text, lineterminator="\n").writerows(map(_cell, line) for line in lines)
+    # Lines end with CR LF, so that a label with either of these is in quotation marks.
+    csv.writer(text).writerows(map(_cell, line) for line in lines)
     replace_file(path, lambda file: file.write(text.getvalue().encode("utf-8", "backslashreplace")))
 
 
@@ -134,6 +135,6 @@ def _cell(value: Any) -> str:
 
 
 def _no_formula(label: str) -> str:
-    # Spreadsheets skip leading control characters and spaces, and also accept the wide forms of the signs.
-    first = label.lstrip("".join(map(chr, range(33))))[:1]
+    # Spreadsheets skip what is not seen, and also accept the wide forms of the signs.
+    first = next((character for character in label if character.isprintable() and not character.isspace()), "")
     return f"'{label}" if first and first in "=+-@＝＋－＠" else label
