@@ -94,7 +94,7 @@ class Minibatches(NamedTuple):
 def _stacked(grams: Grams | Sequence[Grams], some: slice, device: torch.device) -> Grams:
     """The Gram matrices of some of the layers, stacked."""
     if isinstance(grams, Grams):
-        return Grams(*(None if stack is None else stack[some] for stack in grams))  # type: ignore[arg-type]
+        return grams.of_layers(some)
     found: list[Any] = []
     for tensors in zip(*grams[some], strict=True):
         there = [tensor.to(device, non_blocking=True) for tensor in tensors if tensor is not None]
@@ -184,7 +184,7 @@ class Batch:
                 if whole:
                     return Minibatches.of(layers, stacks[shelf], estimator)
         places = [self._grams[layer] for layer in layers]
-        grams = [it if isinstance(it, Grams) else stacks[it[0]].of_layer(it[1]) for it in places]
+        grams = [it if isinstance(it, Grams) else stacks[it[0]].of_layers(it[1]) for it in places]
         return Minibatches.of(layers, grams, estimator)
 
     def release(self) -> None:

@@ -22,9 +22,9 @@ class Grams(NamedTuple):
     spread: Tensor | None = None
     size: Tensor | None = None
 
-    def of_layer(self, number: int) -> Grams:
-        """The Gram matrices of one layer, from several layers stacked in a leading dimension."""
-        return Grams(*(None if stacked is None else stacked[number] for stacked in self))  # type: ignore[arg-type]
+    def of_layers(self, which: int | slice) -> Grams:
+        """The matrices of one layer or of several, if those of more are stacked in a leading dimension."""
+        return Grams(*(None if stacked is None else stacked[which] for stacked in self))  # type: ignore[arg-type]
 
     def traces(self) -> tuple[Tensor, Tensor]:
         """(m,) traces of the centred linear Gram matrix and of the linear Gram matrix.

@@ -63,7 +63,8 @@ def grams(features: Tensor, minibatches: int) -> tuple[Tensor, Tensor]:
     samples = features.shape[0] // minibatches
     values = torch.zeros(minibatches, samples, samples, dtype=torch.float64, device="cpu")
     measures = torch.zeros(minibatches, 8, dtype=torch.float64, device="cpu")
-    _native.grams(*_place(features, minibatches), values.data_ptr(), measures.data_ptr(), *_how())
+    how = torch.get_num_threads(), next(iter(VARIANTS.values()))
+    _native.grams(*_place(features, minibatches), values.data_ptr(), measures.data_ptr(), *how)
     return values, measures
 
 
@@ -74,8 +75,3 @@ def _place(features: Tensor, minibatches: int) -> tuple[int, int, int, int, int,
     if channels == 1:
         positions, channels, position, channel = 1, positions, 0, position
     return features.data_ptr(), minibatches, rows // minibatches, positions, channels, sample, position, channel
-
-
-def _how() -> tuple[int, int]:
-    """The number of threads, and the variant."""
-    return torch.get_num_threads(), next(iter(VARIANTS.values()))
