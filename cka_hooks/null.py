@@ -107,14 +107,28 @@ def null_weights(n: int) -> tuple[float, float, float, float]:
     return 2 / (n * (n - 3)), of_t, of_both, of_s
 
 
+def check_permutations(count: int, layers: int) -> None:
+    """Check that the values of all pairs of layers in so many permutations can be kept.
+
+    Raises:
+        OptionError: they take more than 256 MB.
+    """
+    if count * layers**2 > _MOST_PERMUTED:
+        raise OptionError(
+            f"permutations={count} of {layers} layers would take {8e-9 * count * layers**2:,.1f} GB: at most "
+            f"{_MOST_PERMUTED // layers**2:,} of so many layers are kept; take fewer, or choose layers by layers="
+        )
+
+
 def permuted_orders(hsic: Tensor, n: int, count: int, seed: int) -> Tensor:
     """Orders of the n samples of a minibatch, drawn at random: (L, L) HSICs of its layers -> (count, n).
 
     They depend on the seed and on these, and so neither on when nor on which rank it was added. This waits for the
     device.
     """
-    # Nine digits, which rounding does not change.
-    generator = torch.Generator().manual_seed(hash((seed, float(f"{float(hsic.sum()):.9g}"))))
+    # Nine digits, which rounding does not change. Layers with NaN are left out: each NaN has another hash.
+    total = float(hsic.nan_to_num(0, 0, 0).sum())
+    generator = torch.Generator().manual_seed(hash((seed, float(f"{total:.9g}"))))
     return torch.rand(count, n, generator=generator, device="cpu").argsort(-1).to(hsic.device)
 
 
@@ -136,11 +150,7 @@ def permuted_pairs(vectors: Tensor, hsic: Tensor, n: int, count: int, seed: int)
     """
     rows, columns = torch.tril_indices(n, n, -1, device=vectors.device)
     layers, m, _ = vectors.shape
-    if count * layers**2 > _MOST_PERMUTED:
-        raise OptionError(
-            f"permutations={count} of {layers} layers would take {8e-9 * count * layers**2:,.1f} GB: at most "
-            f"{_MOST_PERMUTED // layers**2:,} of so many layers are kept; take fewer, or choose layers by layers="
-        )
+    check_permutations(count, layers)
     found = vectors.new_zeros(count, layers, layers)
     for b in range(m):
         mine, theirs = vectors[:, b], vectors[:, b].mT.contiguous()

@@ -396,3 +396,19 @@ def test_more_permutations_than_memory_is_for_are_refused():
     accumulator = CKAAccumulator(permutations=10_000_000)
     with pytest.raises(OptionError, match=r"10000000 of 2 layers would take 0.3 GB: at most 8,388,608 of so many"):
         accumulator.update({"a": torch.randn(8, 3), "b": torch.randn(8, 3)})
+
+
+def test_too_many_permutations_are_refused_in_the_first_batch_of_a_model_built_in_turn():
+    steps = []
+
+    def build():
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4)).eval()
+        model.register_forward_hook(lambda *_: steps.append(len(built)))
+        built.append(1)
+        return model
+
+    built = []
+    loader = list(torch.randn(8, 16, 4, generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(OptionError, match="of 2 layers would take"):
+        compare({"a": build, "b": build}, loader, layers="0", permutations=10_000_000, progress=False)
+    assert steps.count(2) < steps.count(1)

@@ -6,12 +6,14 @@ import gc
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
 from torch import nn
 
 from cka_hooks.errors import BatchError, ModelError, OptionError, SampleCountError
+from cka_hooks.null import check_permutations
 from cka_hooks.options import Options
 from cka_hooks.recording.layers import check_model
 from cka_hooks.run import replay
@@ -60,12 +62,14 @@ def added_up_in_turn(
     settings: dict[str, Any] = {}
     for name, model in _built(models):
         steps[name] = []
+        others = sum(len(state.layers) for state in states.values())
+        on_step = partial(_keep, kept_on_cpu(steps[name]), options.permutations, others)
         own = replace(options, layers=layers[name], forward=forwards[name], permutations=0)
         comparison = Comparison.of({name: model}, own)
         again = replayed.rewind(name)
         comparison.check(again)
         keeper = Keeper(None, 1.0, again, {})
-        loop = Loop(comparison, own, keeper, alone=ranks is None, on_step=kept_on_cpu(steps[name]))
+        loop = Loop(comparison, own, keeper, alone=ranks is None, on_step=on_step)
         states[name] = loop.over(again, progress=progress, name=name).to("cpu")
         places[name] = comparison.places
         refuse_other_positions(places)
@@ -97,6 +101,13 @@ def refuse_other_positions(places: Mapping[str, int | None]) -> None:
 def kept_on_cpu(steps: list[Any]) -> Callable[[Step | None], None]:
     """A function that appends steps, moved to the CPU: the device has room for the next model, not for all these."""
     return lambda step: steps.append(step and step._replace(groups=[group.cpu() for group in step.groups]))
+
+
+def _keep(keep: Callable[[Step | None], None], permutations: int, others: int, step: Step | None) -> None:
+    """Keep a step, of which there must not be too many layers beside the `others` of earlier models."""
+    if step is not None:
+        check_permutations(permutations, others + len(step.groups[0].layers))
+    keep(step)
 
 
 def _built(models: Mapping[str, Builder]) -> Iterator[tuple[str, nn.Module | Precomputed]]:
