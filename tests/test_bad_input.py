@@ -135,6 +135,14 @@ def test_none_for_a_number_is_its_default() -> None:
     assert compare(Counting(), image_batches(), epochs=None, seed=None, progress=False).settings["epochs"] == 1
 
 
+def test_a_comparison_and_a_stream_refuse_what_compare_refuses() -> None:
+    with pytest.raises(cka_hooks.ModelError, match=r"an nn\.Module"):
+        cka_hooks.Comparison(None)
+    for loader in (torch.zeros(4, 3, 8, 8), torch.utils.data.TensorDataset(torch.zeros(4, 3, 8, 8)), None):
+        with pytest.raises(cka_hooks.OptionError, match="the loader is"):
+            next(cka_hooks.LayerRecorder(SmallNet()).stream(loader))
+
+
 def test_an_accumulator_is_no_consumer() -> None:
     with pytest.raises(cka_hooks.OptionError, match=r"consumer=.* cannot be called: expected a function of a label"):
         cka_hooks.LayerRecorder(Counting(), consumer=cka_hooks.CKAAccumulator())

@@ -358,6 +358,7 @@ class LayerRecorder:
             loader: anything that yields batches, see :func:`cka_hooks.recording.batches.arguments`.
 
         Raises:
+            OptionError: the loader is a data set, a sampler, or one batch.
             LayerError: none of the chosen layers ran.
             BatchError: the model cannot be called with a batch.
 
@@ -369,6 +370,7 @@ class LayerRecorder:
             >>> [activations["0"].shape for activations in LayerRecorder(model).stream(loader)]
             [torch.Size([5, 3]), torch.Size([5, 3])]
         """
+        batches.check_loader(loader)
         random_stream = guest.RandomStream()
         with random_stream:
             iterator = iter(loader)

@@ -17,7 +17,7 @@ from cka_hooks.names import labelled
 from cka_hooks.options import Options, whole
 from cka_hooks.recording import batches
 from cka_hooks.recording.guest import RandomStream, untouched
-from cka_hooks.recording.layers import Layers, select_layers
+from cka_hooks.recording.layers import Layers, check_model, select_layers
 from cka_hooks.recording.padding import MaskOption
 from cka_hooks.recording.positions import positions_of
 from cka_hooks.recording.recorder import LayerRecorder, nothing_ran
@@ -90,7 +90,9 @@ class Comparison:
     ) -> None:
         self._options = Options.of(locals())
         self.entries = named_models(model)
-        self.models: dict[str, nn.Module] = {name: it for name, it in self.entries.items() if not is_features(it)}
+        self.models: dict[str, nn.Module] = {
+            name: check_model(it) for name, it in self.entries.items() if not is_features(it)
+        }
         self._places = positions_of(per, positions, self._options.seed)
         self._brought = Brought(
             {name: it for name, it in self.entries.items() if isinstance(it, Precomputed)},
