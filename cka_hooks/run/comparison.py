@@ -45,7 +45,6 @@ class Comparison:
     Attributes:
         entries: models and precomputed features by name.
         models: the entries that are models.
-        provenance: further settings for the results, plain JSON values.
 
     Raises:
         LayerError: an entry of `layers` matches nothing.
@@ -130,7 +129,6 @@ class Comparison:
             )
             # Two names may stand for the same model, or for models that share a part.
             self._recorders[name].only_in_passes = True
-        self.provenance: dict[str, Any] = {}
         self._random = RandomStream()
         self._guests: list[AbstractContextManager[object]] = []
         self._within = False
@@ -338,7 +336,7 @@ class Comparison:
             NonFiniteError: a layer has NaN or infinity. `.partial` has the result of all others.
         """
         self._accumulator.state = self.state
-        return finished(self._taker.with_rest(), self.types, {**self.settings, **self.provenance})
+        return finished(self._taker.with_rest(), self.types, self.settings)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that was added, as numbers, text and float64 tensors: copies, safe to save and to send."""
