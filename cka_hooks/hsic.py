@@ -46,7 +46,8 @@ def features_differ(rows: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: dtype of the activation.
     """
     # If this does not wait for a device, ask two samples first, whose features nearly always differ.
-    if rows.device.type == "cpu" and (of_two := _differ(rows[:2], dtype)):
+    is_cheap = rows.device.type == "cpu" and not torch.compiler.is_compiling()
+    if is_cheap and (of_two := _differ(rows[:2], dtype)):
         return of_two
     return _differ(rows[:_LOOKED_AT], dtype)
 

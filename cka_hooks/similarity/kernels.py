@@ -32,7 +32,8 @@ _NEARLY_SAME = 1e-5
 _ROOT_NOISE = 5e-7
 
 
-@dataclass(frozen=True)
+# Not frozen: torch.compile of PyTorch 2.6 does not follow how a frozen one is made.
+@dataclass(eq=False)
 class OfLinear:
     """A kernel whose Gram matrices follow from linear ones of samples that are all shifted by one vector.
 
