@@ -22,6 +22,7 @@ import torch
 from broken_off import Forward, Stop, kept_after_every_batch, model, run, shuffled, tensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import cka_hooks
@@ -351,6 +352,45 @@ def test_another_run_is_refused_with_the_difference(tmp_path: Path, named: str, 
         run(path, shuffled(), stop_at=4)
     with pytest.raises(cka_hooks.CheckpointError, match=rf"another run: .*{named}.* there and .* here"):
         run(path, shuffled(), **change)
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.linear, self.factor, self.calls = nn.Linear(12, 6), factor, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.linear(x).relu() * self.factor
+
+
+class Bent(Scaled):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.linear(x).tanh() * self.factor
+
+
+# As after an edit of the file.
+Bent.__qualname__ = Scaled.__qualname__
+
+
+def scaled(factor: float = 1.0, kind: type[Scaled] = Scaled, hook: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    net = kind(factor).eval()
+    if hook:
+        net.linear.register_forward_hook(lambda module, args, output: output * 2)
+    return net
+
+
+@pytest.mark.parametrize("other", [lambda: scaled(2.0), lambda: scaled(kind=Bent), lambda: scaled(hook=True)])
+def test_a_model_that_computes_otherwise_is_refused(tmp_path: Path, other) -> None:
+    path, net = tmp_path / "run.ckpt", scaled()
+    with pytest.raises(Stop):
+        run(path, shuffled(), stop_at=4, net=net)
+    with pytest.raises(cka_hooks.CheckpointError, match=r"another run: models modules is"):
+        run(path, shuffled(), net=other())
+    # One that counts what it did is the same.
+    run(path, shuffled(), net=net)
 
 
 def test_other_data_are_refused(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from cka_hooks.options import spelled
 
 
 def of_model(model: nn.Module) -> dict[str, Any]:
-    """Kinds and settings of a model's modules; names, shapes and some numbers of its parameters and buffers."""
-    kinds = [f"{name} {type(module).__qualname__} {module.extra_repr()}" for name, module in model.named_modules()]
+    """What a model's modules do; names, shapes and some numbers of its parameters and buffers."""
+    kinds = [part for name, module in model.named_modules() for part in (name, *_kind(module))]
     names: list[str] = []
     some: list[Tensor] = []
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -38,6 +38,19 @@ def of_model(model: nn.Module) -> dict[str, Any]:
         "modules": _digest(*kinds),
         "values": _digest(*values),
     }
+
+
+def _kind(module: nn.Module) -> list[str | bytes]:
+    """The class of a module, its settings and hooks; unless it is PyTorch's, its floats, texts and code, too.
+
+    Integers and flags may be counters of what ran.
+    """
+    parts: list[str | bytes] = [type(module).__qualname__, module.extra_repr()]
+    if not type(module).__module__.startswith("torch."):
+        plain = sorted((key, it) for key, it in vars(module).items() if isinstance(it, float | str))
+        parts += [*map(repr, plain), *_code(module.forward, 0)]
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return parts + [part for hook in hooks for part in _code(hook, 0)]
 
 
 def of_rows(arrays: Mapping[str, Any], sample_ids: Any) -> dict[str, Any]:
