@@ -109,6 +109,12 @@ def test_a_file_that_could_not_be_written_is_named_before_the_run(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_missing_file_is_named(tmp_path, capsys):
+    missing = str(tmp_path / "missing.json")
+    assert main(["show", missing]) == 2
+    assert capsys.readouterr().err == f"cka-hooks: {missing}: No such file or directory\n"
+
+
 @pytest.mark.parametrize("option", ["--out", "--html"])
 def test_show_names_a_missing_folder(tmp_path, capsys, option):
     CKAResult.example().save(tmp_path / "cka.json")

@@ -99,6 +99,8 @@ def parser() -> argparse.ArgumentParser:
 
 def _message(error: Exception) -> str:
     """The message of an error. An error from a loader's worker starts with the worker's whole traceback."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
     text = str(error)
     return text.rpartition(f"{type(error).__name__}: ")[2].strip() if "\nOriginal Traceback" in text else text
 
