@@ -103,7 +103,7 @@ def of_texts() -> list[dict[str, object]]:
         (of_texts, {"per": "position"}),
         (of_texts, {"per": "position", "positions": 10, "seed": 3}),
     ],
-    ids=str,
+    ids=lambda it: getattr(it, "__name__", str(it)),
 )
 def test_options_of_a_comparison_are_those_of_one_over_all_networks(loader, options) -> None:
     model, teacher = Numbered(0), Numbered(1)
