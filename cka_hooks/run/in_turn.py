@@ -105,8 +105,8 @@ def kept_on_cpu(steps: list[Any]) -> Callable[[Step | None], None]:
 
 def _keep(keep: Callable[[Step | None], None], permutations: int, others: int, step: Step | None) -> None:
     """Keep a step, of which there must not be too many layers beside the `others` of earlier models."""
-    if step is not None:
-        check_permutations(permutations, others + len(step.groups[0].layers))
+    for group in step.groups if step else ():
+        check_permutations(permutations, others + len(group.layers))
     keep(step)
 
 

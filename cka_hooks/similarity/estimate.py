@@ -102,9 +102,9 @@ def degenerate(state: State) -> dict[str, str]:
     for i, layer in enumerate(state.layers):
         level = resolution(getattr(torch, state.dtypes[layer])) * state.size[i]
         if not (state.spread[i] > level or (state.differ[i] > 0 and state.spread[i] > 0)):
-            found[layer] = "its samples do not differ, so that CKA is undefined"
+            found[layer] = "the samples do not differ, so CKA is undefined"
         elif not state.moments[0, i, i] > 0:
-            found[layer] = "the estimate of its own HSIC is not above 0, so that CKA is undefined"
+            found[layer] = "the estimate of its own HSIC is not above 0, so CKA is undefined"
     return found
 
 

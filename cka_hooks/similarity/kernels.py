@@ -33,7 +33,7 @@ _ROOT_NOISE = 5e-7
 
 
 # Not frozen: torch.compile of PyTorch 2.6 does not follow how a frozen one is made.
-@dataclass(eq=False)
+@dataclass
 class OfLinear:
     """A kernel whose Gram matrices follow from linear ones of samples that are all shifted by one vector.
 
