@@ -1,4 +1,4 @@
-"""Intervals hold the truth as often as they say: a small version of benchmarks/coverage.py.
+"""Intervals hold the truth as often as they say: a small version of benchmarks/intervals.py.
 
 200 runs and 15 pairs: the simulation error of a mean share is about 1 point. The bounds are the promised ones,
 and intervals that are too short, or that count passes as samples, miss them by far.
@@ -17,7 +17,7 @@ RUNS = 200
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
     torch.manual_seed(0)
-    return load("coverage")
+    return load("intervals")
 
 
 @pytest.fixture(scope="module")

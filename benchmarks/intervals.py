@@ -1,7 +1,7 @@
 """How often does an interval of cka_hooks hold the true CKA? Simulated runs with known truth, a table of shares.
 
-    python benchmarks/coverage.py            # 1000 runs a row, some minutes
-    python benchmarks/coverage.py --runs 200
+    python benchmarks/intervals.py            # 1000 runs a row, some minutes
+    python benchmarks/intervals.py --runs 200
 
 A population of which any number of samples can be drawn (ten classes of unequal size, through a random ReLU network,
 with one sparse layer and one of heavy tails) stands for a model and its data. The truth comes from a huge
