@@ -126,8 +126,7 @@ def in_turn(steps: list[Step], state: State) -> State:
             dtypes = {layer: dtype for layer, dtype in step.dtypes.items() if layer in chosen}
             parts[name].append(step._replace(groups=groups, dtypes=dtypes))
     states = {name: added(its, type(state)) for name, its in parts.items()}
-    batches = ({name: its[i] for name, its in parts.items()} for i in range(len(steps)))
-    return type(state).joined(states, batches, keep=True, permutations=3)
+    return type(state).joined(states, parts, keep=True, permutations=3)
 
 
 def through_a_file(state: State, path: Path) -> State:
@@ -219,7 +218,7 @@ def test_a_field_that_is_declared_goes_every_way(monkeypatch: pytest.MonkeyPatch
     for state in ways.values():
         state.tags.clear()
     states = {"first": state_of(steps, "one"), "second": Extended()}
-    both = Extended.joined(states, [], keep=False)
+    both = Extended.joined(states, {}, keep=False)
     assert (both.colours, both.tags) == ({"a": "red"}, ["one"])
 
 

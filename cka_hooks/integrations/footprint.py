@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 from cka_hooks.errors import OptionError
@@ -126,7 +125,6 @@ def compared(parts: Mapping[str, Footprint], settings: Mapping[str, Any]) -> CKA
     refuse_other_positions({name: part.places for name, part in parts.items()})
     named = {name: part.named(name) for name, part in parts.items()}
     steps = {name: its for name, (_, its) in named.items()}
-    batches = (dict(zip(steps, these, strict=True)) for these in zip_longest(*steps.values()))
-    state = State.joined({name: its for name, (its, _) in named.items()}, batches, keep=False)
+    state = State.joined({name: its for name, (its, _) in named.items()}, steps, keep=False)
     types = {name: part.type for name, part in parts.items()}
     return finished(state, types, {**ours.settings, **settings})

@@ -7,7 +7,6 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import zip_longest
 from typing import Any
 
 from torch import nn
@@ -77,9 +76,8 @@ def added_up_in_turn(
         settings = comparison.settings | options.spelled("layers", "forward", "permutations")
         # Build the next model when nothing holds this one any more.
         del model, comparison, loop
-    batches = (dict(zip(steps, parts, strict=True)) for parts in zip_longest(*steps.values()))
     kept = {"permutations": options.permutations, "seed": options.seed}
-    state = State.joined(states, batches, keep=options.keep_minibatches, **kept)
+    state = State.joined(states, steps, keep=options.keep_minibatches, **kept)
     return state if ranks is None else ranks.meet(state, phase=DONE)[0], types, settings
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -306,7 +307,7 @@ class State:
     def joined(
         cls,
         states: Mapping[str, State],
-        batches: Iterable[Mapping[str, Step | None]],
+        steps: Mapping[str, Sequence[Step | None]],
         *,
         keep: bool,
         permutations: int = 0,
@@ -316,7 +317,7 @@ class State:
 
         Args:
             states: the sums of each model's run, with different layers.
-            batches: for each batch, each model's part of it. None in all of them marks the start of another pass.
+            steps: each model's part of each batch. None in all models marks the start of another pass.
             keep: whether to keep the values of single minibatches.
             permutations: number of permutations.
             seed: seed of the permutations.
@@ -325,7 +326,8 @@ class State:
             SampleCountError: a batch had different numbers of samples in two models.
         """
         total = cls.blank(permutations)
-        for number, parts in enumerate(batches):
+        for number, of_batch in enumerate(zip_longest(*steps.values())):
+            parts = dict(zip(steps, of_batch, strict=True))
             there = {name: part for name, part in parts.items() if part is not None}
             if not there:
                 total.passes += 1
