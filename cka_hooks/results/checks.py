@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import operator
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +13,8 @@ from cka_hooks.errors import OptionError
 if TYPE_CHECKING:
     from cka_hooks.results.result import CKAResult
 
-# Larger counts are mistakes, and a float cannot hold them.
-_MOST = 1 << 53
+# Number of dimensions, of which the last two are layers.
+_DIMENSIONS = {"matrix": 2, "stderr": 2, "null_variance": 2, "null_skewness": 2, "permuted": 3, "minibatch_hsic": 3}
 
 
 def checked(result: CKAResult) -> dict[str, Any]:
@@ -30,29 +30,21 @@ def checked(result: CKAResult) -> dict[str, Any]:
         fields[name] = _count(name, getattr(result, name), least)
     # Copy, so that no two results share a dict that one of them could change.
     fields |= {name: dict(getattr(result, name)) for name in ("degenerate", "skipped", "influence")}
+    for reason in (*fields["degenerate"].values(), *fields["skipped"].values()):
+        if not isinstance(reason, str):
+            raise OptionError(f"degenerate and skipped contain {reason!r:.60}: expected a reason in words")
+    for found in fields["influence"].values():
+        _count("influence: sample", found.sample, 0)
+        if not isinstance(found.share, Real):
+            raise OptionError(f"influence: share is {found.share!r:.60}: expected a number")
     fields["settings"] = _plain_json(result.settings)
     shape = (len(fields["rows"]), len(fields["columns"]))
     if 0 in shape:
         raise OptionError(f"a result of {shape[0]} x {shape[1]} layers: expected at least one row and column")
-    _check_tensor("matrix", result.matrix, shape)
-    _check_tensor("stderr", result.stderr, shape)
-    if bool((result.stderr < 0).any()):
-        raise OptionError("stderr contains negative numbers; a standard error must be 0 or more, or NaN")
-    if result.null_variance is not None and result.null_skewness is not None:
-        _check_tensor("null_variance", result.null_variance, shape)
-        _check_tensor("null_skewness", result.null_skewness, shape)
-        if bool((result.null_variance < 0).any()):
-            raise OptionError("null_variance contains negative numbers; a variance must be 0 or more, or NaN")
-    elif result.null_variance is not result.null_skewness:
-        raise OptionError("null_variance and null_skewness belong together: give both or neither")
-    if result.permuted is not None:
-        _check_tensor("permuted", result.permuted, (*result.permuted.shape[:1], *shape))
-    if result.minibatch_hsic is not None:
-        count = len(fields["minibatch_layers"])
-        batches = len(result.minibatch_hsic) if result.minibatch_hsic.dim() else 0
-        _check_tensor("minibatch_hsic", result.minibatch_hsic, (max(batches, 1), count, count))
-    elif fields["minibatch_layers"]:
-        raise OptionError("minibatch_layers has labels, but there is no minibatch_hsic they could belong to")
+    own = (len(fields["minibatch_layers"]),) * 2
+    for name, tensor in ((name, getattr(result, name)) for name in _DIMENSIONS):
+        if tensor is not None or name in ("matrix", "stderr"):
+            _check_tensor(name, tensor, own if name == "minibatch_hsic" else shape)
     return fields
 
 
@@ -62,17 +54,15 @@ def _labels(name: str, labels: Any) -> tuple[str, ...]:
     Raises:
         OptionError: a label is not text, is the empty name of a model, or is repeated.
     """
-    plain = []
-    seen = set()
+    plain: dict[str, None] = {}
     for label in (labels,) if isinstance(labels, str) else labels:
         if not isinstance(label, str):
             raise OptionError(f"{name} contains {label!r}: labels must be strings, such as {str(label)!r}")
         if not label and name == "models":
             raise OptionError("models contains an empty name: give every model a name")
-        if label in seen:
+        if label in plain:
             raise OptionError(f"{name} has {label!r} more than once: labels must differ")
-        seen.add(label)
-        plain.append(str.__str__(label))  # of NumPy's text, too
+        plain[str.__str__(label)] = None  # of NumPy's text, too
     return tuple(plain)
 
 
@@ -82,17 +72,14 @@ def _count(name: str, value: Any, least: int) -> int:
     Raises:
         OptionError: this is not a whole number, or it is below ``least``.
     """
-    try:
-        number = -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = -1
-    if not least <= number <= _MOST:
+    # Larger counts are mistakes, and a float cannot hold them.
+    if not (isinstance(value, Integral) and least <= int(value) <= 1 << 53):
         raise OptionError(f"{name} is {value!r:.60}: expected a whole number, {least} or more")
-    return number
+    return int(value)
 
 
 def _check_tensor(name: str, tensor: object, shape: tuple[int, ...]) -> None:
-    """Raise unless ``tensor`` is float64 on the CPU, of this shape, and NaN or finite throughout.
+    """Raise unless ``tensor`` is float64 on the CPU, of this shape for each minibatch, and NaN or finite throughout.
 
     Raises:
         OptionError: it is not.
@@ -100,13 +87,16 @@ def _check_tensor(name: str, tensor: object, shape: tuple[int, ...]) -> None:
     if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float64 or tensor.device.type != "cpu":
         found = f"{tensor.dtype} on {tensor.device}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise OptionError(f"{name} is {found}: expected a float64 tensor on the CPU")
-    if tuple(tensor.shape) != shape:
-        raise OptionError(f"{name} has shape {tuple(tensor.shape)}; its labels need {shape}")
+    expected = (*tensor.shape[: _DIMENSIONS[name] - 2], *shape)
+    if tensor.shape != expected:
+        raise OptionError(f"{name} has shape {tuple(tensor.shape)}; its labels need {expected}")
     if bool(tensor.isinf().any()):
         raise OptionError(f"{name} contains infinity: expected finite numbers, or NaN where undefined")
+    if name in ("stderr", "null_variance") and bool((tensor < 0).any()):
+        raise OptionError(f"{name} contains negative numbers: expected 0 or more, or NaN where undefined")
 
 
-def _plain_json(settings: object) -> dict[str, Any]:
+def _plain_json(settings: Any) -> dict[str, Any]:
     """The settings as a file would give them back, so that problems show now and not when a long run is saved.
 
     NumPy's numbers become plain ones. Infinity and NaN, which JSON does not have, become their names.
@@ -115,17 +105,10 @@ def _plain_json(settings: object) -> dict[str, Any]:
         OptionError: the settings hold anything else that JSON does not have.
     """
     try:
-        plain = json.loads(json.dumps(settings, default=_plain_number), parse_constant=str)
-    except (TypeError, ValueError, RecursionError) as error:
+        text = json.dumps(dict(settings), default=lambda number: number.item())
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise OptionError(
-            f"settings cannot be written as JSON ({error}): use plain numbers, strings, lists and dicts"
+            f"settings cannot be written as JSON ({error}): use a dict of plain numbers, strings, lists and dicts"
         ) from error
-    if not isinstance(plain, dict):
-        raise OptionError(f"settings is {type(settings).__name__}: expected a dict")
+    plain: dict[str, Any] = json.loads(text, parse_constant=str)
     return plain
-
-
-def _plain_number(value: Any) -> Any:
-    if callable(getattr(value, "item", None)) and getattr(value, "shape", None) == ():
-        return value.item()
-    raise TypeError(f"{type(value).__name__} is not a type that JSON has")

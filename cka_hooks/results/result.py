@@ -210,7 +210,8 @@ class CKAResult:
     @property
     def null_unknown(self) -> str | None:
         """Why this result has no p-values; None if it has some."""
-        return None if self.null_variance is not None else why_unknown(self.settings, self.passes)
+        is_known = self.null_variance is not None and self.null_skewness is not None
+        return None if is_known else why_unknown(self.settings, self.passes)
 
     def pvalue(self, *, family_wise: bool = False) -> torch.Tensor:
         """Probability of a CKA at least as large if the two layers were unrelated: one-sided, for each entry alone.
