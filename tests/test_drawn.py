@@ -98,7 +98,6 @@ def seeded() -> torch.Generator:
         DataLoader(Pictures(), batch_size=10, shuffle=True),
         DataLoader(Pictures(), batch_size=25, shuffle=True, drop_last=True, generator=seeded()),
         DataLoader(Pictures(), batch_size=10, shuffle=True, num_workers=2, prefetch_factor=3),
-        DataLoader(Pictures(), batch_size=10, shuffle=True, num_workers=1, persistent_workers=True),
         DataLoader(Pictures(), batch_sampler=Several()),
         DataLoader(Pictures(), batch_sampler=BatchSampler(RandomSampler(Pictures()), 9, drop_last=False)),
         DataLoader(Pictures(), batch_size=10, sampler=WeightedRandomSampler(torch.ones(SAMPLES), SAMPLES, False)),
@@ -130,6 +129,7 @@ def test_a_data_set_names_its_samples() -> None:
         DataLoader(Pictures(), batch_size=10, collate_fn=turned),
         DataLoader(Stream(), batch_size=10),
         Wrapped(Pictures(), batch_size=10),
+        DataLoader(Pictures(), batch_size=10, shuffle=True, num_workers=1, persistent_workers=True),
         list(DataLoader(Pictures(), batch_size=10)),
         DataLoader(
             TensorDataset(torch.stack([Pictures()[index] for index in range(SAMPLES)])),

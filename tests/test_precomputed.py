@@ -328,7 +328,7 @@ class Backwards(Sampler[int]):
         ({"sampler": torch.utils.data.SubsetRandomSampler(range(SAMPLES))}, "the loader shuffles"),
         ({"sampler": DistributedSampler(images(), 2, 0, shuffle=False)}, "each rank's loader has a part"),
         ({"sampler": DistributedSampler(images(), 1, 0, shuffle=True)}, "the loader shuffles"),
-        ({"sampler": Backwards()}, "its sampler brings them in another order"),
+        ({"sampler": Backwards()}, "its sampler Backwards may bring them in another order"),
     ],
 )
 def test_another_order_is_refused_before_any_forward_pass(options: Any, why: str) -> None:

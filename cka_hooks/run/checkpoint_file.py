@@ -1,4 +1,4 @@
-"""Store a run's state as a safetensors file: read without pickle, refused if it is damaged or edited.
+"""Store a run's state as a safetensors file for one run at a time: read without pickle, refused if it is damaged.
 
 The tensors are the sums and the states of random generators. The metadata holds one JSON text with everything else,
 and a SHA-256 of both, so that a damaged or edited file is recognised.
@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,37 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cka_hooks.errors import CheckpointError
+from cka_hooks.errors import CheckpointError, OptionError
 from cka_hooks.files import replace_file
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two runs on one file are on their own
+    fcntl = None  # type: ignore[assignment]
 
 FORMAT = "cka_hooks.checkpoint"
 VERSION = 2
 # Larger files are refused unread: 4 GiB hold the sums of 11,000 layers.
 MAX_BYTES = 1 << 32
 
-# The errors that reading and restoring a forged file may raise.
-WRONG = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError, ArithmeticError)
+# The errors that reading and restoring something else may raise.
+_WRONG = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, SafetensorError)
+
+
+@contextmanager
+def refused(path: Path) -> Iterator[None]:
+    """Turn every error of unexpected content into one that names the file.
+
+    Raises:
+        CheckpointError: something in the block did not find what it expected.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except _WRONG as error:
+        why = str(error) if isinstance(error, ValueError) else f"its content is invalid ({error!r:.200})"
+        raise CheckpointError(f"{path} cannot be resumed: {why}. Delete it to start from the beginning") from error
 
 
 def write(path: Path, content: Any) -> None:
@@ -47,81 +69,30 @@ def write(path: Path, content: Any) -> None:
     replace_file(path, lambda file: file.write(data))
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> Any:
     """Read what :func:`write` wrote.
 
     Raises:
         CheckpointError: the file is anything else. The message says what is wrong.
         OSError: it cannot be read.
     """
-
-    def refused(reason: str) -> CheckpointError:
-        return CheckpointError(
-            f"{path} is not a checkpoint that this version of cka_hooks wrote: {reason}. Delete it to start from the "
-            "beginning"
-        )
-
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise refused("it is not a file")
-    if status.st_size > MAX_BYTES:
-        raise refused(f"it is larger than {MAX_BYTES:,} bytes")
-    data = path.read_bytes()
-    try:
-        return _content(data)
-    except CheckpointError as error:
-        raise refused(str(error)) from None
-    except SafetensorError as error:
-        raise refused(f"it is not a complete safetensors file ({error})") from error
-    except RecursionError as error:
-        raise refused("it is nested too deeply") from error
-    except WRONG as error:
-        raise refused(f"its content is invalid ({type(error).__name__}: {error})") from error
-
-
-def _content(data: bytes) -> dict[str, Any]:
-    # Otherwise safetensors makes them on PyTorch's default device.
-    with torch.device("cpu"):
-        tensors = safetensors.torch.load(data)
-    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
-    text = metadata["cka_hooks"]
-    if metadata["sha256"] != _digest(text, tensors):
-        raise CheckpointError("its checksum does not match its content, so it was edited or damaged")
-    decoded = json.loads(text)
-    if isinstance(decoded, list):
-        raise CheckpointError("an earlier version wrote it, and its sums differ")
-    whole = _joined(decoded, tensors)
-    if not isinstance(whole, dict) or whole.get("format") != FORMAT:
-        raise CheckpointError(f"it is not of the format {FORMAT!r}")
-    if whole["version"] != VERSION:
-        raise CheckpointError(
-            f"it is of version {whole['version']!r:.40}, and this version of cka_hooks reads version {VERSION}"
-        )
-    found = whole["content"]
-    if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
-        raise CheckpointError("it has no settings")
-    # Plain values only, because comparing tensors gives no truth value.
-    json.dumps(found["settings"])
-    return found
-
-
-def is_plain(value: Any) -> bool:
-    """Whether the file would give the value back as it was."""
-    try:
-        tensors: dict[str, Tensor] = {}
-        return _same(_joined(json.loads(json.dumps(_without_tensors(value, tensors))), tensors), value)
-    except (TypeError, ValueError, RecursionError):
-        return False
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and torch.equal(one, other)
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, list):
-        return isinstance(other, list) and len(one) == len(other) and all(map(_same, one, other))
-    return type(one) is type(other) and one == other
+    with refused(path):
+        if not path.is_file():
+            raise ValueError("it is not a file")
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it is larger than {MAX_BYTES:,} bytes")
+        data = path.read_bytes()
+        # Otherwise safetensors makes them on PyTorch's default device.
+        with torch.device("cpu"):
+            tensors = safetensors.torch.load(data)
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        text = metadata["cka_hooks"]
+        if metadata["sha256"] != _digest(text, tensors):
+            raise ValueError("its checksum does not match its content, so it was edited or damaged")
+        whole = json.loads(text)
+        if not isinstance(whole, dict) or (whole["format"], whole["version"]) != (FORMAT, VERSION):
+            raise ValueError(f"another version of cka_hooks wrote it, and this one reads version {VERSION}")
+        return _with_tensors(whole["content"], tensors)
 
 
 def _without_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -135,19 +106,64 @@ def _without_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
     return [_without_tensors(item, tensors) for item in value] if isinstance(value, list) else value
 
 
-def _joined(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     """The inverse of `_without_tensors`."""
     if isinstance(value, dict):
         if value.keys() == {"__tensor__"}:
             return tensors[value["__tensor__"]]
-        return {key: _joined(item, tensors) for key, item in value.items()}
-    return [_joined(item, tensors) for item in value] if isinstance(value, list) else value
+        return {key: _with_tensors(item, tensors) for key, item in value.items()}
+    return [_with_tensors(item, tensors) for item in value] if isinstance(value, list) else value
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     hasher = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
+    for name, tensor in sorted(tensors.items()):
         hasher.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return hasher.hexdigest()
+
+
+class FileLock:
+    """Holds a file for this run until it is released or the process ends, in whatever way.
+
+    Raises:
+        CheckpointError: another run holds it; the message says which.
+        OptionError: the folder cannot be written to, and the file is not there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.with_name(f".{path.name[:100]}.lock")
+        self._descriptor: int | None = None
+        if fcntl is None:
+            return
+        try:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except (OSError, ValueError) as error:
+            if path.exists():
+                # What was saved can be read, if not written.
+                return
+            raise OptionError(f"checkpoint={str(path)!r} cannot be written: {error}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            raise CheckpointError(
+                f"{path} is in use by {holder}: wait for that run, stop it, or name another file with checkpoint="
+            ) from error
+        except OSError:
+            # Some file systems have no locks.
+            pass
+        self._descriptor = descriptor
+        # On a full disk, the file stays empty.
+        with suppress(OSError):
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+    def release(self) -> None:
+        """Let others have the file."""
+        if self._descriptor is not None:
+            with suppress(OSError):
+                self._path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = None

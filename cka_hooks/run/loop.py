@@ -121,11 +121,11 @@ class Loop:
             if sampler is not None:
                 sampler.set_epoch(shuffle + epoch)
             stream = self._keeper.batches()
-            with undisturbed(self._keeper.path is not None):
+            with undisturbed():
                 self._start(epoch)
             if self._batches(stream, own, epoch):
                 return True
-            with undisturbed(self._keeper.path is not None):
+            with undisturbed():
                 rest = self._comparison.flush()
             if rest is not None:
                 self._on_step(rest)
@@ -171,14 +171,14 @@ class Loop:
         """Add one batch to the sums. Return the number of its samples."""
         seen = self._seen
         if self._comparison.passes_over(batch):
-            with undisturbed(self._keeper.path is not None):
+            with undisturbed():
                 self._keeper.seen()
             return 0
         self._comparison.observe(batch, limit=limit, drawn=self._keeper.drawn.ids)
         if limit == 0:
             self._comparison.discard()
             return 0
-        with undisturbed(self._keeper.path is not None):
+        with undisturbed():
             self._on_step(self._comparison.step())
             self._keeper.seen()
         self._refuse_small()

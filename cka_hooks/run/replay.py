@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import random
-from collections.abc import Iterator
-from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -14,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
+    IterableDataset,
     RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
@@ -23,9 +21,10 @@ from torch.utils.data.distributed import DistributedSampler
 
 from cka_hooks.recording.batches import sample_count, with_tensors
 from cka_hooks.recording.outputs import tensors_in
+from cka_hooks.recording.snapshot import random_state
 
-# How many batches, or indices, to ask of a sampler of an unknown kind.
-_DRAWN = 100_000
+_SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+_IN_ORDER = (SequentialSampler, BatchSampler, range, type(None))
 # How many numbers of a sample go into a batch's fingerprint.
 _LOOKED_AT = 64
 
@@ -34,23 +33,17 @@ class Randomness:
     """The state of everything that a loader may draw from: torch, Python, NumPy and its own generators."""
 
     def __init__(self, loader: Any) -> None:
-        self._generators = list(_generators(loader))
+        found = (getattr(part, "generator", None) for part in _parts(loader))
+        own = {id(generator): generator for generator in found if isinstance(generator, torch.Generator)}
+        self._generators = list(own.values())
 
     def state(self) -> dict[str, Any]:
         """All states, as numbers, text, lists and tensors."""
-        numpy = np.random.get_state(legacy=False)
-        assert isinstance(numpy, dict)
-        version, words, gauss = random.getstate()
+        (of_torch, *_), (version, words, gauss), (name, key, *rest) = random_state()
         return {
-            "torch": torch.get_rng_state(),
+            "torch": of_torch,
             "python": [version, list(words), gauss],
-            "numpy": [
-                numpy["bit_generator"],
-                torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
-                int(numpy["state"]["pos"]),
-                int(numpy["has_gauss"]),
-                float(numpy["gauss"]),
-            ],
+            "numpy": [name, torch.from_numpy(key.astype(np.int64)), *rest],
             "generators": [generator.get_state() for generator in self._generators],
         }
 
@@ -58,15 +51,13 @@ class Randomness:
         """Restore what :meth:`state` returned.
 
         Raises:
-            ValueError: the loader has other generators now.
+            ValueError: the loader has other generators now, or the state is not a state.
         """
-        if len(state["generators"]) != len(self._generators):
-            raise ValueError("the loader had a different number of random generators")
         version, words, gauss = state["python"]
         name, key, position, *rest = state["numpy"]
-        if not (len(words) == 625 and 0 <= words[-1] <= 624 and len(key) == 624 and 0 <= position <= 624):
-            # NumPy trusts its argument, and would read beyond its memory.
-            raise ValueError("the state of a random generator is invalid")
+        # NumPy trusts a position, and would read beyond its memory.
+        if len(state["generators"]) != len(self._generators) or not 0 <= position <= 624:
+            raise ValueError("the loader had other random generators")
         torch.set_rng_state(state["torch"])
         random.setstate((version, tuple(words), gauss))
         np.random.set_state((name, key.numpy().astype(np.uint32), position, *rest))
@@ -74,60 +65,27 @@ class Randomness:
             generator.set_state(its)
 
 
-def _parts(loader: Any) -> Iterator[Any]:
-    """The loader and its samplers, each once."""
+def _parts(loader: Any) -> list[Any]:
+    """The loader and its samplers; None where it has none."""
     batch_sampler = getattr(loader, "batch_sampler", None)
-    found = [loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
-    seen: set[int] = set()
-    for part in found:
-        if part is not None and id(part) not in seen:
-            seen.add(id(part))
-            yield part
-
-
-def _generators(loader: Any) -> Iterator[torch.Generator]:
-    seen: set[int] = set()
-    for part in _parts(loader):
-        generator = getattr(part, "generator", None)
-        if isinstance(generator, torch.Generator) and id(generator) not in seen:
-            seen.add(id(generator))
-            yield generator
+    return [loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
 
 
 def shuffles_unseeded(loader: Any) -> bool:
     """Whether a loader's order comes from a random sampler that has no generator of its own."""
-    shuffling = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
-    return any(isinstance(part, shuffling) and part.generator is None for part in _parts(loader))
+    return any(isinstance(part, _SHUFFLING) and part.generator is None for part in _parts(loader))
 
 
 def out_of_order(loader: Any) -> str | None:
-    """Why a loader does not bring the samples of its data set in order; None if nothing says so.
-
-    A sampler of an unknown kind is asked for its order, which must not change what it brings later.
-    """
-    for part in _parts(loader):
-        if isinstance(part, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
+    """Why a loader may not bring the samples of its data set in order; None if nothing says so."""
+    for part in _parts(loader)[1:]:
+        if isinstance(part, DistributedSampler) and not part.shuffle:
+            if part.num_replicas > 1:
+                return "each rank's loader has a part of the samples"
+        elif isinstance(part, (DistributedSampler, *_SHUFFLING)):
             return "the loader shuffles"
-        if isinstance(part, DistributedSampler) and (part.shuffle or part.num_replicas > 1):
-            return "the loader shuffles" if part.shuffle else "each rank's loader has a part of the samples"
-    sampler = getattr(loader, "batch_sampler", None)
-    if sampler is None or type(sampler) is BatchSampler:
-        sampler = getattr(loader, "sampler", None)
-    if sampler is None or type(sampler) is SequentialSampler or isinstance(sampler, Iterator):
-        return None
-    randomness = Randomness(loader)
-    before = randomness.state()
-    try:
-        drawn = chain.from_iterable(
-            it if isinstance(it, list | tuple) else [it] for it in islice(copy.copy(sampler), _DRAWN)
-        )
-        for number, index in enumerate(drawn):
-            if not isinstance(index, int):
-                return None
-            if index != number:
-                return "its sampler brings them in another order"
-    finally:
-        randomness.restore(before)
+        elif type(part) not in _IN_ORDER and not isinstance(getattr(loader, "dataset", None), IterableDataset):
+            return f"its sampler {type(part).__name__} may bring them in another order"
     return None
 
 
@@ -193,13 +151,8 @@ def fingerprint(batch: Any) -> str:
         if tensor.is_nested:
             continue
         hasher.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-        if (
-            type(tensor) is Tensor
-            and tensor.device.type == "cpu"
-            and tensor.layout is torch.strided
-            and not tensor.is_quantized
-            and tensor.numel()
-        ):
+        is_plain = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_quantized
+        if is_plain and tensor.device.type == "cpu" and tensor.numel():
             hasher.update(_some(tensor).numpy().tobytes())
             is_seen = True
     return ("" if is_seen else "?") + hasher.hexdigest()
