@@ -4,28 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from cka_hooks.errors import warn
 from cka_hooks.names import PerLayer
-from cka_hooks.options import dimensions
+from cka_hooks.recording.layers import torch_file
 from cka_hooks.recording.outputs import tensors_in
 
 # Kinds of modules, the dimension in which they put their channels, and the attribute with the number of channels.
-_DECLARED: tuple[tuple[type[nn.Module], int, str], ...] = (
-    (nn.modules.conv._ConvNd, 1, "out_channels"),
-    (nn.modules.batchnorm._NormBase, 1, "num_features"),
-    (nn.GroupNorm, 1, "num_channels"),
-    (nn.Linear, -1, "out_features"),
-    (nn.Embedding, -1, "embedding_dim"),
-    (nn.MultiheadAttention, -1, "embed_dim"),
-    (nn.LayerNorm, -1, "normalized_shape"),
-    (nn.RMSNorm, -1, "normalized_shape"),
-)
-# Classes of torchvision, timm and transformers that have no base class in torch, or put channels elsewhere.
-_BY_NAME = {
+# Classes of torchvision, timm and transformers without a base class in torch, or with channels elsewhere, go by name.
+_DECLARED: dict[type[nn.Module] | str, tuple[int, str]] = {
+    nn.modules.conv._ConvNd: (1, "out_channels"),
+    nn.modules.batchnorm._NormBase: (1, "num_features"),
+    nn.GroupNorm: (1, "num_channels"),
+    nn.Linear: (-1, "out_features"),
+    nn.Embedding: (-1, "embedding_dim"),
+    nn.MultiheadAttention: (-1, "embed_dim"),
+    nn.LayerNorm: (-1, "normalized_shape"),
+    nn.RMSNorm: (-1, "normalized_shape"),
     "Conv1D": (-1, "nf"),
     "FrozenBatchNorm2d": (1, "weight"),
     "LayerNorm2d": (1, "normalized_shape"),
@@ -50,7 +48,7 @@ class Channels:
     """
 
     def __init__(self, names: Mapping[str, nn.Module], channel_dim: int | Mapping[str, int] | None) -> None:
-        self._given = PerLayer(dimensions("channel_dim", channel_dim), names, "channel_dim")
+        self._given = PerLayer(channel_dim, names, "channel_dim")
         self._found: dict[tuple[str, int], int] = {}
         self._guessed: dict[str, tuple[int, ...]] = {}
         self._has_warned = False
@@ -62,36 +60,21 @@ class Channels:
         # Keyed by number of dimensions, since tokens made of images say nothing about images. Values: dimension,
         # channels.
         self._last: dict[int, tuple[int, int]] = {}
-        self._known: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
-        self._dims: dict[int, int] = {}
+        self._known = WeakTensorKeyDictionary()
 
     def pass_through(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Learn from a module that has run."""
         tensor = next(tensors_in(output), None) if self._follows else None
         if tensor is None or tensor.ndim < 3:
             return
-        dim = declared_dim(module, tensor.shape)
-        if dim is None and args and isinstance(args[0], Tensor):
-            dim = self._kept_dim(module, args[0], tensor)
+        dim = _declared_dim(module, tensor.shape)
+        if dim is None and args and isinstance(args[0], Tensor) and args[0].ndim == tensor.ndim:
+            dim = _kept_dim(module, self._known.get(args[0]))
         if dim is None and _puts_second(module, tensor.ndim):
             dim = 1
         if dim is not None:
-            self._known[id(tensor)] = tensor
-            self._dims[id(tensor)] = dim
+            self._known[tensor] = dim
             self._last[tensor.ndim] = dim, tensor.shape[dim]
-
-    def _kept_dim(self, module: nn.Module, given: Tensor, returned: Tensor) -> int | None:
-        """Where the channels are in a module's output, if they are known in its input."""
-        dim = self._known_dim(given)
-        if dim is None or given.ndim != returned.ndim:
-            return None
-        if _is_transparent(module):
-            return dim
-        dims = getattr(module, "dims", None) if type(module).__name__ == "Permute" else None
-        return list(dims).index(dim) if isinstance(dims, Sequence) and dim in dims else None
-
-    def _known_dim(self, tensor: Tensor) -> int | None:
-        return self._dims[id(tensor)] if self._known.get(id(tensor)) is tensor else None
 
     def of(self, name: str, label: str, activation: Tensor, batch_dim: int) -> int | None:
         """The dimension with the channels; None for (n, d), which has no other.
@@ -114,7 +97,7 @@ class Channels:
 
     def _dim_of(self, label: str, activation: Tensor, batch_dim: int) -> int:
         shape, rank = tuple(activation.shape), activation.ndim
-        known = self._known_dim(activation)
+        known: int | None = self._known.get(activation)
         if known is not None and known != batch_dim:
             return known
         others = [dim for dim in range(rank) if dim != batch_dim]
@@ -143,40 +126,41 @@ class Channels:
 
 def matters(module: nn.Module) -> bool:
     """Whether a module's output shows where the channels are."""
-    kinds = (*(kind for kind, _, _ in _DECLARED), nn.Fold, nn.Unfold)
-    is_known = isinstance(module, kinds) or _is_transparent(module)
-    return is_known or any(kind.__name__ in (*_BY_NAME, "Permute") for kind in type(module).__mro__)
+    is_known = _declared(module) is not None or _is_transparent(module) or isinstance(module, nn.Fold | nn.Unfold)
+    return is_known or type(module).__name__ == "Permute"
+
+
+def _declared(module: nn.Module) -> tuple[int, str] | None:
+    keys = (key for kind in type(module).__mro__ for key in (kind.__name__, kind) if key in _DECLARED)
+    return _DECLARED.get(next(keys, ""))
+
+
+def _declared_dim(module: nn.Module, shape: Sequence[int]) -> int | None:
+    """The dimension in which a kind of module puts its channels, if it holds as many as the module declares."""
+    dim, attribute = _declared(module) or (0, "")
+    count = getattr(module, attribute, None)
+    if getattr(module, "data_format", None) == "channels_first":
+        dim = 1
+    # Numbers of channels are given as such, as (C,), or as a tensor of that shape.
+    count = getattr(count, "shape", count)
+    fits = not isinstance(module, nn.modules.conv._ConvNd) or len(shape) == len(module.stride) + 2
+    is_there = attribute and fits and count in (shape[dim], (shape[dim],))
+    return dim % len(shape) if is_there else None
+
+
+def _kept_dim(module: nn.Module, dim: int | None) -> int | None:
+    """Where the channels are in a module's output, if they are known in its input."""
+    if dim is None or _is_transparent(module):
+        return dim
+    dims = getattr(module, "dims", None) if type(module).__name__ == "Permute" else None
+    return list(dims).index(dim) if isinstance(dims, Sequence) and dim in dims else None
 
 
 def _is_transparent(module: nn.Module) -> bool:
-    return isinstance(module, nn.Identity) or _torch_file(module) in _TRANSPARENT
+    return isinstance(module, nn.Identity) or torch_file(module) in _TRANSPARENT
 
 
 def _puts_second(module: nn.Module, rank: int) -> bool:
     """Whether the module pools over all dimensions after the second, or makes patches. Both return (n, C, ...)."""
-    is_pool = _torch_file(module) == "pooling" and type(module).__name__.endswith(f"{rank - 2}d")
+    is_pool = torch_file(module) == "pooling" and type(module).__name__.endswith(f"{rank - 2}d")
     return is_pool or isinstance(module, nn.Fold | nn.Unfold)
-
-
-def _torch_file(module: nn.Module) -> str:
-    """The file of torch.nn that defines a module's class, "" for a class from elsewhere."""
-    folder, _, file = type(module).__module__.rpartition(".")
-    return file if folder == "torch.nn.modules" else ""
-
-
-def declared_dim(module: nn.Module, shape: Sequence[int]) -> int | None:
-    """The dimension in which a kind of module puts its channels, if it holds as many as the module declares."""
-    named = [_BY_NAME[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _BY_NAME]
-    kinds = [(dim, attribute) for kind, dim, attribute in _DECLARED if isinstance(module, kind)]
-    for dim, attribute in (*named, *kinds)[:1]:
-        if getattr(module, "data_format", None) == "channels_first":
-            dim = 1
-        count = getattr(module, attribute, None)
-        if isinstance(count, Tensor):
-            count = tuple(count.shape)
-        if isinstance(count, tuple):
-            count = count[0] if len(count) == 1 else None
-        fits = not isinstance(module, nn.modules.conv._ConvNd) or len(shape) == len(module.stride) + 2
-        if fits and len(shape) > 2 and shape[dim] == count:
-            return dim % len(shape)
-    return None

@@ -47,6 +47,12 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def torch_file(module: nn.Module) -> str:
+    """The file of torch.nn that defines a module's class, "" for a class from elsewhere."""
+    folder, _, file = type(module).__module__.rpartition(".")
+    return file if folder == "torch.nn.modules" else ""
+
+
 def check_model(model: object) -> nn.Module:
     """Return `model` if forward hooks can see into it.
 

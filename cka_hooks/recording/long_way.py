@@ -1,4 +1,4 @@
-"""The way of an activation about which nothing is known yet: find its names, axis, reasons and warnings."""
+"""The way of an activation about which nothing is known yet: find its axis, channels and padding, and reduce it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,27 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._C import _functorch
 
-from cka_hooks.errors import LayerError
-from cka_hooks.features import memory_order
+from cka_hooks.errors import BatchError, LayerError, OptionError
+from cka_hooks.features import Reduction, check_reduction, feature_rows, memory_order, tokens_of
+from cka_hooks.names import PerLayer
+from cka_hooks.options import Options
 from cka_hooks.precision import without_gradients
-from cka_hooks.recording import axes, outputs
-from cka_hooks.recording.reductions import Reductions
+from cka_hooks.recording.axes import SampleDimension
+from cka_hooks.recording.batches import Given
+from cka_hooks.recording.channels import Channels, matters
+from cka_hooks.recording.outputs import NotRecordable, tensors_in
+from cka_hooks.recording.padding import Padding
+from cka_hooks.recording.positions import Positions
+from cka_hooks.recording.probe import Probe
 from cka_hooks.recording.routes import LONG_WAY, Consumer, Pass, Route, slots_of
+
+# The reduction of an activation whose positions are samples.
+POSITION = "position"
+Features = Reduction | str | Mapping[str, Reduction | str]
 
 
 class LongWay:
@@ -23,41 +35,97 @@ class LongWay:
     Args:
         names: the model's modules.
         now: the forward pass.
-        reductions: reduces the activations.
-        batch_dim: see :class:`cka_hooks.LayerRecorder`.
+        chosen: names of the modules that are layers.
+        positions: chooses the positions that are samples; None if samples are those of the batch.
+        options: how to reduce activations, and what the user says about their dimensions and padding.
         detach: whether to detach activations from their graph.
 
     Attributes:
         consumer: where activations are handed to.
         dimension: knows which dimension holds the samples.
+        followed: modules that :meth:`follow` has to see when they run.
         shapes: for each label, the shape of one sample when the layer was first recorded.
         recorded: for each label that was recorded, its module.
         left_out: for each label that was not, the reason.
+
+    Raises:
+        OptionError: an argument has an invalid value.
     """
 
     def __init__(
         self,
         names: Mapping[str, nn.Module],
         now: Pass,
-        reductions: Reductions,
-        batch_dim: int | Mapping[str, int] | None,
+        chosen: set[str],
+        positions: Positions | None,
+        options: Options,
         detach: bool,
     ) -> None:
-        self.dimension = axes.SampleDimension(names, batch_dim)
-        self._reductions = reductions
-        self._now = now
-        self._detaches = detach
+        self._now, self._positions, self._detaches = now, positions, detach
+        self._features = PerLayer(options.features, names, "features")
+        for reduction in self._features.values:
+            check_reduction(reduction)
+            if positions is not None and not callable(reduction) and reduction != "flatten":
+                raise OptionError(
+                    f'per="position" and features={reduction!r} exclude each other: each position is a sample, so '
+                    "there is nothing to average or choose: leave features= out"
+                )
+        reductions = [self._reduction_of(name) for name in chosen]
+        self._keeps = "flatten" in reductions
+        self._reduces = any(isinstance(reduction, str) and reduction != "flatten" for reduction in reductions)
+        self.dimension = SampleDimension(names, options.batch_dim)
+        self._channels = Channels(names, options.channel_dim)
+        self._padding = Padding(names, options.mask)
+        channelled = [module for module in names.values() if self._reduces and matters(module)]
+        self.followed = {*channelled, *self.dimension.sequence_first}
+        self.consumer: Consumer | None = None
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.recorded: dict[str, nn.Module] = {}
         self.left_out: dict[str, str] = {}
-        self.consumer: Consumer | None = None
+        self._vanish: dict[str, bool] = {}
+        self._limit: int | None = None
         self._has_routes = False
 
-    def restart(self, samples: int | None) -> None:
-        """Begin a forward pass of that many samples."""
-        self.dimension.start(samples)
-        self._reductions.restart()
-        self._has_routes = self._reductions.has_routes
+    def _reduction_of(self, name: str) -> Reduction | str:
+        reduction: Reduction | str = self._features.of(name, "flatten")
+        return POSITION if self._positions is not None and reduction == "flatten" else reduction
+
+    def _is_free(self, route: Route) -> bool:
+        """Whether the output goes as it is to a function that may make any number of samples of it."""
+        return self._positions is not None and callable(route.reduction)
+
+    # One batch
+
+    def begin(self, given: Given, limit: int | None) -> None:
+        """Begin a batch, of which the first `limit` samples count."""
+        self._limit = limit
+        self.dimension.start(given)
+        if self._positions is not None and not self._positions.is_shared:
+            self._positions.start(self._positions.number + 1)
+        self._padding.start(given.batch, given.form, self.dimension.samples)
+
+    @property
+    def _masks_are_open(self) -> bool:
+        """Whether the batch has a mask for layers that reduce positions, and nothing says which layers these are."""
+        return self._reduces and self._padding.needs_probe
+
+    @property
+    def needs_probe(self) -> bool:
+        """Whether nothing says which dimensions hold the samples or what a mask describes."""
+        return not self.dimension.is_settled or self._masks_are_open
+
+    def confirm(self, probe: Probe, given: Given, *, always: bool) -> None:
+        """Find that out with a probe; see :meth:`SampleDimension.confirm`."""
+        if not self.dimension.is_settled:
+            self.dimension.confirm(probe, given.shape, always=always)
+        if self._masks_are_open:
+            self._padding.confirm(probe, given.shape[0])
+
+    def restart(self) -> None:
+        """Begin a forward pass."""
+        self._channels.restart()
+        is_due = self._keeps and self._padding.is_due
+        self._has_routes = self._now.show is None and self._limit is None and not is_due
         self._let_routes()
 
     def _let_routes(self) -> None:
@@ -65,9 +133,18 @@ class LongWay:
         self._now.samples = (self.dimension.samples or LONG_WAY) if self._has_routes else LONG_WAY
 
     def follow(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Hook of a module that shows where channels are."""
+        """Hook of a module that shows where channels or samples are."""
         if self._now.concerns():
-            self._reductions.follow(module, args, output)
+            self._channels.pass_through(module, args, output)
+            if self._now.show is not None:
+                self.dimension.look(module, args, self._now.show)
+
+    def warn(self) -> None:
+        """At the end of a pass, warn about guesses and about padding that counts as data, once in all passes."""
+        self._channels.warn()
+        self._padding.warn()
+
+    # One activation
 
     def go(self, route: Route, given: Any) -> None:
         """Take a module's output, or its arguments and keyword arguments, to the consumer.
@@ -75,39 +152,35 @@ class LongWay:
         Raises:
             LayerError: the layer was asked for by name and cannot be recorded.
         """
-        selection, label = route.selection, route.label
+        name, label = route.selection.name, route.label
         try:
             activation = route.activation(given)
             _refuse_vmap(activation)
             if self._now.show is not None:
-                second = self.dimension.is_second(selection.module, route.place(given, activation))
+                is_first = route.is_input or activation is next(tensors_in(given), None)
+                second = self.dimension.is_second(route.selection.module, is_first_output=is_first)
                 self._now.show(label, activation, second)
                 return
-            if self._reductions.is_free(selection.name):
-                route.axis = 0
-            else:
-                route.axis = self.dimension.of(selection.name, label, tuple(activation.shape))
-        except outputs.NotRecordable as reason:
-            self._leave_out(route, str(reason))
+            route.reduction = self._reduction_of(name)
+            route.axis = 0 if self._is_free(route) else self.dimension.of(name, label, tuple(activation.shape))
+        except NotRecordable as reason:
+            route.close()
+            if self._now.show is None and route.selection.named:
+                kind = type(route.selection.module).__name__
+                raise LayerError(f"layer {label!r} ({kind}) cannot be recorded: {reason}") from None
+            if self._now.show is None:
+                self.left_out.setdefault(label, str(reason))
             return
         self.left_out.pop(label, None)
-        self.recorded[label] = selection.module
-        self._reductions.decide(route, activation)
+        self.recorded[label] = route.selection.module
+        if isinstance(route.reduction, str) and route.reduction != "flatten":
+            route.channels = self._channels.of(name, label, activation, route.axis)
         slot = slots_of(self.consumer) if self._detaches else None
         route.product = None if slot is None else slot(label)
         route.open(given, activation)
         # A dimension that is given for the batch as well says how many samples there are.
         self._let_routes()
         self.hand_over(route, activation)
-
-    def _leave_out(self, route: Route, reason: str) -> None:
-        route.close()
-        if self._now.show is not None:
-            return
-        if route.selection.named:
-            kind = type(route.selection.module).__name__
-            raise LayerError(f"layer {route.label!r} ({kind}) cannot be recorded: {reason}") from None
-        self.left_out.setdefault(route.label, reason)
 
     def hand_over(self, route: Route, activation: Tensor) -> None:
         """Hand an activation to the consumer. The route knows its axis with the samples."""
@@ -117,8 +190,8 @@ class LongWay:
             self.shapes[route.label] = tuple(activation.movedim(route.axis, 0).shape[1:])
         try:
             with without_gradients() if self._detaches else nullcontext():
-                rows = self._reductions.rows(route, activation)
-        except outputs.NotRecordable as reason:
+                rows = self._rows(route, activation)
+        except NotRecordable as reason:
             self.left_out[route.label] = str(reason)
             return
         if route.product is not None:
@@ -126,11 +199,70 @@ class LongWay:
         elif self.consumer is not None:
             self.consumer(route.label, rows if route.reduction == "flatten" else rows.flatten(1))
 
+    def _rows(self, route: Route, activation: Tensor) -> Tensor:
+        """An activation with the samples in front; features (n, P, C) if it is reduced."""
+        name, label = route.selection.name, route.label
+        if self._is_free(route):
+            return self._free(route, activation)
+        if self._limit is not None:
+            activation = activation.narrow(route.axis, 0, min(self._limit, activation.shape[route.axis]))
+        if route.reduction == "flatten":
+            self._padding.keeps(label, name, tuple(activation.shape))
+            return activation.movedim(route.axis, 0)
+        found = [] if callable(route.reduction) else self._padding.of(name, label, tuple(activation.shape))
+        masks = [(mask[: self._limit], dims) for mask, dims in found]
+        options: Any = {"batch_dim": route.axis, "masks": masks, "channels": route.channels}
+        if self._positions is not None:
+            tokens, spoken = tokens_of(activation, **options)
+            return self._positions.rows(label, tokens, spoken, frozenset(id(mask) for mask, _ in found))
+        options["masks"] = [(mask.to(activation.device, non_blocking=True), dims) for mask, dims in masks]
+        rows = feature_rows(activation, route.reduction, **options)
+        if label not in self._vanish and route.reduction == "mean" and activation.ndim > 2 and len(rows) > 1:
+            size = feature_rows(activation.detach().abs(), "mean", **options)
+            self._vanish[label] = _vanishes(rows.detach(), size, activation.detach(), route.axis)
+        if self._vanish.get(label):
+            raise NotRecordable(
+                "its samples differ and their averages do not, but for rounding: it subtracts its averages, as an "
+                "InstanceNorm does. Pass features='flatten' for it"
+            )
+        return rows
+
+    def _free(self, route: Route, activation: Tensor) -> Tensor:
+        """The user's function of an activation whose samples only that function knows."""
+        assert callable(route.reduction)
+        samples = self.dimension.samples
+        if self._limit is not None and (samples is None or self._limit < samples):
+            raise BatchError(
+                f"only {self._limit} samples of a batch of {samples} count, and what the features callable returns "
+                'cannot be cut: with per="position", let max_samples= be a multiple of the batch size'
+            )
+        rows = route.reduction(activation)
+        if not isinstance(rows, Tensor) or rows.ndim < 1:
+            found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+            raise BatchError(
+                f"the features callable turned {tuple(activation.shape)} into {found}: it must return a tensor (m, d)"
+            )
+        return memory_order(rows)
+
+
+def _vanishes(rows: Tensor, size: Tensor, activation: Tensor, axis: int) -> bool:
+    """Whether averages (n, 1, C) of an activation are alike for all samples, which differ, but for rounding.
+
+    Args:
+        rows: averages.
+        size: averages of absolute values.
+        activation: what was averaged.
+        axis: its dimension with the samples.
+    """
+    noise = 4 * torch.finfo(activation.dtype).eps * size
+    differs = (activation - activation.narrow(axis, 0, 1)).abs().amax() > noise.amax()
+    return bool(((rows - rows.mean(0)).abs() <= noise).all() & differs)
+
 
 def _refuse_vmap(activation: Tensor) -> None:
     while _functorch.is_functorch_wrapped_tensor(activation):
         if _functorch.is_batchedtensor(activation):
-            raise outputs.NotRecordable(
+            raise NotRecordable(
                 "ran under torch.vmap, where a call is of one sample, or of one model, at a time: choose a layer "
                 "outside of it"
             )

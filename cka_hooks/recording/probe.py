@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +52,7 @@ class Glance(NamedTuple):
     eps: float
 
 
+@dataclass
 class Look:
     """One pass over some samples of the batch.
 
@@ -62,36 +64,23 @@ class Look:
         problem: the error that ended the pass early, None if it ran through.
     """
 
-    def __init__(self, run: Run, snapshot: Snapshot, batch: Any, samples: int, positions: Sequence[int]) -> None:
-        self.samples = samples
-        self.seen: dict[str, Glance] = {}
-        self.problem: str | None = None
-        self.positions = list(positions)
-        try:
-            run(batch, self._take)
-        except Exception as error:
-            self.problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        finally:
-            self.drew = snapshot.drew()
-            snapshot.restore()
+    samples: int
+    positions: Sequence[int]
+    seen: dict[str, Glance] = field(default_factory=dict)
+    drew: bool = False
+    problem: str | None = None
 
-    def _take(self, label: str, activation: Tensor, second: bool) -> None:
+    def take(self, label: str, activation: Tensor, second: bool) -> None:
+        """Look at a layer's activation: at some numbers of some slices, the same in each slice."""
         if label in self.seen:
             return
-        slices = {
-            dim: _numbers(activation, dim, self.positions)
-            for dim, size in enumerate(activation.shape)
-            if size == self.samples
-        }
+        slices: dict[int, Tensor] = {}
+        index = torch.tensor(self.positions, device=activation.device)
+        for dim, size in enumerate(activation.shape):
+            if size == self.samples:
+                rows = activation.detach().index_select(dim, index).movedim(dim, 0).flatten(1)
+                slices[dim] = rows[:, :: max(1, rows.numel() // _NUMBERS)].cpu().double()
         self.seen[label] = Glance(tuple(activation.shape), slices, second, torch.finfo(activation.dtype).eps)
-
-
-def _numbers(activation: Tensor, dim: int, positions: Sequence[int]) -> Tensor:
-    """Some numbers of some slices, the same in each slice, as (positions, numbers) in float64 on the CPU."""
-    index = torch.tensor(positions, device=activation.device)
-    rows = activation.detach().index_select(dim, index).movedim(dim, 0).reshape(len(positions), -1)
-    step = max(1, rows.numel() // _NUMBERS)
-    return rows[:, ::step].cpu().double()
 
 
 class Probe:
@@ -118,36 +107,49 @@ class Probe:
 
     def look(self, batch: Any, samples: int, positions: Sequence[int] | None = None) -> Look:
         """Make a pass over a batch of that many samples, and look at those at `positions`, or at all."""
-        return Look(self._run, self._snapshot, batch, samples, range(samples) if positions is None else positions)
+        look = Look(samples, list(range(samples) if positions is None else positions))
+        try:
+            self._run(batch, look.take)
+        except Exception as error:
+            look.problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        finally:
+            look.drew = self._snapshot.drew()
+            self._snapshot.restore()
+        return look
 
-    def sample_dimensions(self, *, always: bool = False) -> Findings:
+    def sample_dimensions(self, *, always: bool = False) -> tuple[dict[str, int | str | None], str | None]:
         """Find the dimension with the samples of every layer that runs.
 
         Args:
             always: make every pass, even if it is not needed. Ranks that make each pass together must do so.
+
+        Returns:
+            For each label, the dimension with the samples, None if there is none, or why it is not known; and why the
+            model cannot run on the batch at all, None if it can.
         """
-        first, samples = self.first, self._samples
+        first, batch, samples = self.first, self._batch, self._samples
         # Not the last and the first: these are in place where a model flips its samples.
         order = {1: [0, 0], 2: [1, 0, 0]}.get(first.samples, [1, 0])
-        second = self.look(cut(self._batch, samples, [self.chosen[i] for i in order]), len(order))
-        labels = {**first.seen, **second.seen}
-        found = {label: _by_size(label, first, second, order) for label in labels}
+        second = self.look(cut(batch, samples, [self.chosen[i] for i in order]), len(order))
         problem = first.problem or second.problem
         drew = first.drew or second.drew
+        labels = {**first.seen, **second.seen}
+        found = {label: _by_size(label, first, second, order) for label in labels}
         if samples == 1 or not (always or drew or problem or OPEN in found.values()):
-            return Findings({label: _unknown(problem) if dim == OPEN else dim for label, dim in found.items()})
+            return {label: _unknown(problem) if dim == OPEN else dim for label, dim in found.items()}, None
         several = min(samples, _SLICES)
         looked_at = [(samples - 1) * i // (several - 1) for i in range(several)]
-        whole = self.look(cut(self._batch, samples, range(samples)), samples, looked_at)
+        whole = self.look(cut(batch, samples, range(samples)), samples, looked_at)
         turned_round = _turned(samples)
         now_at = {sample: place for place, sample in enumerate(turned_round)}
-        turned = self.look(cut(self._batch, samples, turned_round), samples, [now_at[i] for i in looked_at])
+        turned = self.look(cut(batch, samples, turned_round), samples, [now_at[i] for i in looked_at])
         for label in {**labels, **whole.seen}:
-            if found.get(label, OPEN) == OPEN:
+            dim = found.get(label, OPEN)
+            if dim == OPEN:
                 found[label] = _by_order(label, whole, turned, problem or whole.problem or turned.problem)
-            elif drew and _shuffled(label, whole, turned, found[label]):
+            elif drew and isinstance(dim, int) and _shuffled(label, whole, turned, dim):
                 found[label] = "its samples are in another order than those of the batch: the model shuffles them"
-        return Findings(found, whole.problem)
+        return found, whole.problem
 
 
 def _turned(samples: int) -> list[int]:
@@ -160,25 +162,13 @@ def _turned(samples: int) -> list[int]:
     return [*((i + step) % ring for i in range(ring)), *range(ring, samples)]
 
 
-class Findings(NamedTuple):
-    """What a probe found.
-
-    Attributes:
-        dimensions: for each label, the dimension with the samples, None if there is none, or why it is not known.
-        problem: why the model cannot run on the batch at all, None if it can.
-    """
-
-    dimensions: dict[str, int | str | None]
-    problem: str | None = None
-
-
 def is_same(before: Glance, after: Glance) -> bool:
     """Whether two passes showed the same numbers."""
-    for dim, numbers in before.slices.items() if before.shape == after.shape else ():
-        largest = float(numbers.nan_to_num().abs().max()) if numbers.numel() else 0.0
-        if not torch.allclose(numbers, after.slices[dim], rtol=0, atol=8 * before.eps * largest, equal_nan=True):
-            return False
-    return before.shape == after.shape
+    largest = {dim: float(a.nan_to_num().abs().max()) for dim, a in before.slices.items() if a.numel()}
+    return before.shape == after.shape and all(
+        torch.allclose(before.slices[dim], after.slices[dim], rtol=0, atol=8 * before.eps * most, equal_nan=True)
+        for dim, most in largest.items()
+    )
 
 
 def _by_size(label: str, first: Look, second: Look, order: list[int]) -> int | str | None:
@@ -186,29 +176,48 @@ def _by_size(label: str, first: Look, second: Look, order: list[int]) -> int | s
     before, after = first.seen.get(label), second.seen.get(label)
     if before is None or after is None:
         return OPEN if first.problem or second.problem else "ran for some samples and not for others"
-    fitting = [dim for dim in before.slices if dim in after.slices]
-    alike = {dim: _alike(before, after, dim, order) for dim in fitting}
-    sure = [dim for dim in fitting if alike[dim]]
+    alike = _alike(before, after, order)
+    fitting, sure = list(alike), [dim for dim in alike if alike[dim]]
     if len(sure) == 1:
         return sure[0]
     # If its samples are all the same, or get other random numbers in each pass, only the size can decide.
-    silent = first.drew or second.drew or (len(fitting) == 1 and alike[fitting[0]] is None)
+    silent = first.drew or second.drew or None in alike.values()
     if silent and len(fitting) == 1 and fitting[0] in (0, int(before.second)):
         return fitting[0]
     return OPEN if fitting or _may_be_fixed(before.shape, after.shape, first.samples, second.samples) else None
 
 
-def _alike(before: Glance, after: Glance, dim: int, order: Sequence[int]) -> bool | None:
-    """Whether the slices of two passes are those of the same samples; None if the numbers cannot show it."""
-    a, b = before.slices[dim], after.slices[dim]
-    if a.shape[1] != b.shape[1]:
-        return None
-    finite = a.isfinite().all(0) & b.isfinite().all(0)
-    a, b = a[:, finite], b[:, finite]
-    spread = torch.cdist(a, a).max()
-    if not a.shape[1] or spread <= 8 * before.eps * a.norm(dim=1).max():
-        return None
-    return bool((b - a[list(order)]).norm(dim=1).max() <= _ALIKE * spread)
+def _by_order(label: str, whole: Look, turned: Look, problem: str | None) -> int | str | None:
+    """The dimension whose slices change places along with the samples; None if none is, or why it is not known."""
+    before, after = whole.seen.get(label), turned.seen.get(label)
+    if before is None or after is None:
+        return _unknown(problem)
+    alike = _alike(before, after, range(len(whole.positions)))
+    fitting, sure = list(alike), [dim for dim in alike if alike[dim]]
+    if len(sure) == 1:
+        return sure[0]
+    if problem and fitting:
+        return _unknown(problem)
+    which = f"{sure or 'none'} of the dimensions {fitting} with the batch's size"
+    return f"{which} followed the samples when their order changed" if fitting else None
+
+
+def _alike(before: Glance, after: Glance, order: Sequence[int]) -> dict[int, bool | None]:
+    """For each dimension of the right size, whether the slices of two passes are those of the same samples.
+
+    None if the numbers cannot show it.
+    """
+    alike: dict[int, bool | None] = {}
+    for dim in before.slices.keys() & after.slices.keys():
+        alike[dim] = None
+        a, b = before.slices[dim], after.slices[dim]
+        if a.shape[1] == b.shape[1]:
+            finite = a.isfinite().all(0) & b.isfinite().all(0)
+            a, b = a[:, finite], b[:, finite]
+            spread = torch.cdist(a, a).max()
+            if a.shape[1] and spread > 8 * before.eps * a.norm(dim=1).max():
+                alike[dim] = bool((b - a[list(order)]).norm(dim=1).max() <= _ALIKE * spread)
+    return alike
 
 
 def _may_be_fixed(before: tuple[int, ...], after: tuple[int, ...], samples: int, fewer: int) -> bool:
@@ -220,31 +229,14 @@ def _may_be_fixed(before: tuple[int, ...], after: tuple[int, ...], samples: int,
     return before != after and not folded and math.prod(before) * fewer == math.prod(after) * samples
 
 
-def _by_order(label: str, whole: Look, turned: Look, problem: str | None) -> int | str | None:
-    """The dimension whose slices change places along with the samples; None if none is, or why it is not known."""
-    before, after = whole.seen.get(label), turned.seen.get(label)
-    if before is None or after is None:
-        return _unknown(problem)
-    fitting = [dim for dim in before.slices if dim in after.slices]
-    sure = [dim for dim in fitting if _alike(before, after, dim, range(len(before.slices[dim])))]
-    if len(sure) == 1:
-        return sure[0]
-    if problem and fitting:
-        return _unknown(problem)
-    which = f"dimensions {sure} all" if sure else f"none of the dimensions {fitting} with the batch's size"
-    return f"{which} followed the samples when their order changed" if fitting else None
-
-
-def _shuffled(label: str, whole: Look, turned: Look, dim: int | str | None) -> bool:
+def _shuffled(label: str, whole: Look, turned: Look, dim: int) -> bool:
     """Whether several slices are those of other samples, to the last digits.
 
     Slices that look like others of the same pass, such as zeros, do not count. Neither do slices at the same
     position: random numbers are the same there, and where a sample is black they are all there is.
     """
     before, after = whole.seen.get(label), turned.seen.get(label)
-    if before is None or after is None or not isinstance(dim, int):
-        return False
-    if dim not in before.slices or dim not in after.slices:
+    if before is None or after is None or dim not in before.slices.keys() & after.slices.keys():
         return False
     a, b = before.slices[dim].nan_to_num(), after.slices[dim].nan_to_num()
     if a.shape != b.shape:

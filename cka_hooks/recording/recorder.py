@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from threading import get_ident
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cka_hooks.errors import LayerError, OptionError
+from cka_hooks.options import Options
 from cka_hooks.precision import without_gradients
 from cka_hooks.recording import batches, guest
 from cka_hooks.recording.batches import Given
@@ -24,15 +25,12 @@ from cka_hooks.recording.calls import call
 from cka_hooks.recording.describe import Description, described
 from cka_hooks.recording.layers import Layers, check_model, named_layers, select_layers, unwrap
 from cka_hooks.recording.left_out import silent, twice_named
-from cka_hooks.recording.long_way import LongWay
+from cka_hooks.recording.long_way import Features, LongWay
 from cka_hooks.recording.padding import MaskOption
 from cka_hooks.recording.positions import Positions, positions_of
 from cka_hooks.recording.probe import Probe, Take
-from cka_hooks.recording.reductions import Features, Reductions
 from cka_hooks.recording.routes import Consumer, Pass, taps_of
 from cka_hooks.recording.snapshot import Snapshot
-
-Kept = TypeVar("Kept")
 
 
 class LayerRecorder:
@@ -74,6 +72,9 @@ class LayerRecorder:
     Attributes:
         only_in_passes: whether to record nothing outside of :meth:`forward_pass`. With several recorders on one
             module, each then sees only the passes that were made for it.
+        shapes: for each label, the shape of one sample when the layer was first recorded: (...) of (n, ...).
+        sample_axes: for each recorded label, how the dimension with the samples is known: "named" (by `batch_dim`),
+            "known" (from the kinds of all modules) or "confirmed by a probe" of the first batch.
 
     Raises:
         ModelError: the model is a ``ScriptModule`` or something else that hooks cannot see into.
@@ -108,36 +109,37 @@ class LayerRecorder:
         detach: bool = True,
     ) -> None:
         self.model = check_model(model)
-        for name, given in (("forward", forward), ("consumer", consumer)):
+        for name, given, of in (
+            ("forward", forward, "a model and a batch"),
+            ("consumer", consumer, "a label and an activation"),
+        ):
             if given is not None and not callable(given):
-                what = "a model and a batch" if name == "forward" else "a label and an activation"
-                raise OptionError(f"{name}={given!r:.200} cannot be called: expected a function of {what}")
+                raise OptionError(f"{name}={given!r:.200} cannot be called: expected a function of {of}")
         self._forward = forward
         self._names = named_layers(model)
         self._now = Pass()
         self._by_default = layers is None
         selections = select_layers(model, layers)
         chosen = {selection.name for selection in selections}
-        places = positions_of(per, positions, seed)
-        self._reductions = Reductions(self._names, chosen, features, channel_dim, mask, places)
-        self._long_way = LongWay(self._names, self._now, self._reductions, batch_dim, detach)
-        self._taps = taps_of(selections, self._now, self._long_way, only_leaves=layers is None)
+        options = Options(features=features, batch_dim=batch_dim, channel_dim=channel_dim, mask=mask)
+        self._way = LongWay(self._names, self._now, chosen, positions_of(per, positions, seed), options, detach)
+        self._taps = taps_of(selections, self._now, self._way, only_leaves=layers is None)
         self.consumer = consumer
-        self._entered, self._managed = 0, False
+        self._entered, self._managed, self._started = 0, False, False
         self._form: batches.Form | None = None
         self.only_in_passes = False
+        self.shapes, self.sample_axes = self._way.shapes, self._way.dimension.evidence
         # Activations that keep their graph are for training.
         self._varying = {name: m for name, m in self._names.items() if detach and guest.varies_in_train_mode(m)}
-        self._started = False
 
     @property
     def consumer(self) -> Consumer | None:
         """Where activations are handed to."""
-        return self._long_way.consumer
+        return self._way.consumer
 
     @consumer.setter
     def consumer(self, consumer: Consumer | None) -> None:
-        self._long_way.consumer = consumer
+        self._way.consumer = consumer
         for tap in self._taps.values():
             tap.forget()
 
@@ -160,7 +162,13 @@ class LayerRecorder:
         try:
             guest.claim(self, self.model)
             if depth == 0:
-                self._attach()
+                guest.run_eagerly(self)
+                unwrap(self.model).register_forward_pre_hook(self._on_start, prepend=True, with_kwargs=True)
+                unwrap(self.model).register_forward_hook(self._on_end)
+                for module in self._way.followed:
+                    module.register_forward_hook(self._way.follow)
+                for tap in self._taps.values():
+                    tap.attach()
             self._entered = depth + 1
             self._listen()
             return self
@@ -179,20 +187,11 @@ class LayerRecorder:
         if skips is not None and self._started:
             skips(self.skipped)
 
-    def _attach(self) -> None:
-        guest.run_eagerly(self)
-        unwrap(self.model).register_forward_pre_hook(self._on_start, prepend=True, with_kwargs=True)
-        unwrap(self.model).register_forward_hook(self._on_end)
-        for module in self._reductions.followed:
-            module.register_forward_hook(self._long_way.follow)
-        for tap in self._taps.values():
-            tap.attach()
-
     def _leave(self, depth: int) -> None:
         """Leave until entered only `depth` times. A second call is harmless: Ctrl-C may cut the first short."""
         if depth <= 0:
             for module in self._names.values():
-                guest.remove_hooks(module, self, self._long_way)
+                guest.remove_hooks(module, self, self._way)
             for tap in self._taps.values():
                 guest.remove_hooks(tap.module, tap)
             self._managed = False
@@ -247,7 +246,7 @@ class LayerRecorder:
             BatchError: a module with ``batch_first=False`` gets its samples in dimension 0.
         """
         given = self._given(batch, self._call)
-        self._reductions.begin(given, self._long_way.dimension.samples_of(given), None)
+        self._way.begin(given, None)
         self._confirm(given)
 
     def _given(self, batch: Any, call: Callable[[Any], Any] | None) -> Given:
@@ -259,48 +258,10 @@ class LayerRecorder:
     def _call(self, batch: Any, number: int | None = None) -> Any:
         return call(guest.runnable(self.model), batch, self._forward, self._form, number)
 
-    def _confirm(self, given: Given) -> None:
-        dimension = self._long_way.dimension
-        if given.call is None or not given.shape:
-            return
-        if not dimension.is_settled and isinstance(given.value, Tensor):
-            dimension.settle_plain(unwrap(self.model), given.value.ndim)
-        if dimension.is_settled and not self._reductions.needs_probe:
-            return
-        # Tensors cut out of a batch are not part of its graph.
-        with torch.no_grad():
-            snapshot = Snapshot(guest.runnable(self.model))
-            probe = Probe(partial(self._show, given.call), snapshot, given.parts, given.shape[0])
-            if not dimension.is_settled:
-                dimension.confirm(probe, given.shape, always=guest.is_sharded(self.model))
-            self._reductions.confirm(probe, given)
-
-    def _show(self, call: Callable[[Any], Any], batch: Any, take: Take) -> None:
-        """Run a pass that hands nothing over: a probe sees the layers' outputs."""
-        watched = self._long_way.dimension.watched(take)
-        with self._managing(), self._now.shown_to(take), watched, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self._restart(None)
-            call(batch)
-
-    def _on_start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._managed and self._now.concerns():
-            self._start(Given.of_call(module, args, kwargs), None)
-
-    def _on_end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not self._managed and self._now.concerns():
-            self._reductions.warn()
-
     @contextmanager
     def _pass(self, given: Given, limit: int | None) -> Iterator[None]:
-        self._start(given, limit)
-        with self._managing():
-            yield
-        self._reductions.warn()
-
-    @contextmanager
-    def _managing(self) -> Iterator[None]:
         """Whatever the model's calls are in here, they belong to one pass."""
+        self._start(given, limit)
         before, self._managed = self._managed, True
         try:
             self._listen()
@@ -308,39 +269,52 @@ class LayerRecorder:
         finally:
             self._managed = before
             self._listen()
+        self._way.warn()
+
+    def _on_start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._managed and self._now.show is None and self._now.concerns():
+            self._start(Given.of_call(module, args, kwargs), None)
+
+    def _on_end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self._managed and self._now.show is None and self._now.concerns():
+            self._way.warn()
 
     def _start(self, given: Given, limit: int | None) -> None:
         self._started = True
         if self._varying and not self.only_in_passes and guest.warned_of_train_mode(self._varying):
             self._varying = {}
-        samples = self._long_way.dimension.samples_of(given)
-        self._reductions.begin(given, samples, limit)
+        self._way.begin(given, limit)
         self._confirm(given)
-        self._restart(samples)
+        self._restart()
 
-    def _restart(self, samples: int | None) -> None:
-        self._long_way.restart(samples)
+    def _restart(self) -> None:
+        self._way.restart()
         for tap in self._taps.values():
             tap.restart()
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """For each label, the shape of one sample when the layer was first recorded: (...) of (n, ...)."""
-        return self._long_way.shapes
+    def _confirm(self, given: Given) -> None:
+        if given.call is None or not given.shape:
+            return
+        if isinstance(given.value, Tensor):
+            self._way.dimension.settle_plain(unwrap(self.model), given.value.ndim)
+        if self._way.needs_probe:
+            # Tensors cut out of a batch are not part of its graph.
+            with torch.no_grad():
+                snapshot = Snapshot(guest.runnable(self.model))
+                probe = Probe(partial(self._show, given.call), snapshot, given.parts, given.shape[0])
+                self._way.confirm(probe, given, always=guest.is_sharded(self.model))
 
-    @property
-    def sample_axes(self) -> dict[str, str]:
-        """For each recorded label, how the dimension with the samples is known.
-
-        One of "named" (by `batch_dim`), "known" (from the kinds of all modules) and "confirmed by a probe" of the
-        first batch.
-        """
-        return dict(self._long_way.dimension.evidence)
+    def _show(self, call: Callable[[Any], Any], batch: Any, take: Take) -> None:
+        """Run a pass that hands nothing over: a probe sees the layers' outputs."""
+        with self._now.shown_to(take), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._restart()
+            call(batch)
 
     @property
     def skipped(self) -> dict[str, str]:
         """Layers that were chosen and not recorded, each with the reason as a sentence."""
-        skipped = {**self._long_way.left_out, **twice_named(self._taps.values())}
+        skipped = {**self._way.left_out, **twice_named(self._taps.values())}
         if self._started:
             skipped.update(silent(self._taps, self._names, by_default=self._by_default))
         return skipped
@@ -407,20 +381,16 @@ class LayerRecorder:
             3 layers, 1.5 k features per sample, 4 samples
         """
         shapes = self._run(batch, lambda activation: tuple(activation.shape), guest.RandomStream())
-        taps = {layer: self._taps[id(self._long_way.recorded[layer])] for layer in shapes}
+        taps = {layer: self._taps[id(self._way.recorded[layer])] for layer in shapes}
         return described(shapes, taps, self.skipped)
 
-    def _run(self, batch: Any, keep: Callable[[Tensor], Kept], random_stream: guest.RandomStream) -> dict[str, Kept]:
+    def _run(self, batch: Any, keep: Callable[[Tensor], Any], random_stream: guest.RandomStream) -> dict[str, Any]:
         """Run the model on one batch, past the recorder's own consumer, and keep something of each activation."""
-        kept: dict[str, Kept] = {}
-
-        def take(layer: str, activation: Tensor) -> None:
-            kept[layer] = keep(activation)
-
+        kept: dict[str, Any] = {}
         before, depth, visit = self.consumer, self._entered, guest.untouched(guest.runnable(self.model))
         with_gradients = torch.is_grad_enabled()
         try:
-            self.consumer = take
+            self.consumer = lambda layer, activation: kept.update({layer: keep(activation)})
             with random_stream, visit, self, torch.no_grad():
                 self.run(batch)
         finally:

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 # Takes (n, P, C) features of one layer, detached.
 Product = Callable[[Tensor], None]
 Consumer = Callable[[str, Tensor], None]
-
-Place = Literal["output", "further output", "input"]
 
 LONG_WAY = -1
 
@@ -62,18 +60,19 @@ class Pass:
 
     @contextmanager
     def shown_to(self, show: Callable[[str, Tensor, bool], None]) -> Iterator[None]:
-        """Run a probe, hidden from other recorders in this thread."""
-        others = [other for other in _passes if other is not self and other.thread == get_ident()]
-        before = self.show
+        """Run a probe in this thread, hidden from other recorders."""
+        own = get_ident()
+        others = [other for other in _passes if other is not self and other.thread == own]
+        before = self.show, self.thread
         try:
             for other in others:
                 other.thread = 0
-            self.show = show
+            self.show, self.thread = show, own
             yield
         finally:
-            self.show = before
+            self.show, self.thread = before
             for other in others:
-                other.thread = get_ident()
+                other.thread = own
 
 
 _passes: WeakSet[Pass] = WeakSet()
@@ -142,12 +141,6 @@ class Route:
             NotRecordable: there is no such tensor.
         """
         return outputs.activation_of(given) if self._find is None else self._find(given)
-
-    def place(self, given: Any, activation: Tensor) -> Place:
-        """Where in the module's output or input the layer's tensor is."""
-        if self.is_input:
-            return "input"
-        return "output" if activation is next(outputs.tensors_in(given), None) else "further output"
 
     def close(self) -> None:
         """Send the activations from here on the long way."""
