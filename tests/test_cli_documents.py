@@ -2,7 +2,6 @@
 
 import re
 import shlex
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,7 @@ from cka_hooks.command import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DESCRIPTIONS = [import_module(f"cka_hooks.command.{name}").DESCRIPTION for name in cli.COMMANDS]
-HELP = re.sub(r"\\\n\s*", "", "\n".join((cli.DESCRIPTION, *DESCRIPTIONS)))
+HELP = re.sub(r"\\\n\s*", "", "\n".join((cli.__doc__, *(words.__doc__ for words in cli.COMMANDS.values()))))
 PAGES = "".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").rglob("*.md")))
 LINES = [line.strip() for line in (README + PAGES + HELP).splitlines()]
 COMMANDS = [line for line in LINES if re.match("cka-hooks [a-z]", line)]

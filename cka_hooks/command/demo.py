@@ -1,4 +1,4 @@
-"""``cka-hooks demo``: train two small ResNets from two seeds on handwritten digits, and compare their blocks.
+"""``cka-hooks demo``: two small ResNets from two seeds, trained on handwritten digits and compared.
 
 Everything is real and comes with the dependencies: the images are scikit-learn's, the network is torchvision's.
 """
@@ -14,35 +14,32 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from cka_hooks.command import numbers
-from cka_hooks.command.outputs import check_folder, folder_words, write_all
-from cka_hooks.command.terminal import say
+from cka_hooks.command.shared import check_output, output_words, say, whole, write_all
 from cka_hooks.compare import compare
 from cka_hooks.errors import MissingExtraError
 from cka_hooks.progress import progress_bar
 from cka_hooks.results.result import CKAResult
-
-LINE = "train two small networks on digits and compare them"
-DESCRIPTION = """\
-Train torchvision's ResNet-18 from two seeds on scikit-learn's handwritten digits, then compare all residual
-blocks of both over the held-out images. This works offline and takes less than two minutes."""
+from cka_hooks.views.formats import files_of_a_run
 
 BLOCKS = "layer*.?"
 HELD_OUT = 599
 EPOCHS = 6
 
 
-def words(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments."""
-    folder_words(parser, "cka-demo")
-    parser.add_argument("--epochs", type=numbers.count, default=EPOCHS, metavar="N",
-        help="passes over the training images; default: %(default)s")  # fmt: skip
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+def demo_words(parser: argparse.ArgumentParser) -> None:
+    """Train two small networks on digits and compare them.
+
+    Trains torchvision's ResNet-18 from two seeds on scikit-learn's handwritten digits, then compares all residual
+    blocks of both over the held-out images. This works offline and takes less than two minutes.
+    """
+    epochs = "passes over the training images; default: %(default)s"
+    parser.add_argument("--epochs", type=whole(1), default=EPOCHS, metavar="N", help=epochs)
+    output_words(parser, "cka-demo")
+    parser.set_defaults(command=_demo)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run the demo. Return the exit code."""
-    check_folder(arguments)
+def _demo(arguments: argparse.Namespace) -> int:
+    check_output(arguments, arguments.out, files_of_a_run().values())
     demo(arguments.out, epochs=arguments.epochs, progress=not arguments.quiet)
     return 0
 
