@@ -55,7 +55,7 @@ def test_layers_that_only_one_has_and_settings_that_differ():
     found = diff(first, second)
     assert (found.only_first, found.only_second, found.compared) == (("fc",), ("conv2",), 0)
     assert found.settings == {"kernel": (None, "rbf")}
-    assert "no pair of layers is in both" in str(found)
+    assert "0 pairs of layers in both" in str(found)
 
 
 def test_the_time_a_run_took_is_no_setting():
@@ -67,7 +67,7 @@ def test_undefined_entries_and_missing_errors_are_not_tested():
     nan = torch.full((3, 3), torch.nan, dtype=torch.float64)
     found = diff(CKAResult.example(), changed(0.4, stderr=nan))
     assert (found.compared, found.testable, found.differing) == (3, 0, ())
-    assert "no standard error" in str(found)
+    assert "3 of them without standard errors" in str(found)
     undefined = dataclasses.replace(CKAResult.example(), matrix=nan)
     assert diff(CKAResult.example(), undefined).compared == 0
 

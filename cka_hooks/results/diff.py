@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from scipy.special import ndtri
 
 from cka_hooks.names import printable
 from cka_hooks.results.result import CKAResult
-from cka_hooks.results.words import error_in_words
+from cka_hooks.results.words import error_in_words, listing
 
 #: Settings that say how a run went, not what was measured.
 _INCIDENTAL = frozenset({"seconds", "shapes", "sample_axes", "out", "stopped"})
@@ -37,6 +36,17 @@ class Entry(NamedTuple):
     second: float
     stderr: float
     z: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.row} and {self.column}: {self.first:.4f} -> {self.second:.4f} ({self.second - self.first:+.4f}, "
+            f"standard error {error_in_words(self.stderr)}, z {self.z:+.1f})"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain JSON values, None for what is not finite."""
+        entry = self._asdict()
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
 
 
 @dataclass(frozen=True)
@@ -64,41 +74,25 @@ class ResultDiff:
     settings: dict[str, tuple[Any, Any]]
 
     def __str__(self) -> str:
-        lines = []
-        if self.largest is None:
-            lines.append("no pair of layers is in both results")
-        else:
-            lines.append(
-                f"{self.compared:,} pairs of layers in both; {len(self.differing):,} differ by more than "
-                f"{self.threshold:.1f} standard errors of the difference"
-            )
-            if self.testable < self.compared:
-                lines.append(f"{self.compared - self.testable:,} of them have no standard error and were not tested")
-            lines.append(
-                f"largest difference: {self.largest.row} and {self.largest.column}, "
-                f"{self.largest.first:.4f} -> {self.largest.second:.4f}"
-            )
-        for entry in self.differing[:_LISTED]:
-            error = error_in_words(entry.stderr)
-            lines.append(
-                f"  {entry.row} and {entry.column}: {entry.first:.4f} -> {entry.second:.4f} "
-                f"({entry.second - entry.first:+.4f}, standard error {error}, z {entry.z:+.1f})"
-            )
-        if len(self.differing) > _LISTED:
-            lines.append(f"  and {len(self.differing) - _LISTED:,} more")
-        for which, labels in (("first", self.only_first), ("second", self.only_second)):
-            if labels:
-                more = f" and {len(labels) - _LISTED} more" if len(labels) > _LISTED else ""
-                lines.append(f"only in the {which}: {', '.join(labels[:_LISTED])}{more}")
-        for name, (first, second) in self.settings.items():
-            lines.append(f"setting {name}: {_short(first)} -> {_short(second)}")
+        untested, differing = self.compared - self.testable, len(self.differing)
+        lines = [
+            f"{self.compared:,} pairs of layers in both, {untested:,} of them without standard errors; {differing:,} "
+            f"differ by more than {self.threshold:.1f} standard errors of the difference"
+        ]
+        if self.largest is not None:
+            lines.append(f"largest difference: {self.largest}")
+        lines += [f"  {entry}" for entry in self.differing[:_LISTED]]
+        if differing > _LISTED:
+            lines.append(f"  and {differing - _LISTED:,} more")
+        only = {"first": self.only_first, "second": self.only_second}
+        lines += [f"only in the {which}: {listing(labels, most=_LISTED)}" for which, labels in only.items() if labels]
+        lines += [f"setting {name}: {a!r:.100} -> {b!r:.100}" for name, (a, b) in self.settings.items()]
         return "\n".join(map(printable, lines))
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain JSON values."""
-        largest = None if self.largest is None else _without_nan(self.largest._asdict())
-        differing = [_without_nan(entry._asdict()) for entry in self.differing]
-        return {**vars(self), "differing": differing, "largest": largest}
+        largest = None if self.largest is None else self.largest.as_json()
+        return {**vars(self), "differing": [entry.as_json() for entry in self.differing], "largest": largest}
 
 
 def diff(first: CKAResult, second: CKAResult, *, level: float = 0.95) -> ResultDiff:
@@ -117,13 +111,19 @@ def diff(first: CKAResult, second: CKAResult, *, level: float = 0.95) -> ResultD
     Example:
         >>> result = CKAResult.example()
         >>> print(diff(result, result))
-        3 pairs of layers in both; 0 differ by more than 2.4 standard errors of the difference
-        largest difference: conv1 and conv2, 0.9000 -> 0.9000
+        3 pairs of layers in both, 0 of them without standard errors; 0 differ by more than 2.4 standard errors of
+        the difference
+        largest difference: conv1 and conv2: 0.9000 -> 0.9000 (+0.0000, standard error 0.028, z +0.0)
     """
-    entries = _entries(first, second)
+    before, after = _values(first), _values(second)
+    entries = [_entry(*before[pair], *after[pair][2:]) for pair in before if pair in after]
     tested = [entry for entry in entries if not math.isnan(entry.z)]
     threshold = float(-ndtri((1 - level) / (2 * max(1, len(tested)))))
     differing = sorted((e for e in tested if abs(e.z) > threshold), key=lambda e: abs(e.z), reverse=True)
+    ours, theirs = (
+        {**result.settings, "samples": result.samples, "minibatches": result.minibatches}
+        for result in (first, second)
+    )
     return ResultDiff(
         compared=len(entries),
         testable=len(tested),
@@ -132,50 +132,26 @@ def diff(first: CKAResult, second: CKAResult, *, level: float = 0.95) -> ResultD
         largest=max(entries, key=lambda e: abs(e.second - e.first), default=None),
         only_first=tuple(label for label in first.layers if label not in second.layers),
         only_second=tuple(label for label in second.layers if label not in first.layers),
-        settings=_settings(first, second),
+        settings={
+            name: (ours.get(name), theirs.get(name))
+            for name in {**ours, **theirs}
+            if name not in _INCIDENTAL and ours.get(name) != theirs.get(name)
+        },
     )
 
 
-def _entries(first: CKAResult, second: CKAResult) -> list[Entry]:
-    """Every unordered pair of two layers that is defined in both."""
-    entries = []
-    seen: set[frozenset[str]] = set()
-    found = {pair: (value, error) for pair, value, error in _values(second)}
-    for pair, a, error in _values(first):
-        there = found.get(pair) or found.get(pair[::-1])
-        if there is None or pair[0] == pair[1] or frozenset(pair) in seen:
-            continue
-        seen.add(frozenset(pair))
-        b, stderr = there[0], math.hypot(error, there[1])
-        if math.isnan(a) or math.isnan(b):
-            continue
-        z = (b - a) / stderr if stderr > 0 else (0.0 if a == b else math.copysign(math.inf, b - a))
-        entries.append(Entry(*pair, a, b, stderr, z if not math.isnan(stderr) else math.nan))
-    return entries
-
-
-def _values(result: CKAResult) -> Iterator[tuple[tuple[str, str], float, float]]:
-    """The labels, the value and the standard error of each entry."""
+def _values(result: CKAResult) -> dict[frozenset[str], tuple[str, str, float, float]]:
+    """The labels, the value and the standard error of each pair of two layers that is defined."""
+    found: dict[frozenset[str], tuple[str, str, float, float]] = {}
     pairs = product(result.rows, result.columns)
-    return zip(pairs, result.matrix.flatten().tolist(), result.stderr.flatten().tolist(), strict=True)
+    numbers = zip(pairs, result.matrix.flatten().tolist(), result.stderr.flatten().tolist(), strict=True)
+    for (row, column), value, error in numbers:
+        if row != column and not math.isnan(value):
+            found.setdefault(frozenset((row, column)), (row, column, value, error))
+    return found
 
 
-def _settings(first: CKAResult, second: CKAResult) -> dict[str, tuple[Any, Any]]:
-    ours, theirs = (
-        {**result.settings, "samples": result.samples, "minibatches": result.minibatches}
-        for result in (first, second)
-    )
-    return {
-        name: (ours.get(name), theirs.get(name))
-        for name in {**ours, **theirs}
-        if name not in _INCIDENTAL and ours.get(name) != theirs.get(name)
-    }
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else text[:97] + "..."
-
-
-def _without_nan(entry: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+def _entry(row: str, column: str, a: float, error: float, b: float, other: float) -> Entry:
+    stderr = math.hypot(error, other)
+    z = (b - a) / stderr if stderr else (0.0 if a == b else math.copysign(math.inf, b - a))
+    return Entry(row, column, a, b, stderr, z)

@@ -40,16 +40,16 @@ def steps(result: CKAResult) -> dict[str, list[tuple[int, int]]]:
         {'': [(0, 1), (1, 2)]}
     """
     found = {}
-    for model, rows in by_model(result).items():
+    for model, rows in by_model(result, result.rows).items():
         names = [result.layer_of(result.rows[row]) for row in rows]
         found[model] = [(rows[a], rows[b]) for a, b in followers(names)]
     return found
 
 
-def by_model(result: CKAResult) -> dict[str, list[int]]:
-    """The rows of each model."""
+def by_model(result: CKAResult, labels: tuple[str, ...]) -> dict[str, list[int]]:
+    """The positions of each model's layers among the labels."""
     groups: dict[str, list[int]] = {}
-    for position, label in enumerate(result.rows):
+    for position, label in enumerate(labels):
         groups.setdefault(result.model_of(label), []).append(position)
     return groups
 

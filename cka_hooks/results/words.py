@@ -7,15 +7,14 @@ features. Which layer follows which is up to :mod:`cka_hooks.results.order`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import combinations
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from itertools import combinations, product
 
 import numpy as np
 import numpy.typing as npt
 
 from cka_hooks.names import printable
-from cka_hooks.results.order import by_model, followers
+from cka_hooks.results.order import by_model, steps
 from cka_hooks.results.result import CKAResult
 
 #: Consecutive layers whose CKA with each other is above this are near-identical.
@@ -27,11 +26,7 @@ SHARE = 0.5
 #: Entries whose p-value is above this are indistinguishable from those of unrelated layers.
 UNRELATED = 0.05
 
-_LISTED = 3
-# Up to this many models get a line each. With more, only the extremes are named.
-_FEW = 3
-
-Positions = list[int]
+Mask = npt.NDArray[np.bool_]
 
 
 def summary(result: CKAResult) -> str:
@@ -43,20 +38,10 @@ def summary(result: CKAResult) -> str:
         Most alike: conv1 and conv2, CKA 0.900 (standard error 0.020).
         Changes most from one layer to the next at conv2 -> fc, CKA 0.600 (standard error 0.020).
     """
-    lines = [*_size(result)]
+    lines = [*_size(result), *_most_alike(result)]
     if result.square:
-        groups = by_model(result)
-        lines += _most_alike(result, groups)
-        lines += _largest_changes(result, groups)
-        lines += _near_identical(result, groups)
-        lines += _same_depth([_depth(result, *pair) for pair in combinations(groups.items(), 2)])
-    else:
-        lines += _alike_across(result)
-        if not set(result.rows) & set(result.columns):
-            sides = [(_one_model(result, labels), [*range(len(labels))]) for labels in (result.rows, result.columns)]
-            lines += _same_depth([_depth(result, *sides)])
-    lines += _unrelated(result)
-    lines += _left_out(result)
+        lines += [*_largest_changes(result), *_near_identical(result)]
+    lines += [*_same_depth(result), *_unrelated(result), *_left_out(result)]
     return "\n".join(map(printable, lines))
 
 
@@ -65,189 +50,121 @@ def value_in_words(value: float, error: float = math.nan) -> str:
 
     Example:
         >>> value_in_words(0.99995, 0.000021)
-        'CKA 0.99995 (standard error 0.000021)'
-        >>> value_in_words(0.5, 0.0), value_in_words(math.nan)
-        ('CKA 0.500 (standard error 0)', 'CKA is undefined')
+        'CKA 0.99995 (standard error 2.1e-05)'
+        >>> value_in_words(0.5, 0.02), value_in_words(math.nan)
+        ('CKA 0.500 (standard error 0.020)', 'CKA is undefined')
     """
     if math.isnan(value):
         return "CKA is undefined"
-    # A value just below 1 must not read as 1.
-    digits = max(3, _leading_zeros(1 - value) + 1 if abs(1 - value) < 5e-4 else 0)
-    return f"CKA {value:.{digits}f}" + ("" if math.isnan(error) else f" (standard error {error_in_words(error)})")
+    words = f"{value:.3f}"
+    if words == "1.000" and value != 1:
+        words = repr(1 - float(f"{1 - value:.1g}"))
+    return f"CKA {words}" + ("" if math.isnan(error) else f" (standard error {error_in_words(error)})")
 
 
 def error_in_words(error: float) -> str:
-    """A standard error in 3 digits after the point, or in as many as distinguish it from 0."""
-    if not error > 0:
-        return f"{error:.3g}"
-    return f"{error:.{max(3, _leading_zeros(error) + 2)}f}" if error >= 1e-5 else f"{error:.1e}"
-
-
-def pvalue_in_words(pvalue: float) -> str:
-    """A p-value in two digits, or that it is below 1e-4.
-
-    Example:
-        >>> pvalue_in_words(0.0312), pvalue_in_words(1e-30)
-        ('p = 0.031', 'p < 1e-4')
-    """
-    return f"p = {pvalue:.2g}" if pvalue >= 1e-4 else "p < 1e-4"
-
-
-def _leading_zeros(value: float) -> int:
-    """The number of zeros after the point and before the first digit."""
-    return min(12, -math.floor(math.log10(abs(value))) - 1) if value else 0
+    """A standard error in two digits."""
+    return f"{error:#.2g}"
 
 
 def _size(result: CKAResult) -> Iterator[str]:
+    groups = by_model(result, result.rows)
     count = _count(len(result.rows), "layer")
     if not result.square:
         count = f"{count} against {len(result.columns)}"
-    elif len(result.models) > 1:
-        groups = by_model(result)
-        each = ", ".join(f"{name}: {len(positions)}" for name, positions in groups.items())
-        if len(groups) > _FEW:
-            least, most = (of(map(len, groups.values())) for of in (min, max))
-            each = f"{least} each" if least == most else f"{least} to {most} each"
-            count += f" of {len(groups)} models"
-        count += f" ({each})"
+    elif len(groups) > 1:
+        count += f" ({listing([f'{name}: {len(positions)}' for name, positions in groups.items()])})"
     line = f"{count}, {_count(result.samples, 'sample')} in {_count(result.minibatches, 'minibatch', 'es')}"
     if result.passes > 1:
         line += f" over {result.passes} passes"
-    errors = result.stderr.numpy()
-    if np.isfinite(errors).any() and result.degrees_of_freedom >= 2:
-        yield f"{line}; largest standard error {error_in_words(float(np.nanmax(errors)))}."
+    if result.degrees_of_freedom >= 2:
+        yield f"{line}; largest standard error {error_in_words(float(result.stderr.nan_to_num().max()))}."
     else:
         yield f"{line}."
         per_pass = result.degrees_of_freedom + 1
         yield f"No standard errors: they need 3 minibatches in a pass, and this run had {per_pass}."
 
 
-def _most_alike(result: CKAResult, groups: dict[str, Positions]) -> Iterator[str]:
-    values = result.matrix.numpy()
-    model_at = np.empty(len(result.rows), dtype=int)
-    for number, positions in enumerate(groups.values()):
-        model_at[positions] = number
-    above = np.triu(np.ones(values.shape, dtype=bool), 1)
-    within = model_at[:, None] == model_at[None, :]
-    for scope, where in ((" within one model", above & within), (" across models", above & ~within)):
-        words = scope if len(groups) > 1 else ""
-        same = np.argwhere(where & (values >= SAME))
-        best = _largest(np.where(where & (values < SAME), values, np.nan))
-        if best is not None:
-            yield f"Most alike{words}: {_pair(result, *best)}."
-        if len(same):
-            first, second = same[0]
+def _most_alike(result: CKAResult) -> Iterator[str]:
+    values, pairs = result.matrix.numpy(), _pairs(result)
+    models = [[result.model_of(label) for label in labels] for labels in (result.rows, result.columns)]
+    within = _different(*models) == 0
+    scopes = {" within one model": pairs & within, " across models": pairs & ~within}
+    has_both = all(where.any() for where in scopes.values())
+    for scope, where in scopes.items():
+        words = scope if has_both else ""
+        other, same = where & (values < SAME), where & (values >= SAME)
+        if other.any():
+            yield f"Most alike{words}: {_pair(result, *_largest(values, other))}."
+        if same.any():
+            first, second = np.argwhere(same)[0]
             yield (
-                f"Identical up to rotation and scale{words}: {_count(len(same), 'pair')}, "
+                f"Identical up to rotation and scale{words}: {_count(int(same.sum()), 'pair')}, "
                 f"such as {result.rows[first]} and {result.columns[second]}."
             )
 
 
-def _alike_across(result: CKAResult) -> Iterator[str]:
-    different = np.array([[row != column for column in result.columns] for row in result.rows])
-    best = _largest(np.where(different, result.matrix.numpy(), np.nan))
-    if best is not None:
-        yield f"Most alike: {_pair(result, *best)}."
-
-
-def _largest_changes(result: CKAResult, groups: dict[str, Positions]) -> Iterator[str]:
+def _largest_changes(result: CKAResult) -> Iterator[str]:
     """The two consecutive layers of each model that are least alike."""
-    start, found = "Changes most from one layer to the next", []
-    for model, positions in groups.items():
-        defined = _defined(result, positions)
-        pairs = [(defined[a], defined[b]) for a, b in followers([result.layer_of(result.rows[i]) for i in defined])]
-        if len(defined) >= 3 and pairs:
-            before, after = min(pairs, key=lambda pair: float(result.matrix[pair]))
+    found = []
+    for model, pairs in steps(result).items():
+        known = {pair: value for pair in pairs if not math.isnan(value := float(result.matrix[pair]))}
+        # With two layers, there is nothing to compare the one step with.
+        if len(known) > 1:
+            before, after = min(known, key=known.__getitem__)
             where = f"{result.layer_of(result.rows[before])} -> {result.layer_of(result.rows[after])}"
-            found.append((float(result.matrix[before, after]), where, _value(result, before, after), model))
-    if len(found) <= _FEW:
-        yield from (f"{start}{model and f' in {model}'} at {where}, {words}." for _, where, words, model in found)
-    else:
-        places = [f"{where}{_of(model)}, {words}" for _, where, words, model in sorted(found)]
-        yield f"{start} at {_listing(places, '; ', most=2)}."
+            found.append((known[before, after], f"{where}{_of(model)}, {_value(result, before, after)}"))
+    if found:
+        yield f"Changes most from one layer to the next at {listing([words for _, words in sorted(found)], '; ')}."
 
 
-def _near_identical(result: CKAResult, groups: dict[str, Positions]) -> Iterator[str]:
-    is_few = len(groups) <= _FEW
-    names: dict[str, list[str]] = {_of(model) if is_few else "": [] for model in groups}
-    runs = [(run, model) for model, positions in groups.items() for run in near_identical(result, positions)]
-    for run, model in sorted(runs, key=lambda found: len(found[0]), reverse=True):
-        first, last = (result.layer_of(result.rows[position]) for position in (run[0], run[-1]))
-        name = f"{first} to {last} ({len(run)} layers)"
-        names[_of(model) if is_few else ""].append(name if is_few else name + _of(model))
-    for of, found in names.items():
-        if found:
-            yield f"Runs of near-identical layers (CKA above {NEAR} with each other){of}: {_listing(found)}."
-
-
-def near_identical(result: CKAResult, positions: Positions) -> list[Positions]:
-    """Runs of 3 or more consecutive layers, all of whose pairs have CKA above :data:`NEAR`.
-
-    Args:
-        result: a square result.
-        positions: row numbers of one model's layers, in order. Undefined layers are skipped.
-
-    Example:
-        >>> near_identical(CKAResult.example(), [0, 1, 2])
-        []
-    """
+def _near_identical(result: CKAResult) -> Iterator[str]:
+    """Runs of 3 or more consecutive layers, all of whose pairs have CKA above :data:`NEAR`."""
     values = result.matrix.numpy()
-    runs: list[Positions] = []
-    run: Positions = []
-    for position in _defined(result, positions):
-        # Against all of the run and not only the last one, because similarity fades over many small steps.
-        if run and not (values[position, run] > NEAR).all():
-            runs.append(run)
-            run = []
-        run = [*run, position]
-    return [run for run in [*runs, run] if len(run) >= 3]
+    found = []
+    for model, positions in by_model(result, result.rows).items():
+        runs: list[list[int]] = [[]]
+        for position in positions:
+            if math.isnan(values[position, position]):
+                continue
+            # Against all of the run and not only the last one, because similarity fades over many small steps.
+            if not (values[position, runs[-1]] > NEAR).all():
+                runs.append([])
+            runs[-1].append(position)
+        for run in filter(lambda run: len(run) >= 3, runs):
+            first, last = (result.layer_of(result.rows[position]) for position in (run[0], run[-1]))
+            found.append((-len(run), f"{first} to {last}{_of(model)} ({len(run)} layers)"))
+    if found:
+        listed = listing([words for _, words in sorted(found)])
+        yield f"Runs of near-identical layers (CKA above {NEAR} with each other): {listed}."
 
 
-class _Depth(NamedTuple):
-    """How many rows of one model are most similar to a column of another at about their own depth."""
-
-    share: float
-    words: str
-    short: str
-
-
-def _depth(result: CKAResult, one: tuple[str, Positions], other: tuple[str, Positions]) -> _Depth | None:
-    """Count them beside what chance would give; None if there is too little to count."""
-    (first, rows), (second, columns) = one, other
-    values = result.matrix.numpy()
-    rows = [i for i in rows if np.isfinite(values[i, columns]).any()]
-    columns = [j for j in columns if np.isfinite(values[rows, j]).any()]
-    if min(len(rows), len(columns)) < 3:
-        return None
-    values = values[np.ix_(rows, columns)]
-    depth = np.linspace(0, 1, len(rows))[:, None] - np.linspace(0, 1, len(columns))[None, :]
-    # One position in the network with fewer layers. Rounding must not decide at exactly one position.
-    near = np.abs(depth) <= 1 / (min(values.shape) - 1) + 1e-9
-    best = np.nanargmax(values, axis=1)
-    hits = int(near[np.arange(len(rows)), best].sum())
-    chance = float(near.mean(axis=1).sum())
-    where = "position" if len(rows) == len(columns) else "relative depth"
-    words = (
-        f"{hits} of {_count(len(rows), 'layer')}{_of(first)} are most similar to a layer{_of(second)} at the "
-        f"same or a neighbouring {where} (chance: {chance:.1f})"
-    )
-    if [result.layer_of(result.columns[j]) for j in columns] == [result.layer_of(result.rows[i]) for i in rows]:
-        words += f"; {int((best == np.arange(len(rows))).sum())} to the layer of the same name"
-    return _Depth(hits / len(rows), words, f"{hits} of {len(rows)} (chance: {chance:.1f}), {first} with {second}")
+def _same_depth(result: CKAResult) -> Iterator[str]:
+    """How many rows of one model are most similar to a column of another at about their own depth, beside chance."""
+    groups = [by_model(result, labels).items() for labels in (result.rows, result.columns)]
+    defined = np.isfinite(result.matrix.numpy())
+    found = []
+    for (first, rows), (second, columns) in combinations(groups[0], 2) if result.square else product(*groups):
+        rows, columns = [i for i in rows if defined[i].any()], [j for j in columns if defined[:, j].any()]
+        if first == second or min(len(rows), len(columns)) < 3:
+            continue
+        values = result.matrix.numpy()[np.ix_(rows, columns)]
+        depth = np.linspace(0, 1, len(rows))[:, None] - np.linspace(0, 1, len(columns))
+        # One position in the network with fewer layers. Rounding must not decide at exactly one position.
+        near = np.abs(depth) <= 1 / (min(values.shape) - 1) + 1e-9
+        best = np.nanargmax(values, axis=1)
+        hits = int(near[np.arange(len(rows)), best].sum())
+        words = f"{hits} of {len(rows)}{_of(first)} with {second} (chance: {near.mean(axis=1).sum():.1f}"
+        names = [result.layer_of(result.rows[i]) for i in rows]
+        if names == [result.layer_of(result.columns[j]) for j in columns]:
+            words += f"; {(best == np.arange(len(rows))).sum()} to the layer of the same name"
+        found.append((hits / len(rows), f"{words})"))
+    if found:
+        listed = listing([words for _, words in sorted(found)], "; ")
+        yield f"Layers most similar to one at the same or a neighbouring depth of the other model: {listed}."
 
 
-def _same_depth(pairs: list[_Depth | None]) -> Iterator[str]:
-    found = sorted((pair for pair in pairs if pair is not None), key=lambda pair: pair.share)
-    if len(found) <= _FEW:
-        yield from (f"{pair.words}." for pair in pairs if pair is not None)
-    else:
-        yield (
-            "Layers that are most similar to one at the same or a neighbouring depth of another model, over "
-            f"{len(found)} pairs of models: from {found[0].short}, to {found[-1].short}."
-        )
-
-
-def unrelated(result: CKAResult) -> npt.NDArray[np.bool_]:
+def unrelated(result: CKAResult) -> Mask:
     """(R, C): entries that are indistinguishable from those of unrelated layers, p > 0.05; none if not known."""
     if result.null_unknown is not None:
         return np.zeros(result.matrix.shape, dtype=bool)
@@ -255,14 +172,13 @@ def unrelated(result: CKAResult) -> npt.NDArray[np.bool_]:
 
 
 def _unrelated(result: CKAResult) -> Iterator[str]:
-    found = unrelated(result)
-    pairs = [(i, j) for i, j in np.argwhere(found).tolist() if not (result.square and j <= i)]
-    if pairs:
-        pvalues = result.pvalue()
-        i, j = max(pairs, key=lambda pair: float(pvalues[pair]))
+    found = unrelated(result) & _pairs(result)
+    if found.any():
+        pvalues = result.pvalue().numpy()
+        row, column = _largest(pvalues, found)
         yield (
-            f"Indistinguishable from unrelated (p > {UNRELATED}): {_count(len(pairs), 'pair')}, such as "
-            f"{_pair(result, i, j)}, {pvalue_in_words(float(pvalues[i, j]))}."
+            f"Indistinguishable from unrelated (p > {UNRELATED}): {_count(int(found.sum()), 'pair')}, such as "
+            f"{_pair(result, row, column)}, p = {pvalues[row, column]:.2g}."
         )
 
 
@@ -271,33 +187,31 @@ def _left_out(result: CKAResult) -> Iterator[str]:
         by_reason: dict[str, list[str]] = {}
         for label, reason in reasons.items():
             by_reason.setdefault(reason.strip().rstrip("."), []).append(label)
-        groups = [f"{_listing(labels)} ({reason})" for reason, labels in by_reason.items()]
+        groups = [f"{listing(labels)} ({reason})" for reason, labels in by_reason.items()]
         if groups:
-            yield f"{word}: {_count(len(reasons), 'layer')}. {_listing(groups, '; ')}."
-    shares = [(value.share, label) for label, value in result.influence.items() if value.share > SHARE]
-    if shares:
-        share, label = max(shares)
-        sample = result.influence[label].spelled
-        others = f", and more than half in {_count(len(shares) - 1, 'other layer')}" if len(shares) > 1 else ""
+            yield f"{word}: {_count(len(reasons), 'layer')}. {listing(groups, '; ')}."
+    heavy = {label: found for label, found in result.influence.items() if found.share > SHARE}
+    if heavy:
+        label, found = max(heavy.items(), key=lambda item: item[1].share)
+        others = f", and more than half in {_count(len(heavy) - 1, 'other layer')}" if len(heavy) > 1 else ""
         yield (
-            f"One sample dominates: {sample} alone accounts for {share:.0%} of HSIC(layer, layer) of {label}{others}."
+            f"One sample dominates: {found.spelled} alone accounts for {found.share:.0%} of HSIC(layer, layer) of "
+            f"{label}{others}."
         )
 
 
-def _one_model(result: CKAResult, labels: Iterable[str]) -> str:
-    names = {result.model_of(label) for label in labels}
-    return names.pop() if len(names) == 1 else ""
+def _different(rows: Sequence[str], columns: Sequence[str]) -> Mask:
+    return np.array([[row != column for column in columns] for row in rows])
 
 
-def _defined(result: CKAResult, positions: Positions) -> Positions:
-    diagonal = result.matrix.diagonal().numpy()
-    return [position for position in positions if np.isfinite(diagonal[position])]
+def _pairs(result: CKAResult) -> Mask:
+    """(R, C): the entries of two different layers, each pair once."""
+    different = _different(result.rows, result.columns)
+    return np.triu(different) if result.square else different
 
 
-def _largest(values: npt.NDArray[np.float64]) -> tuple[int, int] | None:
-    if not np.isfinite(values).any():
-        return None
-    row, column = np.unravel_index(int(np.nanargmax(values)), values.shape)
+def _largest(values: npt.NDArray[np.float64], where: Mask) -> tuple[int, int]:
+    row, column = np.unravel_index(int(np.where(where, values, -np.inf).argmax()), values.shape)
     return int(row), int(column)
 
 
@@ -317,6 +231,7 @@ def _count(number: int, noun: str, plural: str = "s") -> str:
     return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
-def _listing(words: Sequence[str], separator: str = ", ", most: int = _LISTED) -> str:
-    more = len(words) - most
-    return separator.join(words[:most]) + (f"{separator}and {more} more" if more > 0 else "")
+def listing(words: Sequence[str], separator: str = ", ", most: int = 3) -> str:
+    """The first words, and how many more there are."""
+    more = [f"and {len(words) - most:,} more"] if len(words) > most else []
+    return separator.join([*words[:most], *more])
