@@ -105,7 +105,7 @@ def compare(
             samples. Standard errors stay those of one pass, and `tolerance` looks at one pass's worth.
         checkpoint: a file to keep the run in, every `checkpoint_every` seconds and when an error or Ctrl-C ends the
             run. The same call continues from there, and after the end it returns the result at once. Each rank keeps
-            its own file, ``NAME.rank0-of-2`` and so on.
+            its own file, ``NAME.rank0-of-2`` and so on, so start as many ranks again.
         distributed: None shares the work with the initialised process group, if there is one. Every rank calls
             `compare` with its shard of the data and gets the same result. False runs this rank alone. Pass False if
             only one rank makes the call, since it would otherwise wait for the others forever.

@@ -22,21 +22,19 @@ REDUCTIONS = ("flatten", "mean", "token", "last")
 
 def check_reduction(features: object) -> None:
     """Raise :class:`OptionError` unless `features` names a reduction or can be called."""
-    is_name = isinstance(features, str) and (features in REDUCTIONS or _position(features) is not None)
-    if not (is_name or callable(features)):
-        raise _unknown(features)
+    if not callable(features):
+        _position(features)
 
 
-def _unknown(features: object) -> OptionError:
-    return OptionError(
-        f"features={features!r} is not a reduction: use one of {', '.join(map(repr, REDUCTIONS))}, "
-        "'token:POSITION', a callable (n, ...) -> (n, d), or a mapping from layer pattern to one of these"
-    )
-
-
-def _position(features: object) -> int | None:
-    found = re.fullmatch(r"token(?::([+-]?\d{1,18}))?", features) if isinstance(features, str) else None
-    return int(found[1] or 0) if found else None
+def _position(features: object) -> int:
+    """The position that a reduction takes, if it takes one."""
+    found = re.fullmatch(r"flatten|mean|last|token(?::([+-]?\d{1,18}))?", features) if isinstance(features, str) else None
+    if found is None:
+        raise OptionError(
+            f"features={features!r} is not a reduction: use one of {', '.join(map(repr, REDUCTIONS))}, "
+            "'token:POSITION', a callable (n, ...) -> (n, d), or a mapping from layer pattern to one of these"
+        )
+    return -1 if features == "last" else int(found[1] or 0)
 
 
 def feature_rows(
@@ -83,12 +81,11 @@ def feature_rows(
     kept = kept_of(tokens, spoken)
     if features == "mean":
         return _mean(tokens, kept)
-    if features == "last":
-        return _last(tokens, kept)
-    position = _position(features)
-    if position is None:
-        raise _unknown(features)
-    positions = tokens.flatten(1, -2)
+    positions, position = tokens.flatten(1, -2), _position(features)
+    if features == "last" and kept is not None:
+        number = torch.arange(positions.shape[1], device=positions.device)
+        last = torch.where(kept.flatten(1), number, 0).amax(1)
+        return positions.take_along_dim(last[:, None, None], 1)
     if not -positions.shape[1] <= position < positions.shape[1]:
         raise OptionError(
             f"features={features!r} asks for a position that an activation of shape {tuple(activation.shape)} "
@@ -158,16 +155,6 @@ def _mean(tokens: Tensor, kept: Tensor | None) -> Tensor:
     summed = torch.where(kept.unsqueeze(-1), wide, 0).sum(positions)
     count = kept.flatten(1).sum(1, keepdim=True).clamp_min(1)
     return (summed / count).unsqueeze(1)
-
-
-def _last(tokens: Tensor, kept: Tensor | None) -> Tensor:
-    """The last position; if some are padding, the last one that is kept."""
-    positions = tokens.flatten(1, -2)
-    if kept is None:
-        return positions[:, -1].unsqueeze(1)
-    number = torch.arange(positions.shape[1], device=positions.device)
-    last = torch.where(kept.flatten(1), number, 0).amax(1)
-    return positions[torch.arange(len(positions), device=positions.device), last].unsqueeze(1)
 
 
 def memory_order(activation: Tensor) -> Tensor:

@@ -237,7 +237,7 @@ def test_a_failed_write_leaves_the_file_before(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(os, "fsync", full)
     whole, _ = run(None, shuffled())
-    with pytest.warns(cka_hooks.CKAWarning, match="No space left on device.; the run continues"):
+    with pytest.warns(cka_hooks.CKAWarning, match="No space left on device.; the run goes on"):
         result, _ = run(path, shuffled(), checkpoint_every=1e-9)
     equal(result, whole)
     assert path.read_bytes() == before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import logging
@@ -66,18 +65,18 @@ class Keeper:
         self._randomness = replay.Randomness(loader)
         self._lock = FileLock(path)
 
-    def resume(self, restore: Callable[[dict[str, Any]], None]) -> bool:
-        """Hand the saved state of the run to `restore`. Return whether there was one.
+    def resume(self, restore: Callable[[dict[str, Any]], int], *, progress: bool) -> None:
+        """Hand the saved state of the run, if there is one, to `restore`, which returns how many samples it has.
 
         Raises:
             CheckpointError: the file is not a checkpoint, or belongs to another run.
             OSError: the file cannot be read.
         """
         if self._path is None:
-            return False
+            return
         remove_unfinished(self._path)
         if not self._path.exists():
-            return False
+            return
         content = read(self._path)
         with refused(self._path):
             if content["settings"] != self._settings:
@@ -86,9 +85,13 @@ class Keeper:
                     f"{self._path} is the checkpoint of another run: {name} is {theirs} there and {ours} here. Name "
                     "another file with checkpoint=, or delete this one to start from the beginning"
                 )
-            restore(content["run"])
+            samples = restore(content["run"])
             self.finished, self._interrupted = bool(content["finished"]), content["place"]
-        return True
+        where = "is finished: its saved result" if self.finished else "continues from there"
+        note = f"{self._path} has {samples} samples and {where}"
+        _log.info(note)
+        if progress:
+            print(f"cka: {note}", file=sys.stderr)
 
     def batches(self) -> Iterator[Any]:
         """The batches of one pass over the loader; in an interrupted pass, only those that were not seen yet.
@@ -137,29 +140,31 @@ class Keeper:
         if self._path is not None and time.monotonic() >= self._next_save:
             self.save(state())
 
-    def save(self, state: dict[str, Any], *, finished: bool = False) -> None:
-        """Write this state of the run to the file. If that fails, warn; the run continues."""
-        try:
-            self._write(state, finished)
-        except OSError as error:
-            warn(f"the checkpoint {self._path} could not be written ({error}); the run continues and tries again")
-        self._next_save = time.monotonic() + self._every
+    def save(self, state: dict[str, Any], *, finished: bool = False) -> bool:
+        """Write this state of the run to the file. If that fails, warn; the run continues.
 
-    def _write(self, state: dict[str, Any], finished: bool) -> None:
-        if self._path is not None and not self.finished:
-            place = None if finished else self._place
+        Returns:
+            Whether it was written.
+        """
+        self._next_save = time.monotonic() + self._every
+        if self._path is None or self.finished:
+            return True
+        place = None if finished else self._place
+        try:
             write(self._path, {"settings": self._settings, "finished": finished, "place": place, "run": state})
-            self.finished = finished
+        except OSError as error:
+            warn(f"the checkpoint {self._path} could not be written ({error}); the run goes on, with the last save")
+            return False
+        self.finished = finished
+        return True
 
     def broke_off(self, error: BaseException, state: Callable[[], dict[str, Any]]) -> None:
         """Save a run that an error or Ctrl-C ended, and add to the error how to continue."""
         if self._place is None or self.finished:
             return
-        try:
-            self._write(state(), False)
-            note = f"saved to {self._path} up to here: the same call continues from there"
-        except OSError as failure:
-            note = f"the checkpoint {self._path} could not be written ({failure}); it holds the last save"
+        note = f"saved to {self._path} up to here: the same call continues from there"
+        if not self.save(state()):
+            note = f"the checkpoint {self._path} holds the last save"
         _log.warning("run ended by %s; %s", type(error).__name__, note)
         if isinstance(error, KeyboardInterrupt) and not error.args:
             error.args = (note,)
@@ -167,40 +172,22 @@ class Keeper:
             error.add_note(note)
 
     def done(self) -> None:
-        """Release the file."""
+        """Let others have the file."""
         if self._path is not None:
             self._lock.release()
-
-    def announce(self, samples: int, progress: bool) -> None:
-        """Log that the run continues, or had already finished."""
-        where = "is finished: its saved result" if self.finished else "continues from there"
-        note = f"{self._path} has {samples} samples and {where}"
-        _log.info(note)
-        if progress:
-            print(f"cka: {note}", file=sys.stderr)
 
 
 def path_of_rank(given: str | os.PathLike[str], ranks: Ranks | None) -> Path:
     """The file of one rank.
 
     Raises:
-        CheckpointError: there are files of a run on another number of ranks.
         OptionError: it is not the path of a file.
     """
-    size = 1 if ranks is None else ranks.size
     try:
         path = Path(given)
-        own = path.with_name(path.name if ranks is None else f"{path.name}.rank{ranks.rank}-of-{size}")
+        return path.with_name(path.name if ranks is None else f"{path.name}.rank{ranks.rank}-of-{ranks.size}")
     except (TypeError, ValueError):
         raise OptionError(f"checkpoint={given!r}: expected the path of a file") from None
-    for found in (path, *path.parent.glob(f"{glob.escape(path.name)}.rank*-of-*")):
-        fits = found == path if ranks is None else found.name.endswith(f"-of-{size}")
-        if not fits and found.exists():
-            raise CheckpointError(
-                f"{found} is the checkpoint of a run on another number of ranks, and this one is on {size}: start as "
-                "many, name another file with checkpoint=, or delete it"
-            )
-    return own
 
 
 @contextmanager

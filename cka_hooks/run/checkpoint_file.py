@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ except ImportError:  # Windows, where two runs on one file are on their own
 
 FORMAT = "cka_hooks.checkpoint"
 VERSION = 2
+_TENSOR = "__tensor__"
 # Larger files are refused unread: 4 GiB hold the sums of 11,000 layers.
 MAX_BYTES = 1 << 32
 
@@ -62,8 +63,13 @@ def write(path: Path, content: Any) -> None:
         OSError: it cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    whole = {"format": FORMAT, "version": VERSION, "content": content}
-    text = json.dumps(_without_tensors(whole, tensors))
+
+    def name_of(tensor: Tensor) -> dict[str, str]:
+        name = f"t{len(tensors)}"
+        tensors[name] = tensor.detach().cpu().contiguous().clone()
+        return {_TENSOR: name}
+
+    text = json.dumps({"format": FORMAT, "version": VERSION, "content": content}, default=name_of)
     metadata = {"cka_hooks": text, "sha256": _digest(text, tensors)}
     data = safetensors.torch.save(tensors, metadata)
     replace_file(path, lambda file: file.write(data))
@@ -89,33 +95,13 @@ def read(path: Path) -> Any:
         text = metadata["cka_hooks"]
         if metadata["sha256"] != _digest(text, tensors):
             raise ValueError("its checksum does not match its content, so it was edited or damaged")
-        whole = json.loads(text)
+        whole = json.loads(text, object_hook=lambda value: tensors[value[_TENSOR]] if _TENSOR in value else value)
         if not isinstance(whole, dict) or (whole["format"], whole["version"]) != (FORMAT, VERSION):
             raise ValueError(f"another version of cka_hooks wrote it, and this one reads version {VERSION}")
-        return _with_tensors(whole["content"], tensors)
+        return whole["content"]
 
 
-def _without_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Nested lists and mappings in which each tensor is replaced by its name."""
-    if isinstance(value, Tensor):
-        name = f"t{len(tensors)}"
-        tensors[name] = value.detach().cpu().contiguous().clone()
-        return {"__tensor__": name}
-    if isinstance(value, dict):
-        return {key: _without_tensors(item, tensors) for key, item in value.items()}
-    return [_without_tensors(item, tensors) for item in value] if isinstance(value, list) else value
-
-
-def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of `_without_tensors`."""
-    if isinstance(value, dict):
-        if value.keys() == {"__tensor__"}:
-            return tensors[value["__tensor__"]]
-        return {key: _with_tensors(item, tensors) for key, item in value.items()}
-    return [_with_tensors(item, tensors) for item in value] if isinstance(value, list) else value
-
-
-def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+def _digest(text: str, tensors: dict[str, Tensor]) -> str:
     hasher = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         hasher.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import types
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,27 +18,23 @@ from cka_hooks.options import spelled
 
 def of_model(model: nn.Module) -> dict[str, Any]:
     """What a model's modules do; names, shapes and some numbers of its parameters and buffers."""
-    kinds = [part for name, module in model.named_modules() for part in (name, *_kind(module))]
-    names: list[str] = []
-    some: list[Tensor] = []
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        names.append(f"{name} {tuple(tensor.shape)} {tensor.dtype}")
-        local = getattr(tensor, "to_local", lambda tensor=tensor: tensor)().detach()
-        if local.numel() and local.device.type != "meta" and local.layout is torch.strided and not local.is_quantized:
-            numbers = local.reshape(-1)[:: max(1, local.numel() // 64)][:65]
-            some.append(numbers.to(torch.float64 if local.device.type != "mps" else torch.float32))
-    # One copy from each device instead of one for each tensor.
-    values = [
-        torch.cat([t for t in some if t.device == device]).cpu().numpy().tobytes()
-        for device in dict.fromkeys(tensor.device for tensor in some)
-    ]
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    some = [_some(tensor) for _, tensor in tensors]
     return {
         "type": type(model).__qualname__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "names and shapes": _digest(*names),
-        "modules": _digest(*kinds),
-        "values": _digest(*values),
+        "names and shapes": _digest(*(f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors)),
+        "modules": _digest(*(part for name, module in model.named_modules() for part in (name, *_kind(module)))),
+        "values": _digest(torch.cat(some).numpy().tobytes()) if some else _digest(),
     }
+
+
+def _some(tensor: Tensor) -> Tensor:
+    """Some numbers of a parameter or buffer; none if it has no plain ones."""
+    local = getattr(tensor, "to_local", lambda: tensor)().detach()
+    if local.is_meta or local.layout is not torch.strided or local.is_quantized:
+        return torch.empty(0, dtype=torch.float64, device="cpu")
+    return local.reshape(-1)[:: max(1, local.numel() // 64)][:65].cpu().to(torch.float64)
 
 
 def _kind(module: nn.Module) -> list[str | bytes]:
@@ -63,7 +60,7 @@ def of_rows(arrays: Mapping[str, Any], sample_ids: Any) -> dict[str, Any]:
     ]
     return {
         "type": "Precomputed",
-        "values": _digest(*(piece for part in some for piece in _piece(part, 0))),
+        "values": _digest(*(piece for part in some for piece in _pieces(part, 0))),
         "sample_ids": None if sample_ids is None else _digest(*map(repr, sample_ids)),
     }
 
@@ -71,11 +68,9 @@ def of_rows(arrays: Mapping[str, Any], sample_ids: Any) -> dict[str, Any]:
 def of_loader(loader: Any) -> dict[str, Any]:
     """The identity of a loader, without asking it for a batch."""
     found: dict[str, Any] = {"batch_size": getattr(loader, "batch_size", None)}
-    try:
+    with suppress(TypeError, AttributeError):
         found["length"] = len(loader)
         found["samples"] = len(loader.dataset)
-    except (TypeError, AttributeError):
-        pass
     return {key: value for key, value in found.items() if isinstance(value, int)}
 
 
@@ -96,27 +91,25 @@ def _code(function: Any, depth: int) -> list[str | bytes]:
         return []
     if isinstance(function, functools.partial):
         parts = [function.func, *function.args, *function.keywords.items()]
-        return [piece for part in parts for piece in _piece(part, depth)]
-    if not isinstance(function, types.FunctionType | types.MethodType | types.BuiltinFunctionType):
+    elif isinstance(function, types.FunctionType | types.MethodType | types.BuiltinFunctionType):
+        function = getattr(function, "__func__", function)
+        if not isinstance(function, types.FunctionType):
+            return [getattr(function, "__qualname__", "")]
+        cells = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+        parts = [function.__code__, *(function.__defaults__ or ()), *cells]
+    else:
         # For an object, the code of its class: what the object holds may change while it runs.
         return [type(function).__qualname__, *_code(type(function).__call__, depth + 1)]
-    function = getattr(function, "__func__", function)
-    if not isinstance(function, types.FunctionType):
-        return [getattr(function, "__qualname__", "")]
-    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
-    pieces = [*_constants(function.__code__), *(function.__defaults__ or ()), *cells]
-    return [function.__code__.co_code, *(piece for part in pieces for piece in _piece(part, depth))]
+    return [piece for part in parts for piece in _pieces(part, depth)]
 
 
-def _constants(code: types.CodeType) -> list[Any]:
-    inner = [item for item in code.co_consts if isinstance(item, types.CodeType)]
-    plain = [item for item in code.co_consts if not isinstance(item, types.CodeType)]
-    return [*plain, *code.co_names, *(part for one in inner for part in (one.co_code, *_constants(one)))]
-
-
-def _piece(part: Any, depth: int) -> list[str | bytes]:
+def _pieces(part: Any, depth: int) -> list[str | bytes]:
     if isinstance(part, bytes):
         return [part]
+    if isinstance(part, types.CodeType):
+        inner = [item for item in part.co_consts if isinstance(item, types.CodeType)]
+        plain = [item for item in part.co_consts if not isinstance(item, types.CodeType)]
+        return [part.co_code, *(piece for it in (*plain, *part.co_names, *inner) for piece in _pieces(it, depth))]
     if isinstance(part, Tensor):
         return [str(tuple(part.shape)), part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()]
     if isinstance(part, nn.Module):

@@ -84,8 +84,7 @@ class Loop:
         sampler = replay.distributed_sampler(loader)
         shuffle = getattr(sampler, "epoch", 0)
         try:
-            if self._keeper.resume(self._restore):
-                self._keeper.announce(self._comparison.state.samples, progress)
+            self._keeper.resume(self._restore, progress=progress)
             there = max(replay.lengths(loader) or {self._share or 0})
             total = min(there, self._share or there) * self._options.epochs or None
             with self._comparison, progress_bar(name, "sample", total, shown=progress) as self._bar:
@@ -224,12 +223,13 @@ class Loop:
     def _state(self) -> dict[str, Any]:
         return {"comparison": self._comparison.state_dict(), "before": self._before, "next_look": self._next_look}
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _restore(self, state: dict[str, Any]) -> int:
         before, next_look = state["before"], state["next_look"]
         if type(before) is not int or type(next_look) is not int or min(before, next_look) < 0:
             raise OptionError("its numbers of samples are not numbers")
         self._comparison.load_state_dict(state["comparison"])
         self._before, self._next_look = before, next_look
+        return self._comparison.state.samples
 
 
 def small_after(loader: Iterable[Any]) -> int | None:

@@ -119,14 +119,13 @@ class Ranks:
             OptionError: the plans differ. All ranks raise it.
             RankError: a rank failed or does not answer.
         """
-        everyone = self.exchange({"plan": dict(plan)})
-        first = everyone[0]["plan"]
-        for rank, its in enumerate(everyone):
-            for name, value in its["plan"].items():
-                if value != first.get(name):
+        plans = [its["plan"] for its in self.exchange({"plan": dict(plan)})]
+        for rank, theirs in enumerate(plans):
+            for name, value in theirs.items():
+                if value != (first := plans[0].get(name)):
                     raise OptionError(
-                        f"ranks run with different options: {name} is {first.get(name)!r:.200} on rank 0 and "
-                        f"{value!r:.200} on rank {rank}"
+                        f"ranks run with different options: {name} is {first!r:.200} on rank 0 and {value!r:.200} on "
+                        f"rank {rank}"
                     )
 
     def meet(self, state: State, *, phase: int) -> tuple[State, int]:
