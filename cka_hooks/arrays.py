@@ -40,9 +40,8 @@ def as_features(value: Any, name: str, *, counts: bool = False) -> Tensor:
         tensor = tensor.to(torch.float32 if tensor.element_size() <= 2 else torch.float64)
     if not tensor.is_floating_point() or tensor.ndim < 1:
         raise OptionError(
-            f"{name} is {tuple(tensor.shape)} of {tensor.dtype}: expected floating-point numbers (n, ...); "
-            + (".float()" if isinstance(value, Tensor) else '.astype("float32")')
-            + " makes them from others"
+            f"{name} is {tuple(tensor.shape)} of {tensor.dtype}: expected floating-point numbers (n, ...), as .float() "
+            'of a tensor and .astype("float32") of an array make them'
         )
     return tensor
 

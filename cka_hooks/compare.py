@@ -193,13 +193,16 @@ def _together(
     """Run each batch through every model before the next batch."""
     comparison = Comparison.of(models, options)
     comparison.check(loader)
-    if checkpoint is not None and any(is_sharded(model) for model in comparison.models.values()):
-        raise OptionError(
-            "checkpoint= does not work with a model whose ranks run each forward pass together (FSDP, tensor "
-            "parallel): they would have to be stopped between the same two batches. Leave it out"
-        )
-    identity: dict[str, Any] = {}
+    if ranks is not None:
+        ranks.agree({"models": comparison.types, "chosen": comparison.chosen, **options.spelled()})
+    path, identity = None, {}
     if checkpoint is not None:
+        if any(is_sharded(model) for model in comparison.models.values()):
+            raise OptionError(
+                "checkpoint= does not work with a model whose ranks run each forward pass together (FSDP, tensor "
+                "parallel): they would have to be stopped between the same two batches. Leave it out"
+            )
+        path = path_of_rank(checkpoint, ranks)
         identity = {
             "models": identities_of(comparison.entries),
             "loader": of_loader(loader),
@@ -207,9 +210,6 @@ def _together(
             "minibatch": comparison.settings["minibatch"],
             "chosen": comparison.chosen,
         }
-    if ranks is not None:
-        ranks.agree({"models": comparison.types, "chosen": comparison.chosen, **options.spelled()})
-    path = None if checkpoint is None else path_of_rank(checkpoint, ranks)
     keeper = Keeper(path, checkpoint_every, loader, identity)
     state = Loop(comparison, options, keeper, ranks).over(loader, progress=progress)
     return state, comparison.types, comparison.settings

@@ -28,7 +28,9 @@ def check_reduction(features: object) -> None:
 
 def _position(features: object) -> int:
     """The position that a reduction takes, if it takes one."""
-    found = re.fullmatch(r"flatten|mean|last|token(?::([+-]?\d{1,18}))?", features) if isinstance(features, str) else None
+    found = (
+        re.fullmatch(r"flatten|mean|last|token(?::([+-]?\d{1,18}))?", features) if isinstance(features, str) else None
+    )
     if found is None:
         raise OptionError(
             f"features={features!r} is not a reduction: use one of {', '.join(map(repr, REDUCTIONS))}, "

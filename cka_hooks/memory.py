@@ -25,9 +25,7 @@ def raise_unless_exhausted(error: BaseException) -> None:
 
 def release(device: torch.device) -> None:
     """Return a device's cached memory to it, so that a smaller request finds room."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type in ("mps", "xpu"):
+    if device.type in ("cuda", "mps", "xpu"):
         getattr(torch, device.type).empty_cache()
 
 
