@@ -40,8 +40,8 @@ def as_features(value: Any, name: str, *, counts: bool = False) -> Tensor:
         tensor = tensor.to(torch.float32 if tensor.element_size() <= 2 else torch.float64)
     if not tensor.is_floating_point() or tensor.ndim < 1:
         raise OptionError(
-            f"{name} is {tuple(tensor.shape)} of {tensor.dtype}: expected floating-point numbers (n, ...), as .float() "
-            'of a tensor and .astype("float32") of an array make them'
+            f"{name} is {tuple(tensor.shape)} of {tensor.dtype}: expected floating-point numbers (n, ...), as from "
+            '.float() of a tensor or .astype("float32") of an array'
         )
     return tensor
 

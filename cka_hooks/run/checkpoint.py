@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class Keeper:
         # Where the pass was interrupted, and where it is now.
         self._interrupted: dict[str, Any] | None = None
         self._place: dict[str, Any] | None = None
-        self._current = ""
+        self._chained = ""
         self._every = above_zero("checkpoint_every", every, "a number of seconds") or 0.0
         self._next_save = time.monotonic() + self._every
         if path is None:
@@ -64,6 +65,7 @@ class Keeper:
             )
         self._randomness = replay.Randomness(loader)
         self._lock = FileLock(path)
+        remove_unfinished(path)
 
     def resume(self, restore: Callable[[dict[str, Any]], int], *, progress: bool) -> None:
         """Hand the saved state of the run, if there is one, to `restore`, which returns how many samples it has.
@@ -72,10 +74,7 @@ class Keeper:
             CheckpointError: the file is not a checkpoint, or belongs to another run.
             OSError: the file cannot be read.
         """
-        if self._path is None:
-            return
-        remove_unfinished(self._path)
-        if not self._path.exists():
+        if self._path is None or not self._path.exists():
             return
         content = read(self._path)
         with refused(self._path):
@@ -87,8 +86,8 @@ class Keeper:
                 )
             samples = restore(content["run"])
             self.finished, self._interrupted = bool(content["finished"]), content["place"]
-        where = "is finished: its saved result" if self.finished else "continues from there"
-        note = f"{self._path} has {samples} samples and {where}"
+        what = "is finished: its saved result" if self.finished else "continues from there"
+        note = f"{self._path} has {samples} samples and {what}"
         _log.info(note)
         if progress:
             print(f"cka: {note}", file=sys.stderr)
@@ -107,33 +106,28 @@ class Keeper:
             place = {"start": place["start"], "batches": int(place["batches"]), "fingerprint": place["fingerprint"]}
             self._randomness.restore(place["start"])
         stream, found = iter(self.drawn), ""
-        for number in range(place["batches"]):
-            try:
-                found = _chained(found, replay.fingerprint(next(stream)))
-            except StopIteration:
-                raise self._of_another_loader(place, f"it ended after {number}") from None
+        for batch in islice(stream, place["batches"]):
+            found = _chained(found, batch)
         if found != place["fingerprint"]:
-            raise self._of_another_loader(place, "the data, their order or a random augmentation changed")
+            raise CheckpointError(
+                f"{self._path} cannot be resumed: the first {place['batches']} batches of the loader are not as "
+                "before, since the data, their number, their order or a random augmentation changed. Delete it to "
+                "start from the beginning"
+            )
         self._interrupted, self._place = None, place
         return self._watched(stream)
 
-    def _of_another_loader(self, place: dict[str, Any], why: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self._path} cannot be resumed: the first {place['batches']} batches of the loader are not the same as "
-            f"before ({why}). Delete it to start from the beginning"
-        )
-
     def _watched(self, stream: Iterator[Any]) -> Iterator[Any]:
         for batch in stream:
+            assert self._place is not None
             # Before the model gets the batch, which may change it in place.
-            self._current = replay.fingerprint(batch)
+            self._chained = _chained(self._place["fingerprint"], batch)
             yield batch
 
     def seen(self) -> None:
         """Note that a batch is in the sums."""
         if self._place is not None:
-            chained = _chained(self._place["fingerprint"], self._current)
-            self._place = {**self._place, "batches": self._place["batches"] + 1, "fingerprint": chained}
+            self._place = {**self._place, "batches": self._place["batches"] + 1, "fingerprint": self._chained}
 
     def save_if_due(self, state: Callable[[], dict[str, Any]]) -> None:
         """Save if it is time to."""
@@ -207,8 +201,9 @@ def undisturbed() -> Iterator[None]:
             before(*arrived[0])
 
 
-def _chained(before: str, fingerprint: str) -> str:
-    return hashlib.blake2b(f"{before} {fingerprint}".encode(), digest_size=16).hexdigest()
+def _chained(before: str, batch: Any) -> str:
+    """The fingerprint of one more batch and all before it."""
+    return hashlib.blake2b(f"{before} {replay.fingerprint(batch)}".encode(), digest_size=16).hexdigest()
 
 
 def _difference(theirs: Any, ours: Any, name: str = "") -> tuple[str, str, str]:

@@ -94,18 +94,14 @@ def lengths(loader: Any) -> set[int] | None:
 
     None if it does not say.
     """
-    sampler, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+    _, sampler, batch_sampler, _ = _parts(loader)
     if isinstance(loader, list | tuple):
         counts = [sample_count(batch) for batch in loader]
         return None if None in counts else {sum(count for count in counts if count)}
-    if type(batch_sampler) not in (BatchSampler, type(None)):
+    if type(batch_sampler) not in (BatchSampler, type(None)) or not hasattr(sampler, "__len__"):
         return None
-    try:
-        samples = len(sampler)  # type: ignore[arg-type]
-    except TypeError:
-        return None
-    dropped = samples % loader.batch_size if getattr(loader, "drop_last", False) and loader.batch_size else 0
-    return {samples, samples - dropped}
+    samples = len(sampler)
+    return {samples, samples - samples % loader.batch_size if getattr(loader, "drop_last", False) else samples}
 
 
 def distributed_sampler(loader: Any) -> DistributedSampler[Any] | None:
@@ -130,13 +126,12 @@ def repeats_samples(loader: Any) -> str | None:
     """Why some samples may be counted twice, for loaders whose repeated samples look like any others."""
     for part in _parts(loader):
         if getattr(part, "even_batches", False) and getattr(part, "num_processes", 1) > 1:
-            together = (part.batch_size or 0) * (1 if part.split_batches else part.num_processes)
-            if together and len(loader.dataset) % together == 0:
-                return None
-            return (
-                "accelerate repeats samples where they do not divide evenly into the batches of all processes, and "
-                "these count twice: prepare the loader with even_batches=False"
-            )
+            together = (part.batch_size or 1) * (1 if part.split_batches else part.num_processes)
+            if len(loader.dataset) % together:
+                return (
+                    "accelerate repeats samples where they do not divide evenly into the batches of all processes, "
+                    "and these count twice: prepare the loader with even_batches=False"
+                )
     return None
 
 
