@@ -79,8 +79,7 @@ def feature_rows(
         return memory_order(rows)
     if moved.ndim <= 2:
         return memory_order(moved)
-    tokens, spoken = tokens_of(activation, batch_dim=batch_dim, masks=masks, channels=channels)
-    kept = kept_of(tokens, spoken)
+    tokens, kept = tokens_of(activation, batch_dim=batch_dim, masks=masks, channels=channels)
     if features == "mean":
         return _mean(tokens, kept)
     positions, position = tokens.flatten(1, -2), _position(features)
@@ -102,17 +101,27 @@ def tokens_of(
     batch_dim: int,
     masks: Sequence[tuple[Tensor, Sequence[int]]] = (),
     channels: Layout | int | None = None,
-) -> tuple[Tensor, list[tuple[Tensor, list[int]]]]:
-    """An activation as (n, *positions, C), a view, with the dimensions of it that each mask applies to.
+) -> tuple[Tensor, Tensor | None]:
+    """An activation as (n, *positions, C), a view, and which of its positions (n, *positions) are data.
+
+    Attention scores (n, heads, T, T) have two dimensions that a mask (n, T) describes. None instead of the second if
+    the activation has other positions than the masks.
 
     Args: see :func:`feature_rows`. With fewer than three dimensions there are no positions.
     """
     rank = activation.ndim
     if rank < 3:
-        return activation if batch_dim == 0 else activation.movedim(batch_dim, 0), []
+        return activation if batch_dim == 0 else activation.movedim(batch_dim, 0), None
     ends = batch_dim % rank, _channel_dim(channels, activation, batch_dim)
     order = [ends[0], *(dim for dim in range(rank) if dim not in ends), ends[1]]
-    return activation.permute(order), [(mask, [order.index(dim % rank) for dim in dims]) for mask, dims in masks]
+    tokens, kept = activation.permute(order), None
+    for mask, dims in masks:
+        for dim in (order.index(dim % rank) for dim in dims):
+            if 0 < dim < rank - 1 and (tokens.shape[0], tokens.shape[dim]) == mask.shape:
+                view = [tokens.shape[d] if d in (0, dim) else 1 for d in range(rank - 1)]
+                along = (mask != 0).view(view)
+                kept = along if kept is None else kept & along
+    return tokens, None if kept is None else kept.expand(tokens.shape[:-1])
 
 
 def _channel_dim(channels: Layout | int | None, activation: Tensor, batch_dim: int) -> int:
@@ -127,24 +136,6 @@ def _channel_dim(channels: Layout | int | None, activation: Tensor, batch_dim: i
         return channels % rank
     others = [dim for dim in range(rank) if dim != samples]
     return others[-1 if (channels or ("last" if rank == 3 else "first")) == "last" else 0]
-
-
-def kept_of(tokens: Tensor, masks: Sequence[tuple[Tensor, Sequence[int]]]) -> Tensor | None:
-    """Which of the positions (n, *positions) are data: (n, T) masks, each along some dimensions of T positions.
-
-    Attention scores (n, heads, T, T) have two such dimensions. None if the activation has other positions than the
-    masks.
-    """
-    kept = None
-    for mask, dims in masks:
-        n, length = mask.shape
-        for dim in dims:
-            if 0 < dim < tokens.ndim - 1 and tokens.shape[dim] == length and tokens.shape[0] == n:
-                view = [1] * (tokens.ndim - 1)
-                view[0], view[dim] = n, length
-                along = (mask != 0).view(view)
-                kept = along if kept is None else kept & along
-    return None if kept is None else kept.expand(tokens.shape[:-1])
 
 
 def _mean(tokens: Tensor, kept: Tensor | None) -> Tensor:

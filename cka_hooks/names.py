@@ -61,14 +61,10 @@ def printable(text: str) -> str:
 
     Example:
         >>> print(printable("conv1\x1b[2J\n"))
-        conv1\x1b[2J\x0a
+        conv1\x1b[2J\n
     """
-    return "".join(_spelled_out(c) if unicodedata.category(c)[0] == "C" or c in "\u2028\u2029" else c for c in text)
-
-
-def _spelled_out(character: str) -> str:
-    code = ord(character)
-    return f"\\x{code:02x}" if code < 0x100 else character.encode("ascii", "backslashreplace").decode("ascii")
+    odd = {c for c in text if unicodedata.category(c)[0] == "C" or c in "\u2028\u2029"}
+    return "".join(c.encode("unicode_escape").decode() if c in odd else c for c in text)
 
 
 class PerLayer:
@@ -83,16 +79,11 @@ class PerLayer:
         self._exact = dict(patterns)
         self._globs = [(glob_regex(pattern), chosen) for pattern, chosen in patterns.items()]
         self.values = list(patterns.values())
-        self._found: dict[tuple[str, Any], Any] = {}
         for pattern in patterns if isinstance(value, Mapping) else ():
             if not matching(pattern, names):
                 raise OptionError(f"{option}= has the layer pattern {pattern!r}, which matches no layer of the model")
 
     def of(self, name: str, default: Any) -> Any:
         """The value for the layer `name`, or the default if no pattern matches it."""
-        # Hooks ask this in every forward pass.
-        key = name, default
-        if key not in self._found:
-            matches = (chosen for regex, chosen in self._globs if regex.fullmatch(name))
-            self._found[key] = self._exact[name] if name in self._exact else next(matches, default)
-        return self._found[key]
+        matches = (chosen for regex, chosen in self._globs if regex.fullmatch(name))
+        return self._exact[name] if name in self._exact else next(matches, default)

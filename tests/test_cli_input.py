@@ -151,7 +151,7 @@ def test_the_backend_of_a_notebook_is_left_out(tmp_path):
 
 def test_control_characters_are_spelled_out(capsys):
     say("conv1\x1b[2J\r\x07\x9b\u202e\x7f\n層")
-    assert capsys.readouterr().out == "conv1\\x1b[2J\\x0d\\x07\\x9b\\u202e\\x7f\n層\n"
+    assert capsys.readouterr().out == "conv1\\x1b[2J\\r\\x07\\x9b\\u202e\\x7f\n層\n"
 
 
 @pytest.fixture

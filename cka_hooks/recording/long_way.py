@@ -213,8 +213,8 @@ class LongWay:
         masks = [(mask[: self._limit], dims) for mask, dims in found]
         options: Any = {"batch_dim": route.axis, "masks": masks, "channels": route.channels}
         if self._positions is not None:
-            tokens, spoken = tokens_of(activation, **options)
-            return self._positions.rows(label, tokens, spoken, frozenset(id(mask) for mask, _ in found))
+            tokens, kept = tokens_of(activation, **options)
+            return self._positions.rows(label, tokens, kept, frozenset(id(mask) for mask, _ in found))
         options["masks"] = [(mask.to(activation.device, non_blocking=True), dims) for mask, dims in masks]
         rows = feature_rows(activation, route.reduction, **options)
         if label not in self._vanish and route.reduction == "mean" and activation.ndim > 2 and len(rows) > 1:

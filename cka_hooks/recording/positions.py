@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cka_hooks.features import kept_of
 from cka_hooks.options import Options
 from cka_hooks.recording.outputs import NotRecordable
 
@@ -45,16 +43,14 @@ class Positions:
         self._sources: frozenset[int] = frozenset()
         self._places: tuple[Tensor, ...] | None = None
 
-    def rows(
-        self, label: str, tokens: Tensor, masks: Sequence[tuple[Tensor, Sequence[int]]], sources: frozenset[int]
-    ) -> Tensor:
+    def rows(self, label: str, tokens: Tensor, kept: Tensor | None, sources: frozenset[int]) -> Tensor:
         """The chosen positions of an activation, (m, 1, C).
 
         Args:
             label: label of the layer.
             tokens: (n, *positions, C).
-            masks: masks of padding, each with the dimensions of `tokens` that it describes.
-            sources: identifies these masks among others.
+            kept: which of the positions are data, (n, *positions); None for all.
+            sources: identifies the masks that say it among others.
 
         Raises:
             NotRecordable: the layer has other positions than the first layer of the batch.
@@ -64,7 +60,7 @@ class Positions:
             raise NotRecordable('has no positions, and per="position" compares these')
         if self._shape is None:
             self._label, self._shape, self._sources = label, shape, sources
-            self._places = self._chosen(kept_of(tokens, masks), shape)
+            self._places = self._chosen(kept, shape)
         elif shape != self._shape:
             raise NotRecordable(
                 f"has other positions than {self._label!r}, {_by(shape)} against {_by(self._shape)} in each sample: "
