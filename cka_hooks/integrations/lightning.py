@@ -5,24 +5,22 @@ pip install 'cka-hooks[lightning,plot]'
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from cka_hooks.integrations.training import TrainingCKA, missing
+from cka_hooks.errors import imported
+from cka_hooks.integrations.training import TrainingCKA
 
-try:
-    from lightning.pytorch.callbacks import Callback
-except ImportError:
-    try:
-        from pytorch_lightning.callbacks import Callback
-    except ImportError as error:
-        raise missing("lightning", "lightning") from error
+_LIGHTNING = "lightning.pytorch" if find_spec("lightning") else "pytorch_lightning"
+_NEEDS = "cka_hooks.integrations.lightning needs Lightning, which is not installed"
+_Callback: Any = imported(f"{_LIGHTNING}.callbacks", _NEEDS, "'cka-hooks[lightning]'").Callback
 
 
-class CKACallback(TrainingCKA, Callback):  # type: ignore[misc]
+class CKACallback(TrainingCKA, _Callback):  # type: ignore[misc]
     """CKA of a LightningModule with its initial weights, with the previous measurement, and with other networks.
 
     The trainer's loggers get a number for each layer. Those that take figures (TensorBoard, Weights & Biases) also
@@ -75,14 +73,11 @@ class CKACallback(TrainingCKA, Callback):  # type: ignore[misc]
             self.measure(module, step, trainer.precision_plugin.convert_input)
         for logger in trainer.loggers:
             logger.log_metrics(self.scalars(), step)
-            if (log := _pictures_to(logger, step)) is not None:
-                self.log_pictures(log)
+            if hasattr(logger, "log_image"):
+                self.log_pictures(partial(_log_image, logger, step))
+            elif hasattr(logger.experiment, "add_figure"):
+                self.log_pictures(partial(logger.experiment.add_figure, global_step=step))
 
 
-def _pictures_to(logger: Any, step: int) -> Callable[[str, Any], object] | None:
-    """A function that logs a figure under a name; None for a logger that takes only numbers."""
-    if hasattr(logger, "log_image"):
-        return lambda name, figure: logger.log_image(name, [figure], step=step)
-    if hasattr(logger.experiment, "add_figure"):
-        return lambda name, figure: logger.experiment.add_figure(name, figure, step)
-    return None
+def _log_image(logger: Any, step: int, name: str, figure: Any) -> None:
+    logger.log_image(name, [figure], step=step)

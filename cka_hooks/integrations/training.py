@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cka_hooks.errors import MissingExtraError, ModelError, NonFiniteError, OptionError, warn
+from cka_hooks.errors import ModelError, NonFiniteError, OptionError, warn
 from cka_hooks.features import Reduction
 from cka_hooks.hsic import Estimator
-from cka_hooks.integrations.footprint import Footprint, compared
 from cka_hooks.options import Options, whole
 from cka_hooks.recording.batches import Forward
 from cka_hooks.recording.guest import is_sharded
@@ -26,15 +24,22 @@ from cka_hooks.recording.snapshot import Snapshot
 from cka_hooks.results.result import CKAResult
 from cka_hooks.run.comparison import Comparison
 from cka_hooks.run.entries import named_models, per_model
-from cka_hooks.run.in_turn import Replayed
+from cka_hooks.run.in_turn import Replayed, kept_on_cpu, refuse_other_positions
+from cka_hooks.run.outcome import finished
 from cka_hooks.run.precomputed import SampleIds
 from cka_hooks.run.replay import Randomness
+from cka_hooks.similarity.batch import Minibatches, Step
+from cka_hooks.similarity.state import DECLARED, State
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # The names in results for the network itself, its initial weights, and those of the previous measurement.
 NOW, INITIAL, PREVIOUS = "now", "initial", "previous"
+
+# What a network adds to a comparison, as the checkpoint of a trainer has it, so that it can be compared later without
+# the network: its sums, the centred Gram matrices of each batch, its class, and the settings of its run.
+Part = dict[str, Any]
 
 
 class TrainingCKA:
@@ -125,8 +130,8 @@ class TrainingCKA:
         self.result: CKAResult | None = None
         self._loader = loader
         self._batches = Replayed(loader)
-        self._then: dict[str, Footprint] = {}
-        self._networks: dict[str, Footprint] = {}
+        self._then: dict[str, Part] = {}
+        self._networks: dict[str, Part] = {}
         self._last: int | None = None
 
     def start(self, model: nn.Module, step: int = 0, prepare: Callable[[Any], Any] | None = None) -> None:
@@ -142,8 +147,8 @@ class TrainingCKA:
             CKAError: the network cannot be measured; see :func:`cka_hooks.compare`.
         """
         self.refuse_sharded(model)
-        self._networks = {name: self._footprint(network, name) for name, network in self._given.items()}
-        now = self._footprint(model, prepare=prepare)
+        self._networks = {name: self._measured(network, name) for name, network in self._given.items()}
+        now = self._measured(model, prepare=prepare)
         if step == 0 or not self._then:
             if step:
                 warn(
@@ -152,7 +157,7 @@ class TrainingCKA:
                 )
             self._then = {INITIAL: now, PREVIOUS: now}
         # Show mistakes now and not after an epoch.
-        compared({NOW: now, **self._then, **self._networks}, {})
+        _compared({NOW: now, **self._then, **self._networks}, step)
         self._last = step
 
     @staticmethod
@@ -165,8 +170,7 @@ class TrainingCKA:
         if is_sharded(model):
             raise ModelError(
                 "the weights of this network are spread over several processes (FSDP, tensor parallel), and one "
-                "process measures it: leave the callback out, save checkpoints, and compare these with "
-                "cka_hooks.compare()"
+                "measures it: leave the callback out, and compare saved checkpoints with cka_hooks.compare()"
             )
 
     def due(self, step: int, epoch: int | None = None) -> bool:
@@ -197,9 +201,8 @@ class TrainingCKA:
         """
         self._last, self.result = step, None
         try:
-            now = self._footprint(model, prepare=prepare)
-            parts = {NOW: now, **self._then, **self._networks}
-            self.result = compared(parts, {"step": step})
+            now = self._measured(model, prepare=prepare)
+            self.result = _compared({NOW: now, **self._then, **self._networks}, step)
             self._then = {**self._then, PREVIOUS: now}
         except NonFiniteError as error:
             self.result = error.partial
@@ -247,10 +250,7 @@ class TrainingCKA:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: plain values and float64 tensors; empty before :meth:`start`."""
-        if not self._then:
-            return {}
-        parts = {name: footprint.state_dict() for name, footprint in self._then.items()}
-        return {"batches": self._batches.batches(), **parts}
+        return {"batches": self._batches.batches(), **self._then} if self._then else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned.
@@ -259,8 +259,15 @@ class TrainingCKA:
             OptionError: this is anything else.
         """
         if state:
-            self._then = {name: Footprint.of(state.get(name, {})) for name in (INITIAL, PREVIOUS)}
-            self._batches.known = list(state.get("batches", []))
+            try:
+                self._then = {name: state[name] for name in (INITIAL, PREVIOUS)}
+                for part in self._then.values():
+                    _named(part, NOW)
+                self._batches.known = list(state["batches"])
+            except (KeyError, TypeError) as error:
+                raise OptionError(
+                    f"this is not the CKA of a network in training: {type(error).__name__} {error}"
+                ) from error
 
     def _with_others(self) -> Iterator[tuple[str, CKAResult]]:
         if self.result is not None:
@@ -269,28 +276,83 @@ class TrainingCKA:
                 if other != NOW and there >= {NOW, other}:
                     yield other, self.result.between(NOW, other)
 
-    def _footprint(self, model: nn.Module, name: str = NOW, prepare: Callable[[Any], Any] | None = None) -> Footprint:
-        with _as_before(model, self._loader):
+    def _measured(self, model: nn.Module, name: str = NOW, prepare: Callable[[Any], Any] | None = None) -> Part:
+        randomness, snapshot = Randomness(self._loader), Snapshot(model)
+        before = randomness.state()
+        try:
             own = replace(self._options, layers=self._layers[name], forward=self._forwards[name])
             batches: Iterable[Any] = self._batches.rewind(name)
-            return Footprint.left_by(Comparison.of({"": model}, own), map(prepare, batches) if prepare else batches)
+            with torch.no_grad():
+                return _part(Comparison.of({"": model}, own), map(prepare, batches) if prepare else batches)
+        finally:
+            randomness.restore(before)
+            snapshot.restore()
 
 
-@contextmanager
-def _as_before(model: nn.Module, loader: Any) -> Iterator[None]:
-    """Afterwards, restore random states, those of the loader, and what modules keep in attributes."""
-    randomness = Randomness(loader)
-    before, snapshot = randomness.state(), Snapshot(model)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        randomness.restore(before)
-        snapshot.restore()
+def _part(comparison: Comparison, loader: Iterable[Any]) -> Part:
+    """What a comparison's network adds in one pass over a loader."""
+    steps: list[Step] = []
+    keep = kept_on_cpu(steps)
+    with comparison:
+        for batch in loader:
+            if not comparison.passes_over(batch):
+                comparison.observe(batch)
+                keep(comparison.step())
+        if (rest := comparison.flush()) is not None:
+            keep(rest)
+    (kind,) = comparison.types.values()
+    return {
+        "state": comparison.state.to("cpu").state_dict(),
+        "steps": [
+            {**step._asdict(), "groups": [{**it._asdict(), "layers": list(it.layers)} for it in step.groups]}
+            for step in steps
+        ],
+        "type": kind,
+        "settings": comparison.settings,
+        "places": comparison.places,
+    }
 
 
-def missing(package: str, extra: str) -> MissingExtraError:
-    """The error to raise if a trainer's package is not installed."""
-    return MissingExtraError(
-        f"cka_hooks.integrations.{extra} needs {package}, which is not installed: pip install 'cka-hooks[{extra}]'"
-    )
+def _named(part: Part, name: str) -> tuple[State, list[Step]]:
+    """The sums of a part and what each batch added, with labels ``name/layer``."""
+
+    def label(of_layers: Any) -> Any:
+        if isinstance(of_layers, list):
+            return [f"{name}/{layer}" for layer in of_layers]
+        return {f"{name}/{layer}": value for layer, value in of_layers.items()}
+
+    fields = ["layers", *(field for field, it in DECLARED.items() if it.of_layers)]
+    state = State.from_state_dict(part["state"] | {field: label(part["state"][field]) for field in fields})
+    steps = []
+    for step in part["steps"]:
+        groups = [Minibatches(**{**it, "layers": tuple(label(it["layers"]))}) for it in step["groups"]]
+        steps.append(Step(**{**step, "groups": groups, "dtypes": label(step["dtypes"])}))
+    return state, steps
+
+
+def _compared(parts: Mapping[str, Part], step: int) -> CKAResult:
+    """The result of several networks, as if they had run together.
+
+    Args:
+        parts: that of each network by name. The settings are those of the first.
+        step: for the settings of the result.
+
+    Raises:
+        OptionError: the networks were measured with different options.
+        SampleCountError: they were measured on different numbers of samples, or other positions.
+        NonFiniteError: a layer has NaN or infinity. `.partial` has the result of all others.
+    """
+    ours = parts[NOW]["settings"]
+    for name, part in parts.items():
+        for option in ours.keys() - {"layers", "forward"}:
+            if part["settings"].get(option) != ours[option]:
+                raise OptionError(
+                    f"{name!r} was measured with {option}={part['settings'].get(option)!r}, and {NOW!r} with "
+                    f"{ours[option]!r}: go on with the options of the run that wrote the checkpoint"
+                )
+    refuse_other_positions({name: part.get("places") for name, part in parts.items()})
+    named = {name: _named(part, name) for name, part in parts.items()}
+    states = {name: its for name, (its, _) in named.items()}
+    steps = {name: its for name, (_, its) in named.items()}
+    types = {name: part["type"] for name, part in parts.items()}
+    return finished(State.joined(states, steps, keep=False), types, {**ours, "step": step})

@@ -6,21 +6,19 @@ pip install 'cka-hooks[transformers,plot]'
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cka_hooks.integrations.training import TrainingCKA, missing
+from cka_hooks.errors import imported
+from cka_hooks.integrations.training import TrainingCKA
 from cka_hooks.run import checkpoint_file
 
-try:
-    from transformers import TrainerCallback
-except ImportError as error:
-    raise missing("transformers", "transformers") from error
+_NEEDS = "cka_hooks.integrations.transformers needs transformers, which is not installed"
+_TrainerCallback: Any = imported("transformers", _NEEDS, "'cka-hooks[transformers]'").TrainerCallback
 
 
-class CKACallback(TrainingCKA, TrainerCallback):  # type: ignore[misc]
+class CKACallback(TrainingCKA, _TrainerCallback):  # type: ignore[misc]
     """CKA of a network with its initial weights, with the previous measurement, and with other networks.
 
     ``trainer.log`` and everything in `report_to` get a number for each layer. TensorBoard and Weights & Biases also
@@ -81,19 +79,9 @@ class CKACallback(TrainingCKA, TrainerCallback):  # type: ignore[misc]
         should_log = control.should_log
         self._trainer.log(self.scalars())
         control.should_log = should_log
-        for log in _takers_of_pictures(self._trainer, step):
-            self.log_pictures(log)
-
-
-def _to_tensorboard(writer: Any, step: int, name: str, figure: Any) -> None:
-    writer.add_figure(name, figure, step)
-
-
-def _takers_of_pictures(trainer: Any, step: int) -> Iterator[Callable[[str, Any], object]]:
-    """Functions of TensorBoard and Weights & Biases that log a figure, if the trainer reports to them."""
-    for callback in trainer.callback_handler.callbacks:
-        if (writer := getattr(callback, "tb_writer", None)) is not None:
-            yield partial(_to_tensorboard, writer, step)
-    wandb: Any = sys.modules.get("wandb")
-    if wandb is not None and getattr(wandb, "run", None) is not None:
-        yield lambda name, figure: wandb.log({name: wandb.Image(figure), "train/global_step": step})
+        for callback in self._trainer.callback_handler.callbacks:
+            if (board := getattr(callback, "tb_writer", None)) is not None:
+                self.log_pictures(partial(board.add_figure, global_step=step))
+        wandb: Any = sys.modules.get("wandb")
+        if getattr(wandb, "run", None) is not None:
+            self.log_pictures(lambda name, figure: wandb.log({name: wandb.Image(figure), "train/global_step": step}))
