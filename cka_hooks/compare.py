@@ -27,9 +27,9 @@ from cka_hooks.run.entries import identities_of, named_models
 from cka_hooks.run.identity import of_loader, of_option
 from cka_hooks.run.in_turn import added_up_in_turn
 from cka_hooks.run.loop import Loop
-from cka_hooks.run.outcome import finished
 from cka_hooks.run.precomputed import Precomputed, SampleIds
 from cka_hooks.run.ranks import Ranks
+from cka_hooks.run.seen import finished
 from cka_hooks.similarity.estimate import largest_stderr
 from cka_hooks.similarity.state import State
 
@@ -126,7 +126,7 @@ def compare(
         The matrix with standard errors, and everything that was left out.
 
     Raises:
-        LayerError: an entry of `layers` matches nothing (before any forward pass), or nothing ran.
+        LayerError: an entry of `layers` matches nothing (before any forward pass), or nothing ran in some model.
         ModelError: hooks cannot see into a model.
         OptionError: an option has an invalid value.
         BatchError: a model cannot be called with a batch.
@@ -192,7 +192,7 @@ def _together(
 ) -> tuple[State, dict[str, str], dict[str, Any]]:
     """Run each batch through every model before the next batch."""
     comparison = Comparison.of(models, options)
-    comparison.check(loader)
+    comparison.seen.check(loader)
     if ranks is not None:
         ranks.agree({"models": comparison.types, "chosen": comparison.chosen, **options.spelled()})
     path, identity = None, {}
@@ -211,5 +211,6 @@ def _together(
             "chosen": comparison.chosen,
         }
     keeper = Keeper(path, checkpoint_every, loader, identity)
-    state = Loop(comparison, options, keeper, ranks).over(loader, progress=progress)
+    loop = Loop(comparison, loader, options, keeper, ranks, alone=ranks is None)
+    state = loop.run(progress=progress)
     return state, comparison.types, comparison.settings

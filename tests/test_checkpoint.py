@@ -574,7 +574,7 @@ def test_a_signed_file_with_other_content_is_refused(tmp_path: Path, good: bytes
         # Counts below 0 would count samples twice.
         lambda content: content["run"]["comparison"]["state"].update(samples=-8),
         lambda content: content["run"]["comparison"]["state"].update(minibatches=-1),
-        lambda content: content["run"].update(before=-8),
+        lambda content: content["run"]["comparison"].update(counted=[3, -8]),
     ],
 )
 def test_what_attacks_found_in_signed_files_is_refused(tmp_path: Path, good: bytes, forge) -> None:

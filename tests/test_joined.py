@@ -141,8 +141,6 @@ def test_a_loop_of_ones_own() -> None:
     other.reset()
     with pytest.raises(TooFewSamplesError):
         other.compute()
-    with pytest.raises(OptionError, match="wait to be joined"):
-        other.load_state_dict({**comparison.state_dict(), "waiting": [{"0": 3}]})
 
 
 def test_a_batch_that_breaks_off_leaves_what_waits() -> None:

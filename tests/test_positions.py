@@ -135,7 +135,7 @@ def test_two_models_have_the_same_positions() -> None:
     torch.testing.assert_close(result.between("a", "b").matrix, expected(batches, 20), rtol=0, atol=1e-6)
     turn = compare({"a": lambda: Language(), "b": Language()}, batches, positions=20)
     torch.testing.assert_close(turn.matrix, result.matrix, rtol=0, atol=1e-12)
-    with pytest.raises(cka_hooks.SampleCountError, match=r"of the model 'b' .* has other positions than 'embed'"):
+    with pytest.raises(cka_hooks.LayerError, match=r"of the model 'b' .* has other positions than 'embed'"):
         compare({"a": Language(), "b": Shorter()}, texts(), positions=20)
     with pytest.raises(cka_hooks.SampleCountError, match="layers of the model 'b' have other positions than those"):
         compare({"a": Language(), "b": lambda: Shorter()}, texts(), positions=20)

@@ -24,10 +24,10 @@ from cka_hooks.recording.snapshot import Snapshot
 from cka_hooks.results.result import CKAResult
 from cka_hooks.run.comparison import Comparison
 from cka_hooks.run.entries import named_models, per_model
-from cka_hooks.run.in_turn import Replayed, kept_on_cpu, refuse_other_positions
-from cka_hooks.run.outcome import finished
+from cka_hooks.run.in_turn import Replayed, refuse_other_positions
 from cka_hooks.run.precomputed import SampleIds
 from cka_hooks.run.replay import Randomness
+from cka_hooks.run.seen import finished
 from cka_hooks.similarity.batch import Minibatches, Step
 from cka_hooks.similarity.state import DECLARED, State
 
@@ -250,7 +250,7 @@ class TrainingCKA:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: plain values and float64 tensors; empty before :meth:`start`."""
-        return {"batches": self._batches.batches(), **self._then} if self._then else {}
+        return {"batches": list(self._batches.known), **self._then} if self._then else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned.
@@ -291,15 +291,12 @@ class TrainingCKA:
 
 def _part(comparison: Comparison, loader: Iterable[Any]) -> Part:
     """What a comparison's network adds in one pass over a loader."""
-    steps: list[Step] = []
-    keep = kept_on_cpu(steps)
+    steps: list[Any] = []
+    comparison.steps = steps
     with comparison:
         for batch in loader:
-            if not comparison.passes_over(batch):
-                comparison.observe(batch)
-                keep(comparison.step())
-        if (rest := comparison.flush()) is not None:
-            keep(rest)
+            comparison.update(batch)
+        comparison.flush()
     (kind,) = comparison.types.values()
     return {
         "state": comparison.state.to("cpu").state_dict(),

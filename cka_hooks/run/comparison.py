@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cka_hooks.errors import LayerError, OptionError, SampleCountError
+from cka_hooks.errors import LayerError, OptionError
 from cka_hooks.features import Reduction
 from cka_hooks.hsic import Estimator
 from cka_hooks.names import labelled
@@ -23,10 +23,9 @@ from cka_hooks.recording.positions import positions_of
 from cka_hooks.recording.recorder import LayerRecorder, nothing_ran
 from cka_hooks.results.result import CKAResult
 from cka_hooks.run.entries import each_where_it_matches, named_models, per_model, types_of
-from cka_hooks.run.joined import Joined, checked_batches
-from cka_hooks.run.looked_at import LookedAt
-from cka_hooks.run.outcome import finished
-from cka_hooks.run.precomputed import Brought, Counted, Identifier, Precomputed, SampleIds, is_features, without_ids
+from cka_hooks.run.joined import JoiningAccumulator
+from cka_hooks.run.precomputed import Identifier, Precomputed, SampleIds, is_features, without_ids
+from cka_hooks.run.seen import Seen, finished
 from cka_hooks.similarity.accumulator import CKAAccumulator
 from cka_hooks.similarity.batch import Step
 from cka_hooks.similarity.state import State
@@ -45,6 +44,9 @@ class Comparison:
     Attributes:
         entries: models and precomputed features by name.
         models: the entries that are models.
+        types: the class of each entry by its name.
+        seen: what is known of the samples so far.
+        steps: what each batch added, on the CPU, and None where another pass begins, if you put a list here.
 
     Raises:
         LayerError: an entry of `layers` matches nothing.
@@ -92,21 +94,19 @@ class Comparison:
         self.models: dict[str, nn.Module] = {
             name: check_model(it) for name, it in self.entries.items() if not is_features(it)
         }
+        self.types = types_of(self.entries)
+        self.steps: list[Step | None] | None = None
         self._places = positions_of(per, positions, self._options.seed)
-        self._brought = Brought(
-            {name: it for name, it in self.entries.items() if isinstance(it, Precomputed)},
-            self._options.sample_ids,
-            of_positions=self._places is not None,
-        )
-        self._accumulator = CKAAccumulator(**self._options.of_accumulator())
+        given = {name: it for name, it in self.entries.items() if isinstance(it, Precomputed)}
+        self.seen = Seen(given, self._options.sample_ids, of_positions=self._places is not None)
+        self._accumulator = JoiningAccumulator(self._options.join_batches, **self._options.of_accumulator())
         if self._places is not None:
             self._places.is_shared = True
-            if self._brought.entries:
+            if given:
                 raise OptionError(
-                    f'{next(iter(self._brought.entries))!r} has a row for each sample, and per="position" compares '
-                    'positions: compare with per="sample"'
+                    f'{next(iter(given))!r} has a row for each sample, and per="position" compares positions: pass '
+                    'per="sample"'
                 )
-        self._taker = Joined(self._accumulator, self._options.join_batches)
         chosen = per_model(layers, self.models, "layers")
         if len(self.models) > 1 and not isinstance(layers, Mapping):
             chosen = each_where_it_matches(self.models, layers)
@@ -121,7 +121,7 @@ class Comparison:
             self._recorders[name] = LayerRecorder(
                 one,
                 chosen[name],
-                consumer=_Labelled(name, self._taker),
+                consumer=_Labelled(name, self._accumulator),
                 forward=forwards[name],
                 per=per,
                 positions=self._places,
@@ -130,11 +130,9 @@ class Comparison:
             # Two names may stand for the same model, or for models that share a part.
             self._recorders[name].only_in_passes = True
         self._random = RandomStream()
-        self._guests: list[AbstractContextManager[object]] = []
+        self._guests = ExitStack()
         self._within = False
-        self._looked_at = LookedAt()
         self._ran = False
-        self._number = 0
 
     @classmethod
     def of(cls, models: Mapping[str, Any], options: Options) -> Comparison:
@@ -145,7 +143,9 @@ class Comparison:
         try:
             for name, recorder in self._recorders.items():
                 for guest in (untouched(self.models[name]), recorder):
-                    self._guests.append(guest)
+                    # Each leaves twice, since Ctrl-C may cut the first attempt short.
+                    self._guests.push(guest)
+                    self._guests.push(guest)
                     guest.__enter__()
             self._within = True
             return self
@@ -156,11 +156,10 @@ class Comparison:
     def __exit__(self, *exception: object) -> None:
         self._within = False
         try:
-            _leave(self._guests)
+            self._accumulator.discard()
+            self._guests.close()
         finally:
-            # Ctrl-C may have cut the first attempt short. Guests leave once, however often they are asked to.
-            _leave(self._guests)
-            self._guests = []
+            self._guests.close()
 
     def update(self, batch: Any) -> int:
         """Run every model on a batch and add it; with `join_batches`, as soon as there are enough samples.
@@ -174,125 +173,88 @@ class Comparison:
         Raises:
             OptionError: the call is outside of the ``with`` block.
             BatchError: a model cannot be called with the batch.
-            LayerError: none of the chosen layers ran.
+            LayerError: of some model, none of the chosen layers ran.
             SampleCountError: two models, or two layers, have different numbers of samples.
             OutOfMemoryError: memory does not suffice. Nothing was added; you can continue with the next batch.
         """
         samples = self._accumulator.samples
-        if not self.passes_over(batch):
-            self.observe(batch)
+        if self.observe(batch):
             self.step()
         return self._accumulator.samples - samples
 
-    def passes_over(self, batch: Any) -> bool:
-        """Whether a batch has no samples, as from a ``collate_fn`` that drops bad ones. Such batches are counted."""
-        empty = batches.is_empty(batch)
-        self._accumulator.state.empty += empty
-        return empty
-
-    def observe(self, batch: Any, *, limit: int | None = None, drawn: Sequence[Identifier] | None = None) -> None:
+    def observe(self, batch: Any, *, limit: int | None = None, drawn: Sequence[Identifier] | None = None) -> bool:
         """The first half of :meth:`update`: run every model on a batch. An error leaves nothing behind.
 
         Args:
             batch: as in :meth:`update`.
-            limit: how many of its samples to count, from the first one on. With 0, the models see the whole batch,
-                and you have to discard it.
+            limit: how many of its samples to count, from the first one on. With 0, the models see the whole batch.
             drawn: identifiers of its samples, if the loader tells them.
+
+        Returns:
+            Whether there is something to add. A batch without samples, as from a ``collate_fn`` that drops bad ones,
+            is only counted.
         """
         if not self._within:
             raise OptionError("call update() inside the block: with Comparison(...) as comparison: ...")
-        self._looked_at.look_at(batch, self._accumulator.state)
-        self._brought.look_at(batch, limit, drawn)
-        number, self._number = self._number, self._number + 1
-        observed: frozenset[str] = frozenset()
-        silent: str | None = None
+        if batches.is_empty(batch):
+            self._accumulator.state.empty += 1
+            return False
+        self.seen.look_at(batch, self._accumulator.state, limit, drawn)
+        number = self.seen.batches
         if self._places is not None:
-            self._places.start(self._brought.counted.batches)
+            self._places.start(number)
         own = without_ids(batch, self._options.sample_ids)
         try:
             with self._random, torch.no_grad():
                 for name, recorder in self._recorders.items():
+                    before = self._accumulator.observing
                     recorder.run(batch if name in self._with_ids else own, limit=limit or None, number=number)
-                    before, observed = observed, self._taker.observing
-                    if observed == before:
-                        silent = name if silent is None else silent
-            if self.models and not observed:
-                raise LayerError(nothing_ran(self._labelled("skipped")))
-            if silent is not None:
-                # Otherwise the result would compare only the other models, as if this one had not been asked for.
-                raise SampleCountError(f"of the model {silent!r} {nothing_ran(self._recorders[silent].skipped)}")
+                    if self._accumulator.observing == before:
+                        # Otherwise the result would compare only the other models, as if it had not been asked for.
+                        raise LayerError(f"of the model {name!r} {nothing_ran(recorder.skipped)}")
             if limit == 0:
-                return
-            for label, features in self._brought.features(self._taker.observing_samples):
-                self._taker.observe(label, features)
+                self._accumulator.discard()
+                return False
+            for label, features in self.seen.features(self._accumulator.observing_samples):
+                self._accumulator.observe(label, features)
+            return True
         except BaseException:
-            self.discard()
+            self._accumulator.discard()
             raise
 
-    def step(self) -> Step:
-        """The second half of :meth:`update`: add what was observed.
-
-        Returns:
-            What was added.
-        """
-        step = self._taker.step()
-        self._brought.step(self._accumulator.state)
-        self._looked_at.step(self._accumulator.state)
+    def step(self) -> None:
+        """The second half of :meth:`update`: add what was observed."""
+        self._keep(self._accumulator.step())
+        self.seen.step(self._accumulator.state)
         self._ran = True
-        return step
 
-    def discard(self) -> None:
-        """Forget what was observed since the last `step`."""
-        self._taker.discard()
+    def flush(self) -> None:
+        """Add what still waits to be joined with further batches, as a smaller minibatch."""
+        step = self._accumulator.flush()
+        if step.samples:
+            self._keep(step)
 
-    def flush(self) -> Step | None:
-        """Add what still waits to be joined with further batches. Return None if nothing waits.
-
-        Returns:
-            What was added.
-        """
-        return self._taker.flush() if self._taker.waiting else None
+    def _keep(self, step: Step | None) -> None:
+        if self.steps is not None:
+            # A device has room for the next model, not for all these.
+            self.steps.append(step and step._replace(groups=[group.cpu() for group in step.groups]))
 
     @property
     def places(self) -> int | None:
         """A digest of the positions that were samples; None if samples are whole inputs."""
         return None if self._places is None else self._places.digest
 
-    @property
-    def positions(self) -> int:
-        """Number of the loader's samples so far, over all passes, including those that wait to be joined."""
-        if self._places is not None:
-            return self._brought.counted.samples
-        return self._accumulator.state.positions + self._taker.waiting
-
-    def check(self, loader: Iterable[Any]) -> None:
-        """Refuse a loader whose order does not match precomputed features without identifiers.
-
-        Raises:
-            OptionError: the loader shuffles.
-            SampleCountError: the number of its samples is not that of the rows.
-        """
-        self._brought.check(loader)
-
-    def end_pass(self) -> None:
-        """End a pass over the loader.
-
-        Raises:
-            SampleCountError: precomputed features without identifiers have more rows.
-        """
-        self._brought.end_pass()
-
     def start_pass(self) -> None:
         """Begin another pass over the same samples, in other minibatches. They are not new samples."""
         self._accumulator.start_pass()
-        self._brought.start_pass()
-        self._looked_at.start_pass()
+        self.seen.start_pass()
+        self._keep(None)
 
     def reset(self) -> None:
         """Forget everything that was added."""
-        self._taker.reset()
-        self._brought.reset()
-        self._looked_at.start_pass()
+        self._accumulator.reset()
+        self.seen.start_pass()
+        self.seen.batches = 0
         self._ran = False
 
     # Results
@@ -304,7 +266,7 @@ class Comparison:
         # A batch that was cut short has not called every layer.
         if self._ran:
             self._accumulator.skips(self._labelled("skipped"))
-            shapes = {**self._labelled("shapes"), **self._brought.shapes}
+            shapes = {**self._labelled("shapes"), **self.seen.shapes}
             state.shapes = {**{key: list(shape) for key, shape in shapes.items()}, **state.shapes}
             state.sample_axes = {**self._labelled("sample_axes"), **state.sample_axes}
         return state
@@ -323,11 +285,6 @@ class Comparison:
         own = self._options.spelled(*self._options.of_comparison())
         return {**own, "minibatch": self._accumulator.settings["minibatch"]}
 
-    @property
-    def types(self) -> dict[str, str]:
-        """The class of each model, by its name."""
-        return types_of(self.entries)
-
     def compute(self) -> CKAResult:
         """The result so far. Nothing changes. What waits to be joined counts as one more, smaller minibatch.
 
@@ -336,13 +293,12 @@ class Comparison:
             NonFiniteError: a layer has NaN or infinity. `.partial` has the result of all others.
         """
         self._accumulator.state = self.state
-        return finished(self._taker.with_rest(), self.types, self.settings)
+        return finished(self._accumulator.with_rest(), self.types, self.settings)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that was added, as numbers, text and float64 tensors: copies, safe to save and to send."""
         self._accumulator.state = self.state
-        own = {"counted": list(self._brought.counted), "waiting": self._taker.state_list()}
-        return {**self._accumulator.state_dict(), **own}
+        return {**self._accumulator.state_dict(), "counted": [self.seen.batches, self.seen.row]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned, and forget what was added here before.
@@ -350,13 +306,12 @@ class Comparison:
         Raises:
             OptionError: the state is from a comparison with other options, or from something else.
         """
-        own = state if isinstance(state, Mapping) else {}
-        counted = Counted(*(whole("counted", number, 0) for number in own.get("counted", ())))
-        waiting = checked_batches(own.get("waiting", []))
         self._accumulator.load_state_dict(state)
-        self._brought.start_pass()
-        self._brought.counted = counted
-        self._taker.waiting_batches = waiting
+        self.seen.start_pass()
+        # Earlier versions have the samples of all passes in between.
+        self.seen.batches, *_, self.seen.row = (
+            whole("counted", number, 0) for number in state.get("counted", (0, 0))
+        )
 
     def sync(self, group: dist.ProcessGroup | None = None) -> None:
         """On every rank, become the sum of the comparisons of all ranks; see :meth:`CKAAccumulator.sync`.
@@ -375,22 +330,13 @@ class Comparison:
 class _Labelled:
     """`CKAAccumulator.observe` for one of several models."""
 
-    def __init__(self, name: str, taker: Joined) -> None:
+    def __init__(self, name: str, accumulator: CKAAccumulator) -> None:
         self._name = name
-        self._taker = taker
+        self._accumulator = accumulator
 
     def __call__(self, layer: str, activation: Tensor) -> None:
-        self._taker.observe(labelled(self._name, layer), activation)
+        self._accumulator.observe(labelled(self._name, layer), activation)
 
     def slot(self, layer: str) -> Callable[[Tensor], None] | None:
         """A function of one layer's features, see :meth:`CKAAccumulator.slot`."""
-        return self._taker.slot(labelled(self._name, layer))
-
-
-def _leave(guests: Sequence[AbstractContextManager[object]]) -> None:
-    """Leave all guests, the last one first, even if one of them raises."""
-    if guests:
-        try:
-            guests[-1].__exit__(None, None, None)
-        finally:
-            _leave(guests[:-1])
+        return self._accumulator.slot(labelled(self._name, layer))

@@ -6,7 +6,6 @@ import gc
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -60,16 +59,14 @@ def added_up_in_turn(
     places: dict[str, int | None] = {}
     settings: dict[str, Any] = {}
     for name, model in _built(models):
-        steps[name] = []
-        others = sum(len(state.layers) for state in states.values())
-        on_step = partial(_keep, kept_on_cpu(steps[name]), options.permutations, others)
         own = replace(options, layers=layers[name], forward=forwards[name], permutations=0)
         comparison = Comparison.of({name: model}, own)
-        again = replayed.rewind(name)
-        comparison.check(again)
-        keeper = Keeper(None, 1.0, again, {})
-        loop = Loop(comparison, own, keeper, alone=ranks is None, on_step=on_step)
-        states[name] = loop.over(again, progress=progress, name=name).to("cpu")
+        comparison.steps = steps[name] = []
+        comparison.seen.check(loader)
+        keeper = Keeper(None, 1.0, replayed.rewind(name), {})
+        loop = Loop(comparison, loader, own, keeper, None, alone=ranks is None)
+        states[name] = loop.run(progress=progress, name=name).to("cpu")
+        check_permutations(options.permutations, sum(len(state.layers) for state in states.values()))
         places[name] = comparison.places
         refuse_other_positions(places)
         types |= comparison.types
@@ -94,18 +91,6 @@ def refuse_other_positions(places: Mapping[str, int | None]) -> None:
                 f"layers of the model {name!r} have other positions than those of {first!r}, or other padding: "
                 'per="position" compares layers with the same ones. layers= chooses these'
             )
-
-
-def kept_on_cpu(steps: list[Any]) -> Callable[[Step | None], None]:
-    """A function that appends steps, moved to the CPU: the device has room for the next model, not for all these."""
-    return lambda step: steps.append(step and step._replace(groups=[group.cpu() for group in step.groups]))
-
-
-def _keep(keep: Callable[[Step | None], None], permutations: int, others: int, step: Step | None) -> None:
-    """Keep a step, of which there must not be too many layers beside the `others` of earlier models."""
-    for group in step.groups if step else ():
-        check_permutations(permutations, others + len(group.layers))
-    keep(step)
 
 
 def _built(models: Mapping[str, Builder]) -> Iterator[tuple[str, nn.Module | Precomputed]]:
@@ -157,28 +142,13 @@ class Replayed(Drawn):
         super().__init__(loader)
         self._randomness = replay.Randomness(loader)
         self._start = self._randomness.state()
-        self.known: list[str] | None = None
-        self._seen: list[str] = []
-        self._model = ""
-
-    def batches(self) -> list[str]:
-        """The value that `known` has, or will have after the first pass."""
-        return self._seen if self.known is None else self.known
+        self.known: list[str] = []
 
     def rewind(self, model: str) -> Replayed:
         """Go back to the start, for the next model."""
-        if self.known is None and self._model:
-            self.known = self._seen
-        self._seen = []
-        self._model = model
+        self._is_first, self._number, self._model = not self.known, 0, model
         self._randomness.restore(self._start)
         return self
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            # While a copy is being made, it has no loader yet.
-            raise AttributeError(name)
-        return getattr(self._loader, name)
 
     def __iter__(self) -> Iterator[Any]:
         """Make one pass over the loader.
@@ -187,13 +157,15 @@ class Replayed(Drawn):
             BatchError: a batch differs from the one for the first model.
         """
         for batch in super().__iter__():
-            number = len(self._seen)
-            self._seen.append(replay.fingerprint(batch))
-            if self.known is not None and self.known[number : number + 1] != self._seen[-1:]:
+            found = replay.fingerprint(batch)
+            if self._is_first:
+                self.known.append(found)
+            elif self.known[self._number : self._number + 1] != [found]:
                 raise BatchError(
-                    f"batch {number} (counted from 0) for model {self._model!r} differs from the one for the "
+                    f"batch {self._number} (counted from 0) for model {self._model!r} differs from the one for the "
                     "first model. Each model needs the same batches: give the loader one order, for example with "
                     "DataLoader(..., shuffle=True, generator=torch.Generator().manual_seed(0)), and no random "
                     "augmentation that it cannot repeat"
                 )
+            self._number += 1
             yield batch

@@ -2,57 +2,58 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cka_hooks.arrays import Features, as_features
 from cka_hooks.errors import LayerError, OptionError, SampleCountError
 from cka_hooks.precision import without_gradients
 from cka_hooks.similarity.accumulator import CKAAccumulator
 from cka_hooks.similarity.batch import Step
 from cka_hooks.similarity.state import State
 
-_NOTHING = Step(0, 0, [], {})
 
+class JoiningAccumulator(CKAAccumulator):
+    """A `CKAAccumulator` that adds a fixed number of samples at a time, whatever the loader's batches are.
 
-class Joined:
-    """Hands an accumulator a fixed number of samples at a time, whatever the loader's batches are.
-
-    It has the accumulator's methods, and copies the features it is given: averaged features are small.
+    It copies tensors that are to be joined: averaged features are small.
 
     Args:
-        accumulator: takes the minibatches.
-        size: number of samples in each. None hands over each batch as it comes, without a copy.
-
-    Attributes:
-        waiting_batches: features of earlier batches that are in no minibatch yet, by layer.
+        size: number of samples. None adds each batch as it comes, without a copy.
+        options: see :class:`CKAAccumulator`.
     """
 
-    def __init__(self, accumulator: CKAAccumulator, size: int | None) -> None:
-        self._accumulator = accumulator
+    def __init__(self, size: int | None, **options: Any) -> None:
         self._size = size
+        super().__init__(**options)
+
+    def reset(self) -> None:
+        """Forget everything that was added."""
+        super().reset()
+        # Rows of earlier batches that are in no minibatch yet, by layer.
+        self._waiting: dict[str, Tensor] = {}
+
+    def discard(self) -> None:
+        """Forget what was observed since the last `step`."""
+        super().discard()
         self._now: dict[str, Tensor] = {}
-        self.waiting_batches: list[dict[str, Tensor]] = []
 
     @property
     def observing(self) -> frozenset[str]:
         """The layers that were observed since the last `step`."""
-        return self._accumulator.observing if self._size is None else frozenset(self._now)
+        return super().observing or frozenset(self._now)
 
     @property
     def observing_samples(self) -> int:
         """Number of samples of each layer observed since the last `step`."""
-        return self._accumulator.observing_samples if self._size is None else _samples(self._now)
+        return super().observing_samples or _samples(self._now)
 
-    @property
-    def waiting(self) -> int:
-        """Number of samples of earlier batches that are in no minibatch yet."""
-        return sum(map(_samples, self.waiting_batches))
-
-    def observe(self, layer: str, activation: Tensor) -> None:
-        """Keep a copy of one layer's features, if they are to be joined.
+    def observe(self, layer: str, activation: Features) -> None:
+        """Take the Gram matrix of one layer's activation, or keep a copy of its rows if they are to be joined.
 
         Raises:
             LayerError: the layer has already been observed since the last `step`.
@@ -60,114 +61,96 @@ class Joined:
             OptionError: the number of features differs from that in the batch before.
         """
         if self._size is None:
-            self._accumulator.observe(layer, activation)
+            super().observe(layer, activation)
             return
         if layer in self._now:
             raise LayerError(f"layer {layer!r} was observed twice in a batch")
         with without_gradients():
-            rows = activation.detach().reshape(len(activation), -1).clone()
-        before = next((batch[layer] for batch in self.waiting_batches if layer in batch), None)
-        if self._now and len(rows) != _samples(self._now):
-            other = next(iter(self._now))
+            rows = as_features(activation, f"layer {layer!r}").detach()
+            rows = rows.reshape(len(rows), -1).clone()
+        other, there = next(iter(self._now.items()), (layer, rows))
+        if len(rows) != len(there):
             raise SampleCountError(
-                f"layer {layer!r} has {len(rows)} samples and {other!r} has {_samples(self._now)} in the same batch: "
-                "CKA compares the same samples in the same order"
+                f"layer {layer!r} has {len(rows)} samples and {other!r} has {len(there)} in the same batch: CKA "
+                "compares the same samples in the same order"
             )
-        if before is not None and before.shape[1] != rows.shape[1]:
+        if (width := self._waiting.get(layer, rows).shape[1]) != rows.shape[1]:
             raise OptionError(
-                f"layer {layer!r} has {rows.shape[1]} features in this batch and {before.shape[1]} in one before, "
-                "and join_batches= joins what has the same features: average them over positions, features='mean'"
+                f"layer {layer!r} has {rows.shape[1]} features in this batch and {width} in one before, and "
+                "join_batches= joins what has the same features: average them over positions, features='mean'"
             )
         self._now[layer] = rows
 
     def slot(self, layer: str) -> Callable[[Tensor], None] | None:
         """See :meth:`CKAAccumulator.slot`. If features are joined, no product takes an activation at once."""
-        return self._accumulator.slot(layer) if self._size is None else None
+        return super().slot(layer) if self._size is None else None
 
     def step(self) -> Step:
-        """Complete the batch, and hand over as many whole minibatches as there are.
+        """Complete the batch, and add as many whole minibatches as there are.
 
         Returns:
             What was added.
-
-        Raises:
-            LayerError: no layer was observed since the last `step`.
-            OutOfMemoryError: memory does not suffice. Nothing was added, and the samples are forgotten.
         """
         if self._size is None:
-            return self._accumulator.step()
-        if not self._now:
-            raise LayerError("no layer was observed since the last step()")
-        self.waiting_batches.append(self._now)
+            return super().step()
+        self._wait(self._now)
         self._now = {}
-        whole = self.waiting // self._size * self._size
-        return self._hand_over(whole) if whole else _NOTHING
+        return self._add(_samples(self._waiting) // self._size * self._size)
 
     def flush(self) -> Step:
-        """Hand over what waits, as one smaller minibatch."""
-        return self._hand_over(self.waiting) if self.waiting_batches else _NOTHING
+        """Add what waits as one smaller minibatch.
 
-    def _hand_over(self, samples: int) -> Step:
-        batches, self.waiting_batches = self.waiting_batches, []
+        Returns:
+            What was added.
+        """
+        return self._add(_samples(self._waiting))
+
+    def _wait(self, batch: Mapping[str, Tensor]) -> None:
+        before = self._waiting or {layer: rows[:0] for layer, rows in batch.items()}
         # A layer that did not run in one of the batches is not in the minibatch.
-        layers = [layer for layer in batches[0] if all(layer in batch for batch in batches)]
+        self._waiting = {
+            layer: torch.cat([before[layer].to(rows.device), rows])
+            for layer, rows in batch.items()
+            if layer in before
+        }
+
+    def _add(self, samples: int) -> Step:
+        if not samples:
+            return Step(0, 0, [], {})
+        waiting, self._waiting = self._waiting, {}
         try:
-            for layer in layers:
-                device = batches[-1][layer].device
-                rows = torch.cat([batch[layer].to(device) for batch in batches])
+            for layer, rows in waiting.items():
+                super().observe(layer, rows[:samples])
                 if samples < len(rows):
-                    self.waiting_batches = self.waiting_batches or [{}]
-                    self.waiting_batches[0][layer] = rows[samples:].clone()
-                self._accumulator.observe(layer, rows[:samples])
-            return self._accumulator.step() if layers else _NOTHING
+                    self._waiting[layer] = rows[samples:].clone()
+            return super().step()
         except BaseException:
-            self._accumulator.discard()
+            self.discard()
             raise
 
     def with_rest(self) -> State:
-        """The state that the accumulator would have after a `flush`. Nothing changes."""
-        if not self.waiting_batches:
-            return self._accumulator.state
-        own, waiting = self._accumulator.state, self.waiting_batches
-        try:
-            self._accumulator.state = State.from_state_dict(own.state_dict())
-            self.flush()
-            return self._accumulator.state
-        finally:
-            self._accumulator.state, self.waiting_batches = own, waiting
+        """The state that there would be after a `flush`. Nothing changes."""
+        if not self._waiting:
+            return self.state
+        rest = copy.copy(self)
+        rest.state = copy.deepcopy(self.state)
+        rest.flush()
+        return rest.state
 
-    def discard(self) -> None:
-        """Forget what was observed since the last `step`."""
-        self._now = {}
-        self._accumulator.discard()
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that was added or waits: copies, safe to save and to send."""
+        return {**super().state_dict(), "waiting": [dict(self._waiting)] if self._waiting else []}
 
-    def reset(self) -> None:
-        """Forget everything."""
-        self._accumulator.reset()
-        self.waiting_batches = []
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned, and forget what was added here before.
 
-    def state_list(self) -> list[dict[str, Tensor]]:
-        """Copies of what waits."""
-        return [{layer: rows.clone() for layer, rows in batch.items()} for batch in self.waiting_batches]
-
-
-def checked_batches(waiting: Any) -> list[dict[str, Tensor]]:
-    """Check what :meth:`Joined.state_list` returned.
-
-    Raises:
-        OptionError: this is anything else.
-    """
-    if not isinstance(waiting, list) or not all(map(_is_batch, waiting)):
-        raise OptionError("the features that wait to be joined are not those of batches")
-    return [dict(batch) for batch in waiting]
+        Raises:
+            OptionError: the state is from an accumulator with other options, or not from an accumulator.
+        """
+        super().load_state_dict(state)
+        for batch in state.get("waiting", []):
+            self._wait(batch)
 
 
 def _samples(batch: Mapping[str, Tensor]) -> int:
     return len(next(iter(batch.values()), ()))
-
-
-def _is_batch(value: Any) -> bool:
-    if not isinstance(value, Mapping) or not value:
-        return False
-    rows = list(value.values())
-    return all(isinstance(one, Tensor) and one.ndim == 2 and len(one) == _samples(value) for one in rows)
