@@ -177,7 +177,7 @@ class LongWay:
             route.channels = self._channels.of(name, label, activation, route.axis)
         slot = slots_of(self.consumer) if self._detaches else None
         route.product = None if slot is None else slot(label)
-        route.open(given, activation)
+        route.open(activation)
         # A dimension that is given for the batch as well says how many samples there are.
         self._let_routes()
         self.hand_over(route, activation)

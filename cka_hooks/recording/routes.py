@@ -9,8 +9,9 @@ route. Later activations that differ only in their sizes go straight on.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -18,7 +19,6 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch._C import _current_graph_task_id, _functorch
-from torch.nn.utils.rnn import PackedSequence
 
 from cka_hooks.features import Reduction, memory_order
 from cka_hooks.recording import outputs
@@ -108,6 +108,7 @@ class Route:
         reduction: the reduction of the activation.
         channels: the dimension in which a reduction finds the channels.
         product: see :func:`slots_of`.
+        activation: finds the layer's tensor in what the module returned, or in its arguments and keyword arguments.
 
     Args:
         detour: takes a route and its activation on to a consumer that has no product for it, or to its reduction.
@@ -122,52 +123,35 @@ class Route:
         self.channels: int | None = None
         self.product: Product | None = None
         self._detour = detour
-        part = selection.part
-        self._find: Callable[[Any], Tensor] | None = None
+        self._is_whole = not selection.part
+        self.activation: Callable[[Any], Tensor] = partial(outputs.activation_of, part=selection.part)
         if self.is_input:
-            part = part.removeprefix(outputs.INPUT)[1:]
-            self._find = lambda given: outputs.input_of(given[0], given[1], part)
-        elif part:
-            self._find = lambda given: outputs.activation_of(given, part)
+            part = selection.part.partition(":")[2]
+            self.activation = lambda given: outputs.input_of(given[0], given[1], part)
         self.close()
-
-    def activation(self, given: Any) -> Tensor:
-        """The layer's tensor.
-
-        Args:
-            given: what the module returned, or its arguments and keyword arguments.
-
-        Raises:
-            NotRecordable: there is no such tensor.
-        """
-        return outputs.activation_of(given) if self._find is None else self._find(given)
 
     def close(self) -> None:
         """Send the activations from here on the long way."""
         # No activation has this dtype.
         self._dtype: torch.dtype | None = None
 
-    def open(self, given: Any, activation: Tensor) -> None:
-        """Let activations like this one, which was found in `given`, take this route from here on."""
-        if self._found(given) is not activation:
-            self.close()
-            return
-        strides = activation.stride()
-        order = sorted(range(activation.ndim), key=lambda dim: -strides[dim])
-        self._order = None if order == sorted(order) else order[::-1]
-        self._is_first = order[0] == self.axis
+    def open(self, activation: Tensor) -> None:
+        """Let activations like this one take this route from here on."""
         self._direct = self.reduction == "flatten" and self.product is not None
-        self._rank = activation.ndim
-        self._device = activation.device
-        self._dtype = activation.dtype
+        self._rank, self._device, self._dtype = activation.ndim, activation.device, activation.dtype
 
     def __call__(self, given: Any, now: Pass) -> bool:
         """Hand the activation over. Return False, having done nothing, if it is not like the one before."""
-        activation = given if self._find is None and type(given) is Tensor else self._found(given)
+        activation = given[0] if type(given) is tuple and given else given
+        if not self._is_whole or type(activation) is not Tensor:
+            try:
+                activation = self.activation(given)
+            except outputs.NotRecordable:
+                return False
         if (
-            activation is None
-            or activation.dtype is not self._dtype
+            activation.dtype is not self._dtype
             or activation.device != self._device
+            or type(activation) is not Tensor
             or activation.layout is not torch.strided
             or activation.is_nested
             or _functorch.maybe_current_level() is not None
@@ -181,8 +165,9 @@ class Route:
             return True
         if activation.requires_grad:
             activation = activation.detach()
-        if self._is_first and (
-            activation.is_contiguous() if self._order is None else _is_dense(shape, activation.stride(), self._order)
+        if self.axis == 0 and (
+            activation.is_contiguous()
+            or (self._rank == 4 and activation.is_contiguous(memory_format=torch.channels_last))
         ):
             width = activation.numel() // now.samples
             rows = activation.as_strided((now.samples, 1, width), (width, width, 1))
@@ -193,27 +178,6 @@ class Route:
         assert self.product is not None
         self.product(rows)
         return True
-
-    def _found(self, given: Any) -> Tensor | None:
-        """The layer's tensor: the one at its part, or the very first thing returned. None if that is not a tensor."""
-        if self._find is not None:
-            try:
-                given = self._find(given)
-            except outputs.NotRecordable:
-                return None
-        while isinstance(given, (tuple, list, Mapping)) and given and not isinstance(given, PackedSequence):
-            given = next(iter(given.values())) if isinstance(given, Mapping) else given[0]
-        return given if type(given) is Tensor else None
-
-
-def _is_dense(sizes: Sequence[int], strides: Sequence[int], order: Sequence[int]) -> bool:
-    """Whether the dimensions, innermost first, are nested in memory without gaps."""
-    run = 1
-    for dim in order:
-        if strides[dim] != run and sizes[dim] != 1:
-            return False
-        run *= sizes[dim]
-    return True
 
 
 class Tap:
