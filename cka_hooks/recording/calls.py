@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cka_hooks.errors import BatchError, CKAError
-from cka_hooks.recording.batches import Form, Forward, arguments, device_of, fields_of, to_device, with_tensors
+from cka_hooks.recording.batches import Form, Forward, arguments, device_of, to_device, with_tensors
 from cka_hooks.recording.outputs import tensors_in
 
 
@@ -26,8 +27,8 @@ def call(
     Raises:
         BatchError: the model cannot be called with the batch; the cause is chained.
     """
-    device = device_of(model)
     which = "a batch" if number is None else f"batch {number} (counted from 0)"
+    kind, device = type(model).__name__, device_of(model)
     if forward is not None:
         run = partial(forward, model, to_device(batch, device))
     else:
@@ -38,8 +39,8 @@ def call(
         except TypeError as error:
             given = ", ".join((*(type(a).__name__ for a in args), *(f"{k}=" for k in kwargs)))
             raise BatchError(
-                f"{type(model).__name__} cannot be called with {which} of ({given}): {error}. Pass "
-                "forward=lambda model, batch: model(...) to say how"
+                f"{kind} cannot be called with {which} of ({given}): {error}. Pass forward=lambda model, batch: "
+                "model(...) to say how"
             ) from error
         except ValueError:
             pass
@@ -50,60 +51,42 @@ def call(
         advice = _about_tensors(error, model, batch) or (_about_kind(error, batch) if forward is None else None)
         if advice is None or isinstance(error, CKAError):
             raise
-        reason = str(error).splitlines()[0] if str(error) else ""
-        raise BatchError(
-            f"{type(model).__name__} cannot run on {which}: {advice} ({type(error).__name__}: {reason})"
-        ) from error
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise BatchError(f"{kind} cannot run on {which}: {advice} ({reason})") from error
 
 
 def _about_tensors(error: Exception, model: nn.Module, batch: Any) -> str | None:
     """Advice about the device or dtype of a batch's tensors; None if neither is the problem."""
-    text = str(error)
-    if any(p.is_meta for p in model.parameters()) and "meta" in text:
-        return "some of its parameters are on the meta device and have no values: load its weights first"
     weights = next((p for p in model.parameters() if p.is_floating_point()), None)
     if weights is None or not isinstance(error, RuntimeError):
         return None
-    if "device" in text and any(word in text for word in ("same device", "different from", "xpected")):
+    if "meta" in str(error) and any(p.is_meta for p in model.parameters()):
+        return "some of its parameters are on the meta device and have no values: load its weights first"
+    if re.search("device", str(error)) and re.search("same device|different from|xpected", str(error)):
         return (
-            f"its input was moved to {weights.device}, where its first parameter is, and something is elsewhere: "
-            "move the whole model, model.to(device), or the tensors that its forward makes"
+            f"something is elsewhere: move the whole model, and tensors that its forward makes, to {weights.device}"
         )
-    if not any(word in text for word in ("dtype", "type", "Byte", "Long", "Double", "Half")):
-        return None
-    first = next(tensors_in(with_tensors(batch)), None)
-    if first is None or first.dtype is weights.dtype:
+    first = next(tensors_in(with_tensors(batch)), weights)
+    if first.dtype is weights.dtype or not re.search("type|Byte|Long|Double|Half", str(error)):
         return None
     have, want = (str(tensor.dtype).removeprefix("torch.") for tensor in (first, weights))
-    if first.ndim == 1 and not first.is_floating_point() and isinstance(batch, tuple | list) and len(batch) > 1:
+    if isinstance(batch, tuple | list) and first.ndim == 1 and not first.is_floating_point():
         return (
-            f"the first entry of the batch, {have} of shape {tuple(first.shape)}, may be the index of the samples: "
-            "pass forward=lambda model, batch: model(batch[1])"
+            f"its input, {have} of shape {tuple(first.shape)}, may be the index of the samples: pass "
+            "forward=lambda model, batch: model(batch[1])"
         )
     scaled = " / 255" if first.dtype is torch.uint8 else ""
-    entry = "batch[0]" if isinstance(batch, tuple | list) else "batch"
-    convert = (
-        "" if fields_of(batch) else f", or pass forward=lambda model, batch: model({entry}.to(torch.{want}){scaled})"
-    )
-    return f"the batch is {have} and the model {want}: convert it in the loader{convert}"
+    return f"the batch is {have} and the model {want}: convert it in the loader, with .to(torch.{want}){scaled}"
 
 
 def _about_kind(error: Exception, batch: Any) -> str | None:
     """Advice for a model that was called with something other than a tensor; None if that is not the problem."""
     if isinstance(error, NotImplementedError) and "forward" in str(error):
         return "it has no forward of its own: pass forward=lambda model, batch: ... to say what runs"
-    if not isinstance(error, TypeError | AttributeError):
-        return None
     value = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(error, TypeError | AttributeError) or isinstance(value, Tensor | Mapping):
+        return None
+    what, part = f"a {type(value).__module__}.{type(value).__qualname__}, not a tensor", "..."
     if isinstance(value, tuple | list):
-        return (
-            f"its input is a {type(value).__name__} of {len(value)}. Of two views of the samples, pass one: "
-            "forward=lambda model, batch: model(batch[0][0]); or compare them, under two names of the model with a "
-            "mapping as forward="
-        )
-    if not isinstance(value, Tensor | Mapping):
-        return (
-            f"its input is a {type(value).__module__}.{type(value).__qualname__}, not a tensor: pass "
-            "forward=lambda model, batch: model(...) to say which part of the batch it takes"
-        )
-    return None
+        what, part = f"a {type(value).__name__} of {len(value)}, which may be views of the samples", "batch[0][0]"
+    return f"its input is {what}: pass forward=lambda model, batch: model({part}) to say which part it takes"
