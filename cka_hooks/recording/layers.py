@@ -28,7 +28,12 @@ _WRAPPERS = {
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "_fsdp_wrapped_module",
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper": "_checkpoint_wrapped_module",
 }
-_UNFLATTEN = "torch.export.unflatten(program) is an nn.Module whose layers can be hooked"
+# What may be taken for a model, by the name of its class.
+_NO_MODELS = {
+    "ExportedProgram": "torch.export.unflatten(program) is one",
+    "Tensor": "a state_dict is weights without a model, which model.load_state_dict(weights) puts into one",
+    **dict.fromkeys(("list", "tuple"), "several models are a mapping with a name for each, {'a': a, 'b': b}"),
+}
 # Containers, which are never called themselves.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _CALL = re.compile(r"#([1-9]\d*)\Z")
@@ -60,31 +65,29 @@ def check_model(model: object) -> nn.Module:
         ModelError: it is not an ``nn.Module``, it is of a kind whose submodules Python does not call, or it has lazy
             modules that never ran.
     """
+    if isinstance(model, type):
+        name = model.__name__
+        raise ModelError(f"found the class {name}: pass an instance, {name}(), that has the weights you mean")
     if not isinstance(model, nn.Module):
-        raise ModelError(f"expected an nn.Module, found {_not_a_model(model)}")
+        kind = type(model)
+        advice = f": {_NO_MODELS[kind.__name__]}" if kind.__name__ in _NO_MODELS else ""
+        raise ModelError(f"expected an nn.Module, found {kind.__module__}.{kind.__qualname__}{advice}")
     if any(cls.__name__ == "Model" and cls.__module__.startswith("keras.") for cls in type(model).__mro__):
         raise ModelError(
-            f"the model is a Keras model ({type(model).__name__}), which keeps its layers where PyTorch does not see "
-            "them: outputs = keras.Model(model.inputs, [layer.output for layer in model.layers]) returns what they "
-            "return, and CKAAccumulator().update({layer.name: value, ...}) compares it"
+            f"the model is a Keras model ({type(model).__name__}), whose layers PyTorch does not see: give what "
+            "keras.Model(model.inputs, [it.output for it in model.layers]) returns to CKAAccumulator().update(...)"
         )
     for name, module in model.named_modules():
-        where = f"its submodule {name!r}" if name else "the model"
+        found = None
         if isinstance(module, torch.jit.ScriptModule):
-            raise ModelError(
-                f"{where} is a ScriptModule ({type(module).__name__}), whose layers run outside of Python where "
-                "forward hooks do not see them: give the eager model it was made from"
-            )
-        if _is_exported(module):
-            raise ModelError(
-                f"{where} is an exported program, one flat graph that calls none of its submodules: give the eager "
-                f"model it was made from, or unflatten it ({_UNFLATTEN})"
-            )
-        if any(is_lazy(tensor) for tensor in (*module.parameters(False), *module.buffers(False))):
-            raise ModelError(
-                f"{where} is a {type(module).__name__}, whose first input sets its shapes: run one batch through "
-                "the model first, `with torch.no_grad(): model(batch)`"
-            )
+            found = "a ScriptModule ({}), whose layers hooks do not see: give the eager model it was made from"
+        elif _is_exported(module):
+            found = "an exported program, which calls no submodules: torch.export.unflatten(program) does"
+        elif any(is_lazy(tensor) for tensor in (*module.parameters(False), *module.buffers(False))):
+            found = "a {}, whose first input sets its shapes: run one batch first, with torch.no_grad(): model(batch)"
+        if found is not None:
+            where = f"its submodule {name!r}" if name else "the model"
+            raise ModelError(f"{where} is {found.format(type(module).__name__)}")
     return model
 
 
@@ -99,27 +102,11 @@ def refuse_weights(named: Mapping[str, object]) -> None:
         check_model(next(iter(named.values())))
 
 
-def _not_a_model(found: object) -> str:
-    kind = type(found)
-    if isinstance(found, type):
-        return f"the class {found.__name__}: pass an instance, {found.__name__}(), that has the weights you mean"
-    what = f"{kind.__module__}.{kind.__qualname__}"
-    if kind.__name__ == "ExportedProgram":
-        return f"{what}: torch.export.unflatten(program) is one"
-    if isinstance(found, torch.Tensor):
-        return f"{what}: a state_dict is weights without a model, which model.load_state_dict(weights) puts into one"
-    if isinstance(found, list | tuple):
-        return f"{what}: several models are a mapping with a name for each, {{'a': a, 'b': b}}"
-    return what
-
-
 def _is_exported(module: nn.Module) -> bool:
     """Whether this is a graph of operators. Graphs of ``torch.fx.symbolic_trace`` call modules, so they are not."""
-    graph = getattr(module, "graph", None)
-    if not isinstance(module, torch.fx.GraphModule) or not isinstance(graph, torch.fx.Graph):
-        return False
-    called = {node.target for node in graph.nodes if node.op == "call_module"}
-    return any(node.op == "get_attr" for node in graph.nodes) and not called - {"_guards_fn"}
+    nodes = module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ()
+    called = {node.target for node in nodes if node.op == "call_module"}
+    return any(node.op == "get_attr" for node in nodes) and not called - {"_guards_fn"}
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -186,8 +173,8 @@ def select_layers(model: nn.Module, layers: Layers = None) -> list[Selection]:
     """
     candidates = named_layers(model)
     if layers is None:
-        return _first_names(candidates, lambda name, module: not isinstance(module, _CONTAINERS))
-    is_one = isinstance(layers, str | type | torch.Tensor) or callable(layers)
+        layers = lambda name, module: not isinstance(module, _CONTAINERS)  # noqa: E731
+    is_one = isinstance(layers, str | torch.Tensor) or callable(layers)
     entries = list(layers) if isinstance(layers, Iterable) and not is_one else [layers]
     if not entries:
         raise LayerError("layers is empty: name at least one layer, or pass None for every leaf module that runs")
@@ -211,83 +198,52 @@ def _chosen_by(entry: Any, candidates: dict[str, nn.Module]) -> list[Selection]:
     if isinstance(entry, str):
         return _by_name(entry, candidates)
     if isinstance(entry, nn.Module):
-        raise OptionError(_itself(entry, candidates))
-    if isinstance(entry, type):
-        if not issubclass(entry, nn.Module):
-            raise OptionError(f"layers has the type {entry.__qualname__}, which is not a subclass of nn.Module")
-        return _first_names(candidates, lambda name, module: isinstance(module, entry))
-    if callable(entry):
-        return _first_names(candidates, _predicate(entry))
+        name = next((f"pass its name, {name!r}" for name, module in candidates.items() if module is entry), None)
+        where = name or "it is not part of the model"
+        raise OptionError(f"layers has a module itself, of type {type(entry).__name__}: {where}")
+    if isinstance(entry, type) and issubclass(entry, nn.Module):
+        return [Selection(name, module) for name, module in candidates.items() if isinstance(module, entry)]
+    if callable(entry) and not isinstance(entry, type):
+        keep = _predicate(entry)
+        return [Selection(name, module) for name, module in candidates.items() if keep(name, module)]
     raise OptionError(
         f"layers has {entry!r} of type {type(entry).__qualname__}: expected a name, a glob, a module type or a "
         "predicate"
     )
 
 
-def _itself(entry: nn.Module, candidates: dict[str, nn.Module]) -> str:
-    name = next((name for name, module in candidates.items() if module is entry), None)
-    where = (
-        f"pass its name, {name!r}"
-        if name is not None
-        else "it is not part of the model, and layers are chosen by name"
-    )
-    return f"layers has a module itself, of type {type(entry).__name__}: {where}"
-
-
 def _predicate(entry: Callable[..., bool]) -> Callable[[str, nn.Module], bool]:
     try:
         inspect.signature(entry).bind("name", None)
-    except TypeError:
+    except (TypeError, ValueError):
         return lambda name, module: bool(entry(module))
-    except ValueError:
-        pass
     return lambda name, module: bool(entry(name, module))
 
 
-def _first_names(
-    candidates: dict[str, nn.Module], keep: Callable[[str, nn.Module], bool], **how: Any
-) -> list[Selection]:
-    """The modules that pass, each once, under the first of its names that passes."""
-    found: dict[int, Selection] = {}
-    for name, module in candidates.items():
-        if id(module) not in found and keep(name, module):
-            found[id(module)] = Selection(name, module, **how)
-    return list(found.values())
-
-
 def _by_name(entry: str, candidates: dict[str, nn.Module]) -> list[Selection]:
-    readings = _readings(entry)
-    for pattern, calls, part in readings:
-        if pattern in candidates:
-            return [Selection(pattern, candidates[pattern], calls, part, named=True)]
-    layers = {name: it for name, it in candidates.items() if name != ROOT and not isinstance(it, _CONTAINERS)}
-    for pattern, calls, part in readings:
-        found = {name: layers[name] for name in matching(pattern, layers)}
-        if found:
-            return _first_names(found, lambda *_: True, calls=calls, part=part)
-    return []
-
-
-def _readings(entry: str) -> list[tuple[str, frozenset[int] | None, str]]:
-    """The pattern, the calls and the part that an entry may mean.
-
-    Names may hold colons themselves, so the longest name comes first.
-    """
-    readings, pieces = [], entry.split(":")
+    """What a name or glob chooses, with a call and a part. Names may hold colons: the longest one counts."""
+    readings: list[tuple[str, frozenset[int] | None, str]] = []
+    pieces = entry.split(":")
     for end in range(len(pieces), 0, -1):
         pattern, *call = _CALL.split(":".join(pieces[:end]))
         readings.append((pattern, frozenset({int(call[0])}) if call else None, ":".join(pieces[end:])))
-    return readings
+    for pattern, calls, part in readings:
+        if pattern in candidates:
+            return [Selection(pattern, candidates[pattern], calls, part, named=True)]
+    layers = [name for name, it in candidates.items() if name != ROOT and not isinstance(it, _CONTAINERS)]
+    for pattern, calls, part in readings:
+        if found := matching(pattern, layers):
+            return [Selection(name, candidates[name], calls, part) for name in found]
+    return []
 
 
 def _no_match(entry: Any, candidates: dict[str, nn.Module]) -> str:
     if not isinstance(entry, str):
-        what = entry.__qualname__ if hasattr(entry, "__qualname__") else repr(entry)
         kinds = sorted({type(module).__name__ for module in candidates.values()})
+        what = getattr(entry, "__qualname__", repr(entry))
         return f"no module matches {what}: the model has modules of the types {', '.join(kinds[:12])}"
-    close = closest(entry, [name for name in candidates if name != ROOT])
+    close = ", ".join(map(repr, closest(entry, [name for name in candidates if name != ROOT]))) or "none"
     return (
-        f"no layer matches {entry!r}: "
-        + (f"the closest names are {', '.join(map(repr, close))}" if close else "the model has no named modules")
-        + "; `named_modules()` lists all of them, `*` stops at dots and `**` crosses them"
+        f"no layer matches {entry!r}: the closest names are {close}; `named_modules()` lists all of them, `*` stops "
+        "at dots and `**` crosses them"
     )
