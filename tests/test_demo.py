@@ -26,7 +26,7 @@ def test_a_short_demo_writes_pictures_and_result(tmp_path, capsys, monkeypatch):
         assert path.read_bytes()[:4] == b"\x89PNG"
         assert str(path) in out
     assert out.count("held-out digits right") == 2
-    assert "same or a neighbouring position" in out
+    assert "same or a neighbouring depth" in out
 
 
 @pytest.mark.slow

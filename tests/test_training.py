@@ -284,7 +284,7 @@ def test_what_goes_wrong_later_is_a_warning_and_training_goes_on(tmp_path) -> No
     (tmp_path / "file").touch()
     cka = TrainingCKA(batches(), layers=["0", "3"], folder=tmp_path / "file" / "cka")
     cka.start(model)
-    with pytest.warns(cka_hooks.CKAWarning, match="could not be saved"):
+    with pytest.warns(cka_hooks.CKAWarning, match="CKA at step 1: NotADirectoryError"):
         assert cka.measure(model, 1) is not None
     cka.folder = None
     with pytest.warns(cka_hooks.CKAWarning, match="no picture in the log: ZeroDivisionError"):
@@ -301,7 +301,7 @@ def test_what_goes_wrong_later_is_a_warning_and_training_goes_on(tmp_path) -> No
         cka.measure(model, 3)
     assert cka.scalars() == {}
     model[0] = nn.Linear(5, 16)
-    with pytest.warns(cka_hooks.CKAWarning, match="no CKA at step 4: RuntimeError"):
+    with pytest.warns(cka_hooks.CKAWarning, match="CKA at step 4: RuntimeError"):
         assert cka.measure(model, 4) is None
 
 

@@ -75,30 +75,24 @@ def data_words(parser: argparse.ArgumentParser, samples: object = "all") -> None
     """
     add = parser.add_argument_group("the data", inspect.getdoc(data_words)).add_argument
     add("--data", required=True, metavar="DATA", help="see above")
-    add(
-        "--sample-ids",
-        type=lambda word: int(word) if word.isdecimal() else word,
-        metavar="KEY",
-        help="the entry of each batch that identifies its samples, for your own loader",
-    )
-    add(
-        "--samples",
-        type=lambda word: None if word == "all" else whole(1)(word),
-        default=argparse.SUPPRESS,
-        metavar="N",
-        help=f'number of samples, drawn at random, or "all"; default: {samples}',
-    )
+    ids = "the entry of each batch that identifies its samples, for your own loader"
+    add("--sample-ids", type=lambda word: int(word) if word.isdecimal() else word, metavar="KEY", help=ids)
+    drawn = f'number of samples, drawn at random, or "all"; default: {samples}'
+    add("--samples", type=_count_or_all, default=argparse.SUPPRESS, metavar="N", help=drawn)
     add("--seed", type=whole(0), default=0, metavar="N", help="of drawn samples, their order, and random weights")
     add("--batch-size", type=whole(1), default=64, metavar="N", help="default: %(default)s")
     add("--workers", type=whole(0), default=0, metavar="N", help="processes that read images; default: %(default)s")
     add("--download", action="store_true", help="let torchvision download the data set")
-    add(
-        "--device",
-        type=lambda word: ("cuda" if torch.cuda.is_available() else "cpu") if word == "auto" else word,
-        default="auto",
-        metavar="D",
-        help="auto (cuda if there is one), cpu, cuda:1, mps",
-    )
+    devices = "auto (cuda if there is one), cpu, cuda:1, mps"
+    add("--device", type=_device, default="auto", metavar="D", help=devices)
+
+
+def _count_or_all(word: str) -> int | None:
+    return None if word == "all" else whole(1)(word)
+
+
+def _device(word: str) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if word == "auto" else word
 
 
 def loader_of(arguments: argparse.Namespace, transform: Transform | None) -> Iterable[Any]:

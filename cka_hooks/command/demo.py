@@ -73,9 +73,7 @@ def demo(out: Path, *, epochs: int = EPOCHS, progress: bool = True) -> CKAResult
 
     shuffled = DataLoader(held_out, batch_size=64, shuffle=True, generator=torch.Generator().manual_seed(0))
     result = compare(networks, shuffled, layers=BLOCKS, progress=progress)
-    say(f"\n{result.summary()}\n")
-    for name, path in write_all(result, out).items():
-        say(f"{name:<10}{path}")
+    write_all(result, out)
     say(f"\n{time.perf_counter() - started:.0f} seconds in all")
     return result
 

@@ -75,7 +75,7 @@ def record(parser: argparse.ArgumentParser) -> None:
     """
     model_words(parser)
     data_words(parser)
-    kinds = "mean over positions, token, token:K, last or flatten; default: %(default)s"
+    kinds = "mean over positions (the default), token, token:K, last or flatten"
     parser.add_argument("--features", default="mean", metavar="F", help=kinds)
     output_words(parser, None)
     parser.set_defaults(command=_record)

@@ -52,22 +52,17 @@ def run(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the comparison").add_argument
     add("--against", metavar="MODEL", help="a second model, over the same data, or a file of features")
     add("--against-weights", metavar="W", help="its weights")
-    kinds = "flatten, mean over positions, token, token:K or last; default: %(default)s"
-    add("--features", default="flatten", metavar="F", help=kinds)
+    add("--features", default="flatten", metavar="F", help="flatten (the default), mean, token, token:K or last")
     add("--channel-dim", type=int, metavar="D", help="dimension with the channels; default: as kinds of modules say")
-    per = "position compares tokens or pixels, each batch a minibatch; default: %(default)s"
-    add("--per", default="sample", choices=("sample", "position"), help=per)
+    add("--per", default="sample", choices=("sample", "position"), help="position compares tokens or pixels")
     add("--positions", type=int, metavar="N", help="with --per position, draw N of each batch; default: all")
     add("--tolerance", type=float, metavar="E", help="stop once every standard error is below E, such as 0.005")
     add("--minibatch", type=int, metavar="N", help=f"samples in each estimate; default: {MINIBATCH}")
-    add(
-        "--join-batches", type=int, metavar="N", help="join the features of small batches to minibatches of N samples"
-    )
+    add("--join-batches", type=int, metavar="N", help="join the features of small batches to minibatches of N")
     add("--sketch", type=_gone, help=argparse.SUPPRESS)
     add("--kernel", default="linear", choices=tuple(KERNELS), help="default: %(default)s")
     add("--estimator", default="unbiased", choices=get_args(Estimator), help="default: %(default)s")
-    kept = "keep the run in this file; the same command continues from it"
-    add("--checkpoint", type=Path, metavar="FILE", help=kept)
+    add("--checkpoint", type=Path, metavar="FILE", help="keep the run here; the same command continues from it")
     add("--json", action="store_true", help="print one JSON object, and everything else on stderr")
     output_words(parser, "cka")
     parser.set_defaults(command=_run)
@@ -114,23 +109,13 @@ def _run(arguments: argparse.Namespace) -> int:
     reached = result.settings.get("tolerance_reached")
     if reached is False:
         warn(f"--tolerance was not reached before the data ended: the largest standard error is {largest}")
-    paths = write_all(result, arguments.out)
-    if not arguments.json:
-        say("\n".join(["", result.summary(), "", *(f"{name:<10}{path}" for name, path in paths.items())]))
-        return 1 if failure else 0
-    report = {
-        "complete": not failure,
-        "files": paths,
-        "layers": list(result.layers),
-        "samples": result.samples,
-        "minibatches": result.minibatches,
-        "largest_stderr": largest,
-        "tolerance_reached": reached,
-        "summary": result.summary().splitlines(),
-        "skipped": result.skipped,
-        "degenerate": result.degenerate,
-    }
-    print(json.dumps(report, indent=2))
+    paths = write_all(result, arguments.out, printed=not arguments.json)
+    if arguments.json:
+        report = {
+            name: getattr(result, name) for name in ("layers", "samples", "minibatches", "skipped", "degenerate")
+        }
+        report |= {"complete": not failure, "files": paths, "summary": result.summary().splitlines()}
+        print(json.dumps({**report, "largest_stderr": largest, "tolerance_reached": reached}, indent=2))
     return 1 if failure else 0
 
 

@@ -50,16 +50,9 @@ def whole(least: int) -> Callable[[str], int]:
 
 def output_words(parser: Any, default: str | None) -> None:
     """Add ``--out``, a folder by default or else a required file, ``--overwrite`` and ``--quiet``."""
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=default,
-        required=default is None,
-        metavar="DIR" if default else "FILE",
-        help=f"folder for {', '.join(files_of_a_run().values())}; default: {default}"
-        if default
-        else "the file to write",
-    )
+    names, kind = ", ".join(files_of_a_run().values()), "DIR" if default else "FILE"
+    what = f"folder for {names}; default: {default}" if default else "the file to write"
+    parser.add_argument("--out", type=Path, default=default, required=not default, metavar=kind, help=what)
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote there")
     parser.add_argument("--quiet", action="store_true", help="show neither what is run nor the progress")
 
@@ -81,8 +74,8 @@ def check_output(arguments: argparse.Namespace, folder: Path, files: Iterable[st
         raise OptionError(f"--out {arguments.out}: {there} is not a folder that can be written to")
 
 
-def write_all(result: CKAResult, out: Path) -> dict[str, str]:
-    """Write a result into the folder ``out``, and every picture that can be drawn of it.
+def write_all(result: CKAResult, out: Path, *, printed: bool = True) -> dict[str, str]:
+    """Write a result into the folder ``out``, and every picture that can be drawn of it. Print its summary.
 
     If a picture cannot be drawn, stderr says so; the result and the other pictures are written all the same.
 
@@ -92,4 +85,6 @@ def write_all(result: CKAResult, out: Path) -> dict[str, str]:
     paths, failed = export_all(result, out)
     for name, reason in failed.items():
         say(f"cka-hooks: could not write the {name} ({files_of_a_run()[name]}): {reason}", file=sys.stderr)
+    if printed:
+        say("\n".join(["", result.summary(), "", *(f"{name:<10}{path}" for name, path in paths.items())]))
     return {name: str(path) for name, path in paths.items()}

@@ -202,19 +202,17 @@ class TrainingCKA:
         self._last, self.result = step, None
         try:
             now = self._measured(model, prepare=prepare)
-            self.result = _compared({NOW: now, **self._then, **self._networks}, step)
-            self._then = {**self._then, PREVIOUS: now}
-        except NonFiniteError as error:
-            self.result = error.partial
-            warn(f"step {step}: {error}")
-        except Exception as error:
-            warn(f"no CKA at step {step}: {type(error).__name__}: {error}")
-        if self.result is not None and self.folder is not None:
             try:
+                self.result = _compared({NOW: now, **self._then, **self._networks}, step)
+                self._then = {**self._then, PREVIOUS: now}
+            except NonFiniteError as error:
+                self.result = error.partial
+                warn(f"CKA at step {step}: {error}")
+            if self.result is not None and self.folder is not None:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.result.save(self.folder / f"step-{step:08d}.json")
-            except OSError as error:
-                warn(f"the result of step {step} could not be saved: {error}")
+        except Exception as error:
+            warn(f"CKA at step {step}: {type(error).__name__}: {error}")
         return self.result
 
     def scalars(self) -> dict[str, float]:
