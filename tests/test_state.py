@@ -234,7 +234,6 @@ def test_a_field_that_is_declared_goes_every_way(monkeypatch: pytest.MonkeyPatch
         ("moments", torch.zeros(4, 3, 3)),
         ("spread", [0.0, 0.0, 0.0]),
         ("kept", torch.zeros(3, 3, dtype=torch.float64)),
-        ("seen", {"a": -3}),
         ("classes", {"0": "many"}),
         ("skipped", {"a": 1}),
         ("tags", []),

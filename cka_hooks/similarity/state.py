@@ -8,6 +8,7 @@ give the function that makes it from a few minibatches.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -357,14 +358,11 @@ class State:
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of all fields: numbers, text, lists and mappings of these, and float64 tensors."""
-        copies: dict[str, Any] = {"layers": list(self.layers)}
-        for name, declared in DECLARED.items():
-            value = getattr(self, name)
-            if declared.combine is Combine.CONCATENATED and declared.axes:
-                count = len(self.layers)
-                value = torch.cat([*value, self.moments.new_empty(0, count, count)])
-            copies[name] = value.clone() if isinstance(value, Tensor) else _copied(value)
-        return copies
+        fields = {"layers": list(self.layers), **{name: getattr(self, name) for name in DECLARED}}
+        count = len(self.layers)
+        for name in CONCATENATED:
+            fields[name] = torch.cat([*fields[name], self.moments.new_empty(0, count, count)])
+        return copy.deepcopy(fields)
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> State:
@@ -385,20 +383,20 @@ class State:
             or len(set(layers)) < len(layers)
         ):
             raise OptionError("the state's layers are not a list of different labels")
-        blank, values = cls(), dict[str, Any]()
+        blank, values = cls(), {name: copy.deepcopy(state[name]) for name in DECLARED}
         for name, declared in DECLARED.items():
-            value = state[name]
-            _check(name, value, declared, getattr(blank, name), layers)
-            if declared.combine is Combine.CONCATENATED and declared.axes:
-                values[name] = [value.clone()] if len(value) else []
-            else:
-                values[name] = value.clone() if isinstance(value, Tensor) else _copied(value)
+            if not _fits(values[name], declared, getattr(blank, name), len(layers)):
+                raise OptionError(f"the state's {name!r} is {values[name]!r:.60}, which it cannot be: measure again")
+        for name in CONCATENATED:
+            values[name] = [values[name]] if len(values[name]) else []
         return cls(tuple(layers), **values)
 
 
 DECLARED: dict[str, _Declared] = {
     field.name: field.metadata["is"] for field in dataclasses.fields(State) if "is" in field.metadata
 }
+# Lists of tensors, which are saved as one.
+CONCATENATED = [name for name, it in DECLARED.items() if it.axes and it.combine is Combine.CONCATENATED]
 
 
 def _combined(declared: _Declared, mine: Any, theirs: Any, offset: int) -> Any:
@@ -422,33 +420,20 @@ def _combined(declared: _Declared, mine: Any, theirs: Any, offset: int) -> Any:
     return mine + theirs if theirs else mine
 
 
-def _copied(value: Any) -> Any:
-    return type(value)(value) if isinstance(value, list | dict) else value
-
-
-def _check(name: str, value: Any, declared: _Declared, blank: Any, layers: list[str]) -> None:
-    """Raise :class:`OptionError` unless a value from outside is a valid one for its field."""
+def _fits(value: Any, declared: _Declared, blank: Any, layers: int) -> bool:
+    """Whether a value from outside is a valid one for its field, with these many layers."""
     if declared.axes:
-        shape = (*declared.lead, *[len(layers)] * declared.axes)
-        if isinstance(value, Tensor) and value.ndim and (isinstance(blank, list) or declared.lead == (0,)):
-            shape = (len(value), *shape[-declared.axes :])
-        fits = isinstance(value, Tensor) and value.shape == shape and value.dtype == torch.float64
-        wanted = f"{shape} float64"
-    elif isinstance(blank, dict):
-        fits = isinstance(value, dict) and all(
-            isinstance(key, str) and (_is_count(item) if declared.items is int else isinstance(item, declared.items))
-            for key, item in value.items()
+        lead = len(declared.lead) or 1
+        is_free = isinstance(blank, list) or declared.lead == (0,)
+        return (
+            isinstance(value, Tensor)
+            and value.dtype == torch.float64
+            and value.shape[-declared.axes :] == (layers,) * declared.axes
+            and (value.ndim == lead + declared.axes if is_free else value.shape[: -declared.axes] == declared.lead)
         )
-        wanted = f"a mapping from text to {declared.items.__name__}"
-    elif isinstance(blank, list):
-        fits, wanted = isinstance(value, list) and all(isinstance(item, str) for item in value), "a list of text"
-    elif isinstance(blank, int):
-        fits, wanted = _is_count(value) and value >= blank, f"a whole number, {blank} or more"
-    else:
-        fits, wanted = value is None or isinstance(value, str), "text or None"
-    if not fits:
-        raise OptionError(f"the state's {name!r} is not {wanted}")
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    if isinstance(blank, dict):
+        items = value.items() if isinstance(value, dict) else [(None, None)]
+        return all(isinstance(key, str) and type(item) is declared.items for key, item in items)
+    if isinstance(blank, list):
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return type(value) is int and value >= blank if isinstance(blank, int) else isinstance(value, str | None)

@@ -23,15 +23,6 @@ from cka_hooks.similarity.products.grams import Grams
 # Make a more careful product if rounding per sample may exceed this share of the U-centred norm (see `_is_precise`).
 # Measured: errors in CKA of untrained torchvision models stay below this.
 NOISE_TOLERANCE = 1e-6
-# Do not use a plain product if rounding may exceed this many times the U-centred norm times the root of n(n-3). Sums
-# of repeated features round alike, which averages out over pairs of samples only.
-PLAIN_SHARED = 0.3
-# If the samples' spread is at least this share of their size in a few probed runs of features, try the plain product
-# first: it needs no subtraction and no scratch buffer.
-PLAIN_SPREAD = 0.05
-PROBED_RUNS, PROBED_RUN = 16, 64
-# Products of up to this many multiplications cost less than the look.
-CHEAP = 1 << 22
 # Mean squared norms below this are near the end of float32's range, where squares lose their digits.
 TINY = 1e-30
 
@@ -60,22 +51,16 @@ def linear_grams(features: Tensor, minibatches: int = 1, dtype: torch.dtype | No
 
 
 def _on_cpu(grouped: Tensor) -> Grams:
-    """Try the cheapest product first, and a more careful one if the Gram matrix shows that rounding may matter."""
+    """Use float32 products, and those in float64 if the Gram matrix shows that rounding may matter."""
     dtype, n, width = grouped.dtype, grouped.shape[1], grouped.shape[2:].numel()
     if native.takes(grouped) and n <= native.MAX_SAMPLES:
         grams, measured = _compiled(grouped)
         chunk = native.BLOCK
     else:
-        chunk = reference.chunk_of(n)
-        cheap = grouped.numel() * n <= CHEAP
-        if dtype in (torch.float32, torch.float64) and (cheap or _looks_spread(grouped)):
-            grams = exactly(grouped.device, reference.plain, grouped)
-            if all(_is_precise(of_one, n, width, chunk, PLAIN_SHARED) for of_one in _measured(grams)):
-                return grams
         grams = exactly(grouped.device, reference.shifted, grouped)
         if dtype is torch.float64:
             return grams
-        measured = _measured(grams)
+        measured, chunk = _measured(grams), reference.chunk_of(n)
     # Samples that are equal to within rounding have no signal that a better product could save.
     level = (4 * torch.finfo(dtype).eps) ** 2
     if all(
@@ -90,21 +75,6 @@ def _on_cpu(grouped: Tensor) -> Grams:
 def _can_branch(tensor: Tensor) -> bool:
     """Whether looking at a value is free. On an accelerator it would wait for the device."""
     return tensor.device.type == "cpu"
-
-
-def _looks_spread(grouped: Tensor) -> bool:
-    """Whether the samples' spread dominates what they share, from evenly spaced positions and channels."""
-    _, _, positions, channels = grouped.shape
-    some = grouped[:, :, :: max(1, positions // 8)]
-    runs = PROBED_RUNS // min(some.shape[2], 8)
-    if channels > runs * PROBED_RUN:
-        # Runs rather than single features, because looking at one number costs a whole cache line.
-        apart = channels // runs
-        some = some[..., : runs * apart].unflatten(-1, (runs, apart))[..., :PROBED_RUN]
-    probe = some.flatten(2)
-    shared = probe.mean(1).square().sum(-1)
-    size = probe.square().sum((1, 2)) / probe.shape[1]
-    return bool((size - shared >= PLAIN_SPREAD * size).all())
 
 
 class Measured(NamedTuple):
@@ -142,13 +112,13 @@ def _measured(grams: Grams) -> list[Measured]:
     return [Measured(*map(float, numbers)) for numbers in torch.stack(found, -1)]
 
 
-def _is_precise(measured: Measured, n: int, width: int, chunk: int, shared: float = math.inf) -> bool:
+def _is_precise(measured: Measured, n: int, width: int, chunk: int) -> bool:
     """Whether float32 rounding in a Gram matrix of `width` features is below what 1e-6 in CKA allows.
 
     `chunk` features at a time were added in float32. Rounding in a growing sum is relative to its size: to K_ij if
     products have one sign, and otherwise to a part of |x_i| |x_j| that falls with the number of chunks. What counts
     is the ratio to the norm of the U-centred matrix: a shared component, an outlying sample and overflow all show in
-    it. The limit is `shared` times that norm and the root of its n(n-3).
+    it.
     """
     _, _, whole, own, rows, total, trace = measured
     # |U-centred|^2 = |K|^2 - 2/(n-2) |K1|^2 + (1'K1)^2 / ((n-1)(n-2)), zero diagonal (Székely & Rizzo 2014).
@@ -157,8 +127,7 @@ def _is_precise(measured: Measured, n: int, width: int, chunk: int, shared: floa
     growth = math.sqrt(max(off_diagonal, 0.0)) + trace * min(1.0, chunk / max(width, 1)) ** 0.5
     eps = torch.finfo(torch.float32).eps
     is_small = (eps * growth) ** 2 <= (NOISE_TOLERANCE * n) ** 2 * centred
-    is_bounded = shared == math.inf or off_diagonal <= shared**2 * n * (n - 3) * centred
-    return is_small and is_bounded and trace >= n * TINY
+    return is_small and trace >= n * TINY
 
 
 def _compiled(grouped: Tensor) -> tuple[Grams, list[Measured]]:

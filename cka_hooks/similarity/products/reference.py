@@ -46,26 +46,6 @@ def _feature_blocks(features: Tensor, size: int) -> Iterator[Tensor]:
         yield features[:, :, p : p + step]
 
 
-def plain(grouped: Tensor) -> Grams:
-    """K = X X', straight from views of the activation."""
-    m, n, _, _ = grouped.shape
-    values = _zeros(grouped, m, n)
-    # The products of T chunks are T matrices before they are added: limit these to 8 MB.
-    for block in _feature_blocks(grouped, chunk_of(n) * max(1, (1 << 21) // (n * n))):
-        chunks = block.transpose(1, 2)
-        count = chunks.shape[1]
-        # One batched product takes either all minibatches or all chunks: no single stride covers both.
-        if m == 1 or count == 1:
-            _add_products(values, chunks)
-        elif m < count:
-            for g in range(m):
-                _add_products(values[g : g + 1], chunks[g : g + 1])
-        else:
-            for t in range(count):
-                _add_products(values, chunks[:, t : t + 1])
-    return Grams(_mirrored(values, grouped.device), values.new_zeros(m))
-
-
 def shifted(grouped: Tensor, dtype: torch.dtype | None = None, *, scaled: bool = False) -> Grams:
     """K = (X - 1v') (X - 1v')' with v close to the samples' mean, widened to at least float32.
 
