@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +17,11 @@ from torch import Tensor, nn
 
 from cka_hooks.errors import ModelError, warn
 from cka_hooks.recording.layers import wrapped_attribute
-from cka_hooks.recording.snapshot import restore_torch_random, torch_random_state
+from cka_hooks.recording.snapshot import restore_torch_random, torch_random_state, undoing
 
-# Who is measuring: the thread, and the ids of the modules.
-_claims: dict[object, tuple[int, frozenset[int]]] = {}
-# Who needs compiled code to run uncompiled, and the switch for it.
-_lock = threading.Lock()
-_eager: set[object] = set()
+# Who is measuring in which thread -> the ids of the modules. Ctrl-C could leave a lock on it taken.
+_claims: dict[tuple[object, int], frozenset[int]] = {}
+# While anybody measures, the switch that makes compiled code run uncompiled.
 _stance: list[Any] = []
 # Modules by class name that drop parts at random, and the attribute with the rate.
 _RANDOM = {"DropPath": "drop_prob", "StochasticDepth": "p"}
@@ -48,47 +47,35 @@ def is_sharded(model: nn.Module) -> bool:
 def claim(owner: object, model: nn.Module) -> None:
     """Reserve a model for this thread, until :func:`release`. One thread may do so several times.
 
+    Meanwhile compiled code runs uncompiled, since hooks do not fire in it.
+
     Raises:
         ModelError: another thread is measuring the model or a part of it.
     """
     modules = frozenset(map(id, model.modules()))
     own = threading.get_ident()
-    before = _claims.get(owner)
     # Claim first, then look: of two threads at the same time, at least one sees the other.
-    _claims[owner] = own, modules
+    _claims[owner, own] = modules
     alive = {thread.ident: thread.name for thread in threading.enumerate()}
-    for thread, claimed in (before or (own, modules), *_claims.copy().values()):
+    for (_, thread), claimed in _claims.copy().items():
         if thread != own and thread in alive and not modules.isdisjoint(claimed):
-            _claims.pop(owner, None)
-            if before is not None:
-                _claims[owner] = before
+            del _claims[owner, own]
             raise ModelError(
                 f"the model, or a part of it, is being measured in thread {alive[thread]!r}: wait until that run "
                 "has ended, or give each thread a copy of the model (copy.deepcopy(model))"
             )
+    # A program that compiled something has imported this module. For others, the import would take seconds.
+    if "torch._dynamo" in sys.modules and not _stance:
+        _stance.append(torch.compiler.set_stance("force_eager"))
 
 
 def release(owner: object) -> None:
-    """End a :func:`claim`. Does nothing if there is none."""
-    _claims.pop(owner, None)
-
-
-def run_eagerly(owner: object) -> None:
-    """Make compiled code run uncompiled until `run_compiled`, since hooks do not fire in compiled code."""
-    with _lock:
-        _eager.add(owner)
-        # A program that compiled something has imported this module. For others, the import would take seconds.
-        if "torch._dynamo" in sys.modules and not _stance:
-            _stance.append(torch.compiler.set_stance("force_eager"))
-
-
-def run_compiled(owner: object) -> None:
-    """End `run_eagerly`. Compiled code runs again when the last owner is done, in whatever order."""
-    with _lock:
-        _eager.discard(owner)
-        if not _eager and _stance:
-            _stance[0].__exit__(None, None, None)
-            _stance.clear()
+    """End the claims of an owner, if there are any. Compiled code runs again when the last owner is done."""
+    for key in [key for key in _claims.copy() if key[0] is owner]:
+        _claims.pop(key, None)
+    while _stance and not _claims:
+        _stance[-1].__exit__(None, None, None)
+        _stance.pop()
 
 
 def remove_hooks(module: nn.Module, *owners: object) -> None:
@@ -139,22 +126,16 @@ class untouched:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._modes: list[tuple[nn.Module, bool]] = []
-        self._kept: list[tuple[dict[str, Any], str, Tensor | None, Tensor | None, int]] = []
+        self._undo: list[Callable[[], object]] = []
 
     def __enter__(self) -> None:
         try:
             claim(self, self._model)
             for module in self._model.modules():
-                entries: dict[str, Any]
-                for entries in (module._buffers, module._parameters):
-                    for name, tensor in entries.items():
-                        if tensor is None:
-                            self._kept.append((entries, name, None, None, 0))
-                        elif entries is module._buffers and not tensor.is_inference():
-                            self._kept.append((entries, name, tensor, tensor.detach().clone(), tensor._version))
-            self._modes = [(module, module.training) for module in self._model.modules()]
-            for module, _ in self._modes:
+                unset = {name: None for name, parameter in module._parameters.items() if parameter is None}
+                self._undo += partial(vars(module).update, training=module.training), *undoing(module._buffers, {})
+                self._undo.append(partial(module._parameters.update, unset))
+            for module in self._model.modules():
                 module.training = False
         except BaseException:
             self._restore()
@@ -167,27 +148,10 @@ class untouched:
             self._restore()
 
     def _restore(self) -> None:
-        for module, training in self._modes:
-            module.training = training
-        for entries, name, tensor, copy, version in self._kept:
-            if tensor is not None and copy is not None:
-                _write_back(tensor, copy, version)
-            if entries.get(name) is not tensor:
-                entries[name] = tensor
+        for undo in self._undo:
+            undo()
         release(self)
-        self._modes, self._kept = [], []
-
-
-def _write_back(buffer: Tensor, copy: Tensor, version: int) -> None:
-    if buffer.shape != copy.shape:
-        # Resized in place, as observers of quantisation do.
-        buffer.data = copy
-    elif buffer._version != version:
-        buffer.detach().copy_(copy)
-    elif buffer.layout is torch.strided and 0 not in buffer.stride():
-        # A write through `.data` does not count as a version, and neither does this. (Expanded tensors cannot be
-        # written to.)
-        buffer.data.copy_(copy)
+        self._undo = []
 
 
 class RandomStream:
@@ -202,12 +166,8 @@ class RandomStream:
 
     def __enter__(self) -> None:
         self._outer = torch_random_state()
-        try:
-            if self._own is not None:
-                restore_torch_random(self._own)
-        except BaseException:
-            restore_torch_random(self._outer)
-            raise
+        if self._own is not None:
+            restore_torch_random(self._own)
 
     def __exit__(self, *exception: object) -> None:
         try:

@@ -162,7 +162,6 @@ class LayerRecorder:
         try:
             guest.claim(self, self.model)
             if depth == 0:
-                guest.run_eagerly(self)
                 unwrap(self.model).register_forward_pre_hook(self._on_start, prepend=True, with_kwargs=True)
                 unwrap(self.model).register_forward_hook(self._on_end)
                 for module in self._way.followed:
@@ -195,7 +194,6 @@ class LayerRecorder:
             for tap in self._taps.values():
                 guest.remove_hooks(tap.module, tap)
             self._managed = False
-            guest.run_compiled(self)
             guest.release(self)
         self._entered = max(0, depth)
         self._listen()

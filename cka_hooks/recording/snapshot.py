@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,20 +28,15 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._undo: list[Callable[[], object]] = []
-        # Held, so that no other object can get the same id meanwhile.
-        self._seen: dict[int, Any] = {}
-        for module in model.modules():
-            # Sharding replaces parameters before and after each forward pass.
-            self._seen[id(module._parameters)] = module._parameters
-            self._keep(vars(module))
+        # Sharding replaces parameters before and after each forward pass.
+        seen: dict[int, Any] = {id(module._parameters): module._parameters for module in model.modules()}
+        self._undo = [undo for module in model.modules() for undo in undoing(vars(module), seen)]
         self._random = random_state()
 
     def restore(self) -> None:
         """Restore everything. Calling it again is harmless."""
-        with torch.no_grad():
-            for undo in self._undo:
-                undo()
+        for undo in self._undo:
+            undo()
         states, python, numpy = self._random
         restore_torch_random(states)
         random.setstate(python)
@@ -57,49 +53,49 @@ class Snapshot:
             or not np.array_equal(numpy[1], numpy_before[1])
         )
 
-    def _keep(self, value: Any) -> None:
-        if id(value) in self._seen or isinstance(value, nn.Module | nn.Parameter):
-            return
-        self._seen[id(value)] = value
-        if type(value) is Tensor:
-            if value.layout is torch.strided and not (value.is_inference() or value.is_meta or value.is_nested):
-                copy = value.detach().clone()
-                self._undo.append(lambda: _write_back(value, copy))
-        elif isinstance(value, np.ndarray):
-            numbers = value.copy()
-            self._undo.append(lambda: np.copyto(value, numbers))
-        elif isinstance(value, torch.Generator):
-            state = value.get_state()
-            self._undo.append(lambda: value.set_state(state))
-        elif isinstance(value, dict):
-            items = dict(value)
-            self._undo.append(lambda: _fill(value, items))
-            self._keep_each(items.values())
-        elif isinstance(value, list | deque):
-            entries = list(value)
-            self._undo.append(lambda: _fill_sequence(value, entries))
-            self._keep_each(entries)
-        elif isinstance(value, set):
-            members = set(value)
-            self._undo.append(lambda: value.symmetric_difference_update(value ^ members))
-        elif isinstance(value, tuple):
-            self._keep_each(value)
-        elif dataclasses.is_dataclass(value) and hasattr(value, "__dict__") and not isinstance(value, type):
-            self._keep(vars(value))
 
-    def _keep_each(self, values: Iterable[Any]) -> None:
-        values = list(values)
-        for value in values if len(values) <= _MANY else ():
-            self._keep(value)
+def undoing(value: Any, seen: dict[int, Any]) -> Iterator[Callable[[], object]]:
+    """Functions that restore a value, and what is in it, to what they are now. Calling one again is harmless.
+
+    Args:
+        value: a container, a tensor, an array or a generator of random numbers; nothing else is copied.
+        seen: what was copied before, by its id. It is held, so that no other object can get the same id meanwhile.
+    """
+    if id(value) in seen or isinstance(value, nn.Module | nn.Parameter):
+        return
+    seen[id(value)] = value
+    contents: Any = ()
+    if isinstance(value, Tensor):
+        if value.layout is torch.strided and not (value.is_inference() or value.is_meta or value.is_nested):
+            yield partial(_write_back, value, value.detach().clone(), value._version)
+    elif isinstance(value, np.ndarray):
+        yield partial(np.copyto, value, value.copy())
+    elif isinstance(value, torch.Generator):
+        yield partial(value.set_state, value.get_state())
+    elif isinstance(value, dict):
+        yield partial(_fill, value, dict(value))
+        contents = value.values()
+    elif isinstance(value, list | deque):
+        yield partial(_fill_sequence, value, list(value))
+        contents = value
+    elif isinstance(value, tuple):
+        contents = value
+    elif dataclasses.is_dataclass(value) and hasattr(value, "__dict__") and not isinstance(value, type):
+        contents = [vars(value)]
+    for item in contents if len(contents) <= _MANY else ():
+        yield from undoing(item, seen)
 
 
-def _write_back(tensor: Tensor, copy: Tensor) -> None:
-    # Leave alone what has not changed: a graph that holds it would notice a write.
+def _write_back(tensor: Tensor, copy: Tensor, version: int) -> None:
     if tensor.shape != copy.shape:
         # Resized in place, as observers of quantisation do.
         tensor.data = copy.clone()
-    elif not torch.equal(tensor, copy):
-        tensor.copy_(copy)
+    elif tensor._version != version:
+        tensor.detach().copy_(copy)
+    elif 0 not in tensor.stride():
+        # A write through `.data` does not count as a version, and neither does this: a graph that holds the tensor
+        # would notice. (Expanded tensors cannot be written to.)
+        tensor.data.copy_(copy)
 
 
 def _fill(mapping: dict[Any, Any], items: dict[Any, Any]) -> None:
@@ -110,9 +106,8 @@ def _fill(mapping: dict[Any, Any], items: dict[Any, Any]) -> None:
 
 
 def _fill_sequence(sequence: list[Any] | deque[Any], entries: list[Any]) -> None:
-    if list(map(id, sequence)) != list(map(id, entries)):
-        sequence.clear()
-        sequence.extend(entries)
+    sequence.clear()
+    sequence.extend(entries)
 
 
 def random_state() -> tuple[list[Tensor], Any, Any]:
