@@ -215,7 +215,7 @@ def test_frames_of_speech(features: str) -> None:
         {"feature_projection:0": framed, "encoder.layers.0": framed, "encoder.layers.1": framed},
         features,
     )
-    with pytest.warns(cka_hooks.CKAWarning, match="features='flatten' keeps padding as data in 'encoder"):
+    with pytest.warns(cka_hooks.CKAWarning, match="in 'encoder.layers.0'.* counts as data.*features='flatten' keeps"):
         cka_hooks.compare(model, batches, layers="encoder.layers.*", progress=False)
 
 
@@ -235,7 +235,8 @@ class Prompted(nn.Module):
 def test_virtual_tokens() -> None:
     batches = tokens(6)
     with pytest.warns(
-        cka_hooks.CKAWarning, match=r"attention_mask has zeros and was not used in 'mix'.*Pass mask= to name"
+        cka_hooks.CKAWarning,
+        match=r"padding in 'mix' counts as data: .*attention_mask has zeros and was not used.*mask= names",
     ):
         check(Prompted(), batches, {"embed": masked(mean), "mix": unmasked(mean)})
 
@@ -264,7 +265,8 @@ def test_pairs_of_ids_and_mask(kind: str) -> None:
     if kind != "int":
         return
     with pytest.warns(
-        cka_hooks.CKAWarning, match=r"batch\[1\] looks like a mask.*mask=lambda batch: batch\[1\] uses it"
+        cka_hooks.CKAWarning,
+        match=r"in 'embed', 'act' .*batch\[1\] looks like a mask.*mask=lambda batch: batch\[1\] uses it",
     ):
         check(Reader(), batches, dict.fromkeys(take, unmasked(mean)), call=call)
 
@@ -323,10 +325,10 @@ def test_a_mask_where_nothing_can_be_cut() -> None:
         {"x": torch.randn(8, 6, 4, generator=generator), "attention_mask": batch["attention_mask"]}
         for batch in tokens(6)
     ]
-    with pytest.warns(cka_hooks.CKAWarning, match="was not used in 'embed'"):
+    with pytest.warns(cka_hooks.CKAWarning, match="padding in 'embed' .* was not used"):
         check(Fixed(), batches, {"embed": unmasked(mean)})
     # The user says that it is a mask, and not of which layers.
-    with pytest.warns(cka_hooks.CKAWarning, match="mask= was used in 'embed', which have as many positions"):
+    with pytest.warns(cka_hooks.CKAWarning, match="padding in 'embed' was left out by size.*those of mask="):
         check(Fixed(), batches, {"embed": masked(mean)}, mask=lambda batch: batch["attention_mask"])
     check(Fixed(), batches, {"embed": masked(mean)}, mask={"embed": lambda batch: batch["attention_mask"]})
 
@@ -382,7 +384,9 @@ def test_a_decoder_without_a_mask_of_its_own_is_named() -> None:
         for batch in tokens(6)
     ]
     take = {"encoder.block.0": masked(mean), "decoder.block.0": unmasked(mean)}
-    with pytest.warns(cka_hooks.CKAWarning, match="attention_mask has zeros and was not used in 'decoder.block.0'"):
+    with pytest.warns(
+        cka_hooks.CKAWarning, match="padding in 'decoder.block.0' .*attention_mask has zeros and was not used"
+    ):
         check(model, batches, take)
     for batch in batches:
         batch["decoder_attention_mask"] = batch["attention_mask"].flip(0)
@@ -450,7 +454,7 @@ def test_a_first_batch_without_a_mask() -> None:
 
 
 def test_flatten_names_the_layers() -> None:
-    with pytest.warns(cka_hooks.CKAWarning, match=r"keeps padding as data in 'embed', 'act'"):
+    with pytest.warns(cka_hooks.CKAWarning, match=r"padding in 'embed', 'act' counts as data"):
         cka_hooks.compare(Reader(), tokens(6), layers=["embed", "act"], progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error", cka_hooks.CKAWarning)
@@ -471,7 +475,7 @@ def test_a_mask_of_pixels_is_said() -> None:
     counts = torch.ones(8, 12, 12).long()
     counts[2, :, 8:], counts[5, 4:] = 0, 0
     batches = [{"pixel_values": torch.randn(8, 3, 12, 12, generator=generator), "pixel_mask": counts} for _ in "ab"]
-    said = r"'pixel_mask'\] looks like a mask.*in 'block'.*brought to \(n, T\)"
+    said = r"in 'block' .*'pixel_mask'\] looks like a mask.*as \(n, T\)"
     with pytest.warns(cka_hooks.CKAWarning, match=said):
         check(Patches(), batches, {"block": unmasked(mean)})
 
@@ -515,7 +519,7 @@ def test_lengths_that_nobody_used_are_said(form: str, features: str) -> None:
     else:
         options["forward"] = call
         what, use = r"batch\[1\]", r"torch.arange\(batch\[0\].shape\[1\]\) < batch\[1\]\[:, None\]"
-    said = rf"{what} looks like the lengths.*counts as data in 'head'.*mask=lambda batch: {use}"
+    said = rf"padding in 'head' counts as data: {what} looks like the lengths.*mask=lambda batch: {use}"
     with pytest.warns(cka_hooks.CKAWarning, match=said) as record:
         cka_hooks.compare(Sequences(), batches, features=features, **options)
     assert len(record) == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from types import UnionType
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 from torch.utils import data
 
 from cka_hooks.errors import BatchError, OptionError
+from cka_hooks.recording import outputs
 
 Forward = Callable[[nn.Module, Any], Any]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -112,39 +113,30 @@ def is_sample_list(value: Any, *, is_input: bool = False) -> bool:
 
 def leading_shape(*values: Any) -> tuple[int, ...]:
     """The shape of the first tensor in a call's arguments, (n,) for n entries or graphs, () if there is none."""
-    for value in values:
-        shape: tuple[int, ...] = ()
-        if isinstance(value, Tensor) and value.is_nested:
-            if value.layout is torch.strided:
-                raise BatchError(
-                    "a nested tensor of the strided layout has no shape: make it with layout=torch.jagged"
-                )
-            shape = (value.size(0),)
-        elif isinstance(value, Tensor | np.ndarray):
-            shape = tuple(value.shape)
-        elif isinstance(value, PackedSequence):
-            shape = (int(value.batch_sizes[0]),)
-        elif isinstance(graphs := getattr(value, "num_graphs", None), int):
-            shape = (graphs,)
-        elif is_sample_list(value, is_input=True):
-            shape = (len(value),)
-        elif isinstance(value, tuple | list):
-            shape = leading_shape(*value)
-        elif (fields := fields_of(value)) is not None:
-            shape = leading_shape(*fields.values())
-        if shape:
-            return shape
-    return ()
+    return next(filter(None, map(_shape, values)), ())
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    if isinstance(value, Tensor | np.ndarray):
+        return (value.size(0),) if isinstance(value, Tensor) and value.is_nested else tuple(value.shape)
+    if isinstance(value, PackedSequence):
+        return (int(value.batch_sizes[0]),)
+    if isinstance(graphs := getattr(value, "num_graphs", None), int):
+        return (graphs,)
+    if is_sample_list(value, is_input=True):
+        return (len(value),)
+    return leading_shape(*_entries(value))
+
+
+def _entries(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, tuple | list) else (fields_of(value) or {}).values()
 
 
 def fields_of(value: Any) -> dict[str, Any] | None:
     """The fields of a mapping, a dataclass or an object of a class for batches; None for anything else."""
-    if isinstance(value, Mapping):
-        return {str(key): item for key, item in value.items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
     fields = {} if isinstance(value, Tensor | nn.Module | type) else getattr(value, "__dict__", {})
-    return dict(fields) if any(isinstance(item, Tensor) for item in fields.values()) else None
+    is_object = any(isinstance(item, Tensor) for item in fields.values())
+    return outputs.fields_of(value) or (dict(fields) if is_object else None)
 
 
 def sample_count(batch: Any) -> int | None:
@@ -157,26 +149,21 @@ def is_empty(batch: Any) -> bool:
 
     A ``collate_fn`` that drops bad samples yields such batches. A run skips them.
     """
-    if batch is None:
-        return True
-    entries = batch.values() if isinstance(batch, Mapping) else batch
-    if isinstance(batch, tuple | list | Mapping) and all(map(is_empty, entries)):
-        return True
-    return leading_shape(batch)[:1] == (0,)
+    is_container = batch is None or isinstance(batch, tuple | list | Mapping)
+    return (is_container and all(map(is_empty, _entries(batch)))) or leading_shape(batch)[:1] == (0,)
 
 
 _ONE_BATCH = "one batch: pass [batch], or the loader that it came from"
-_DATA_SET = "a data set, which yields single samples: pass torch.utils.data.DataLoader({}, batch_size=64)"
-_INDICES = "a sampler, which yields indices: pass torch.utils.data.DataLoader(dataset, {}=sampler)"
-_TENSOR = "one tensor: pass torch.utils.data.DataLoader(tensor, batch_size=64), or [tensor] for one batch"
+_LOADER = "pass torch.utils.data.DataLoader({}, batch_size=64)"
+_SAMPLER = "which yields indices: pass torch.utils.data.DataLoader(dataset, {}=sampler)"
 # What does not yield batches, and what to do with it. The first kind that fits decides; None: it is a loader.
 _NO_LOADERS: tuple[tuple[type | UnionType, str | None], ...] = (
-    (data.BatchSampler, _INDICES.format("batch_sampler")),
-    (data.Sampler, _INDICES.format("sampler")),
+    (data.BatchSampler, _SAMPLER.format("batch_sampler")),
+    (data.Sampler, _SAMPLER.format("sampler")),
     (data.IterableDataset, None),
-    (data.Dataset, _DATA_SET.format("dataset")),
-    (Tensor | np.ndarray, _TENSOR),
-    (nn.Module, "a model: the models come first, compare({'a': a, 'b': b}, loader)"),
+    (data.Dataset, "which yields single samples: " + _LOADER.format("dataset")),
+    (Tensor | np.ndarray, _LOADER.format("tensor") + ", or [tensor] for one batch"),
+    (nn.Module, "the models come first, compare({'a': a, 'b': b}, loader)"),
     (Mapping, _ONE_BATCH),
 )
 
@@ -190,13 +177,13 @@ def check_loader(loader: Any) -> None:
     kind = f"{type(loader).__module__}.{type(loader).__qualname__}"
     advice = next((advice for kinds, advice in _NO_LOADERS if isinstance(loader, kinds)), None)
     if kind.startswith("datasets."):
-        advice = _DATA_SET.format('dataset.with_format("torch")')
+        advice = _LOADER.format('dataset.with_format("torch")')
     elif _is_pair(loader):
         advice = _ONE_BATCH
     elif isinstance(loader, str) or not (advice or hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
         advice = "not iterable: pass a DataLoader or a list of batches"
     if advice is not None:
-        raise OptionError(f"the loader is a {kind}: {advice}")
+        raise OptionError(f"the loader is a {kind}, {advice}")
 
 
 def _is_pair(value: Any) -> bool:
@@ -221,26 +208,20 @@ def mapped(value: Any, change: Callable[[Any, str], Any], key: str = "") -> Any:
         return changed
     if isinstance(value, Mapping):
         items = {name: mapped(item, change, str(name)) for name, item in value.items()}
-        return items if type(value) is dict else _rebuilt(value, items)
+        try:
+            return type(value)(items)  # type: ignore[call-arg]
+        except (TypeError, ValueError):
+            return items
     if isinstance(value, tuple | list):
         entries = [mapped(item, change, key) for item in value]
         return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = {f.name: mapped(getattr(value, f.name), change, f.name) for f in dataclasses.fields(value) if f.init}
-        return dataclasses.replace(value, **items)
-    if (fields := fields_of(value)) is not None:
-        new = copy.copy(value)
-        vars(new).update({name: mapped(item, change, name) for name, item in fields.items()})
-        return new
-    return value
-
-
-def _rebuilt(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
-    """A mapping of the same type if that type can be made from a dict, else a dict."""
-    try:
-        return type(value)(items)  # type: ignore[call-arg]
-    except (TypeError, ValueError):
-        return items
+    if (fields := fields_of(value)) is None:
+        return value
+    new = copy.copy(value)
+    for name, item in fields.items():
+        # A dataclass may be frozen, and have no `__dict__`.
+        object.__setattr__(new, name, mapped(item, change, name))
+    return new
 
 
 def to_device(value: Any, device: torch.device | None) -> Any:
@@ -262,18 +243,17 @@ def cut(value: Any, samples: int, index: Sequence[int]) -> Any:
     """Copy a batch of `samples`, keeping the samples that `index` names, in that order.
 
     This cuts tensors and arrays whose dimension 0 has that size, lists with one entry per sample, packed sequences
-    and batches of graphs. Everything else is copied whole.
+    and batches of graphs. Other tensors are copied whole, and everything else stays the same object.
     """
 
     def chosen(item: Any, _: str) -> Any:
+        if isinstance(item, Tensor) and item.is_nested:
+            parts = item.unbind()
+            return torch.nested.as_nested_tensor([parts[i] for i in index], layout=item.layout)
+        if isinstance(item, Tensor | np.ndarray) and item.ndim and item.shape[0] == samples:
+            return item[list(index)]
         if isinstance(item, Tensor):
-            if item.is_nested:
-                parts = item.unbind()
-                return torch.nested.as_nested_tensor([parts[i] for i in index], layout=item.layout)
-            rows = item.ndim > 0 and item.shape[0] == samples
-            return item[torch.tensor(index, device=item.device)] if rows else item.clone()
-        if isinstance(item, np.ndarray):
-            return item[list(index)] if item.ndim and item.shape[0] == samples else item.copy()
+            return item.clone()
         if isinstance(item, PackedSequence):
             unpacked = unpack_sequence(item)
             return pack_sequence([unpacked[i] for i in index], enforce_sorted=False)
@@ -281,13 +261,7 @@ def cut(value: Any, samples: int, index: Sequence[int]) -> Any:
             return type(item)([copy.deepcopy(item[i]) for i in index])
         if getattr(item, "num_graphs", None) == samples:
             return type(item).from_data_list([item[i] for i in index])
-        if isinstance(item, tuple | list) or fields_of(item) is not None:
-            return None
-        try:
-            return copy.deepcopy(item)
-        except Exception:
-            # Locks, open files and the like are the same for every part of the batch.
-            return item
+        return None
 
     return mapped(value, chosen)
 
@@ -333,10 +307,7 @@ def keeps_labels(model: nn.Module | None, key: str, keywords: Mapping[str, Any])
     """Whether to give a model its labels."""
     if model is None:
         return False
-    try:
-        parameters = inspect.signature(model.forward).parameters
-    except (TypeError, ValueError):
-        return False
+    parameters = inspect.signature(model.forward).parameters
     config = getattr(model, "config", None)
     named = parameters.get(key)
     if config is not None and hasattr(config, "is_encoder_decoder"):

@@ -207,7 +207,7 @@ class LongWay:
         if self._limit is not None:
             activation = activation.narrow(route.axis, 0, min(self._limit, activation.shape[route.axis]))
         if route.reduction == "flatten":
-            self._padding.keeps(label, name, tuple(activation.shape))
+            self._padding.keeps(name, label, tuple(activation.shape))
             return activation.movedim(route.axis, 0)
         found = [] if callable(route.reduction) else self._padding.of(name, label, tuple(activation.shape))
         masks = [(mask[: self._limit], dims) for mask, dims in found]

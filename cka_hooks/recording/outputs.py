@@ -31,10 +31,12 @@ def activation_of(value: Any, part: str = "") -> Tensor:
     for step in part.split(":") if part else ():
         found = _child(found, step, part)
     reason = None
+    leaf: Any
     for leaf in leaves_in(found):
         problem = _unusable(leaf)
-        if problem is None and isinstance(leaf, Tensor):
-            return local(leaf)
+        if problem is None:
+            # Of a distributed tensor, this is the whole one.
+            return leaf.full_tensor() if hasattr(leaf, "full_tensor") else leaf
         reason = reason or problem
         # Integer tensors come before what a layer computed. After a packed sequence come a recurrent layer's states,
         # and after a nested tensor attention weights; these are not the layer's output.
@@ -42,12 +44,6 @@ def activation_of(value: Any, part: str = "") -> Tensor:
             break
     kind = "nothing" if found is None else f"a {type(found).__name__}"
     raise NotRecordable(reason or f"returned no tensor but {kind}")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The whole tensor of which a distributed tensor is a part; any other tensor as it is."""
-    gather = getattr(tensor, "full_tensor", None)
-    return gather() if gather is not None else tensor
 
 
 def input_of(args: Sequence[Any], kwargs: Mapping[str, Any], part: str) -> Tensor:
@@ -89,15 +85,18 @@ def leaves_in(value: Any) -> Iterator[Tensor | PackedSequence]:
     """Every tensor and packed sequence in nested mappings, sequences and dataclasses, depth first, in order."""
     if isinstance(value, Tensor | PackedSequence):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from leaves_in(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from leaves_in(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from leaves_in(getattr(value, field.name, None))
+        return
+    for item in value if isinstance(value, tuple | list) else (fields_of(value) or {}).values():
+        yield from leaves_in(item)
+
+
+def fields_of(value: Any) -> dict[str, Any] | None:
+    """The fields of a mapping or a dataclass; None for anything else."""
+    if isinstance(value, Mapping):
+        return {str(key): item for key, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
+    return None
 
 
 def _unusable(tensor: Tensor | PackedSequence) -> str | None:
@@ -106,15 +105,11 @@ def _unusable(tensor: Tensor | PackedSequence) -> str | None:
         return "returned a packed sequence: choose a layer after pad_packed_sequence"
     if tensor.is_nested:
         return (
-            "a nested tensor, whose samples differ in their number of features (nn.TransformerEncoder makes them of "
-            "padded batches unless built with enable_nested_tensor=False; its use_nested_tensor = False stops it)"
+            "a nested tensor, whose samples differ in their number of features: build nn.TransformerEncoder with "
+            "enable_nested_tensor=False, or set its use_nested_tensor = False"
         )
-    if tensor.is_quantized:
-        return "a quantised tensor: dequantise it, or choose a layer after it"
     if tensor.layout is not torch.strided:
         return f"a sparse tensor ({tensor.layout})"
-    if tensor.is_complex():
-        return "a complex tensor: CKA is defined for real features"
     if not tensor.is_floating_point():
-        return f"a tensor of {str(tensor.dtype).removeprefix('torch.')}, not of floating-point numbers"
+        return f"a tensor of {str(tensor.dtype).removeprefix('torch.')}, not of real floating-point numbers"
     return None

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
-from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,33 +27,40 @@ MaskOf = Callable[[Any], Tensor | None]
 MaskOption = MaskOf | Mapping[str, MaskOf | None] | None
 # A key of the batch, or the user's function.
 Source = str | MaskOf
+# Makes a mask of so many positions from one of others.
+Frames = Callable[[int, Tensor], Tensor]
 
 MASK, DECODER_MASK, LABELS = "attention_mask", "decoder_attention_mask", "labels"
 # The value of labels that losses leave out.
 _IGNORED = -100
-_FRAMES = "_get_feature_vector_attention_mask"
+_LENGTHS, _FRAMES = "_get_feat_extract_output_lengths", "_get_feature_vector_attention_mask"
 # Batches that are looked at for padding that nobody named.
 _LOOKED_AT = 32
 
-
-_WRONG = {
-    "kept": "the batch's attention mask has zeros, and features='flatten' keeps padding as data in {layers}: use "
-    "features='mean', 'token' or 'last' to leave padding out",
-    "unused": "the {mask} has zeros and was not used in {layers}, which are not known to have its positions: padding "
-    "there counts as data. Pass mask= to name the mask of each layer: a function of the batch that returns (n, T), "
-    "nonzero where a position counts, or a mapping from layer pattern to such functions",
-    "by size": "mask= was used in {layers}, which have as many positions: that these are the mask's could not be "
-    "confirmed. Name them: a mapping from layer pattern to the function",
-    "suspect": "{what}, and was not used: padding counts as data in {layers}. With features='mean', 'token' or "
-    "'last', mask=lambda batch: {use} uses it (nonzero where a position counts)",
-}
+# What is wrong with the padding of some layers.
+_KEPT = (
+    "counts as data: the batch's attention mask has zeros, and features='flatten' keeps all positions. "
+    "features='mean', 'token' or 'last' leave padding out"
+)
+_UNUSED = (
+    "counts as data: the {} has zeros and was not used, since these layers are not known to have its positions. "
+    "mask= names it: a function of the batch that returns (n, T), or a mapping from layer pattern to such functions"
+)
+_BY_SIZE = (
+    "was left out by size: that their positions are those of mask= could not be confirmed. Name them: a mapping from "
+    "layer pattern to the function"
+)
+_SUSPECT = (
+    "counts as data: {}, and was not used. With features='mean', 'token' or 'last', mask=lambda batch: {} uses it, "
+    "as (n, T) for T positions of a layer and nonzero where one counts"
+)
 
 
 class _Fit(NamedTuple):
     """The dimensions of a layer with a mask's positions, and how to turn the mask into one of these positions."""
 
     dims: tuple[int, ...]
-    frames: Callable[[int, Tensor], Tensor] | None = None
+    frames: Frames | None = None
 
 
 # A layer with other positions, and one that does not depend on what the mask describes.
@@ -83,17 +90,17 @@ class Padding:
                 )
         self._is_named = isinstance(mask, Mapping)
         self._model = names[ROOT]
-        self._frames = {name: module for name, module in names.items() if hasattr(module, _FRAMES)}
+        self._speech = {name: it for name, it in names.items() if hasattr(it, _FRAMES)}
         self._probed: set[Source] = set()
         self._fits: dict[tuple[str, Source], _Fit] = {}
         self._found: dict[Source, Tensor] = {}
         self._framed: dict[tuple[Source, int], Tensor] = {}
         self._zeros: bool | None = None
         self._is_first = True
-        self._looks = _LOOKED_AT
-        self._suspect: _Suspect | None = None
-        # What is wrong -> labels of the layers, and the mask of each.
-        self._wrong: dict[str, dict[str, Source]] = defaultdict(dict)
+        self._looks = 0 if self._is_named else _LOOKED_AT
+        self._suspect: str | None = None
+        # What is wrong -> labels of the layers.
+        self._wrong: dict[str, dict[str, None]] = defaultdict(dict)
         self._warned: set[str] = set()
 
     # The masks of a batch
@@ -105,23 +112,22 @@ class Padding:
             BatchError: `mask` did not return a mask of the batch.
         """
         self._found, self._framed, self._zeros = {}, {}, None
-        for function in self._given.values:
-            if function is not None:
-                mask = function(batch)
-                if mask is not None:
-                    self._found[function] = _checked(mask, samples)
-        keywords = _keywords(batch, form)
+        for function in filter(None, self._given.values):
+            mask = function(batch)
+            if mask is not None:
+                self._found[function] = _checked(mask, samples)
+        where, fields = _fields(batch, form)
         if self._is_named or not any(self._given.values):
-            found: dict[str, Any] = {key: keywords.get(key) for key in (MASK, DECODER_MASK)}
-            labels = keywords.get(LABELS)
-            if found[DECODER_MASK] is None and isinstance(labels, Tensor) and not labels.is_floating_point():
-                makes_input = hasattr(getattr(self._model, "config", None), "is_encoder_decoder")
-                if makes_input and batches.keeps_labels(self._model, LABELS, keywords):
-                    found[LABELS] = labels != _IGNORED
-            self._found |= {key: it for key, it in found.items() if isinstance(it, Tensor) and it.ndim == 2}
-            if self._looks and self._suspect is None and not self._is_named:
-                self._looks -= 1
-                self._suspect = _suspect(batch, form, keywords)
+            masks = {key: fields.get(key) for key in (MASK, DECODER_MASK)}
+            labels = fields.get(LABELS)
+            makes_input = hasattr(getattr(self._model, "config", None), "is_encoder_decoder")
+            has_mask = masks[DECODER_MASK] is not None or not isinstance(labels, Tensor)
+            if makes_input and not has_mask and batches.keeps_labels(self._model, LABELS, fields):
+                masks[LABELS] = labels != _IGNORED
+            self._found |= {key: it for key, it in masks.items() if isinstance(it, Tensor) and it.ndim == 2}
+            if self._looks:
+                self._suspect = _suspect(batch, form, where, fields)
+                self._looks = 0 if self._suspect else self._looks - 1
 
     @property
     def needs_probe(self) -> bool:
@@ -131,9 +137,7 @@ class Padding:
     @property
     def is_due(self) -> bool:
         """Whether the warning about padding that is kept as data may still come."""
-        return (self._suspect is not None and "suspect" not in self._warned) or (
-            "kept" not in self._warned and self.has_zeros
-        )
+        return self._suspect is not None or (_KEPT not in self._warned and self.has_zeros)
 
     @property
     def has_zeros(self) -> bool:
@@ -158,24 +162,21 @@ class Padding:
         for source, mask in self._found.items():
             length = mask.shape[1]
             # One step of a recording stands for many of its numbers.
-            less = length - (max(1, length // 4) if self._frames else 1)
+            less = length - (max(1, length // 4) if self._speech else 1)
             if source not in self._probed and len(mask) == samples and less > 0:
                 self._fits |= self._fits_of(source, probe, length, less)
         self._probed.update(self._found)
 
     def _fits_of(self, source: Source, probe: Probe, length: int, less: int) -> dict[tuple[str, Source], _Fit]:
         """How a mask fits each layer. Empty if that is not known, as for layers after an error."""
-        few = probe.first.samples
+        few, ways = probe.first.samples, list(self._ways(length, less))
         whole: list[dict[tuple[str, Source], _Fit]] = []
         broken: list[dict[tuple[str, Source], _Fit]] = []
-        for tries in _tries(probe.few, few, length, source, self._found[source][probe.chosen]):
+        for tries in _tries(probe.few, few, length, source):
             for chosen in tries:
                 look = probe.look(_shortened(probe.few, few, length, less, chosen), few)
-                fits = {
-                    (label, source): self._fit(label, before, look.seen[label], length, less)
-                    for label, before in probe.first.seen.items()
-                    if label in look.seen
-                }
+                both = ((label, before, look.seen.get(label)) for label, before in probe.first.seen.items())
+                fits = {(label, source): _fit(label, before, after, ways) for label, before, after in both if after}
                 followed = {key: fit for key, fit in fits.items() if fit not in (_OTHER, _APART)}
                 if followed and look.problem is None:
                     whole.append(fits)
@@ -186,22 +187,19 @@ class Padding:
         # If two parts of the batch may be what the mask describes, neither is known to be.
         return found[0] if len(found := whole or broken) == 1 else {}
 
-    def _fit(self, label: str, before: Glance, after: Glance, length: int, less: int) -> _Fit:
-        if len(before.shape) != len(after.shape):
-            return _OTHER
-        sizes = list(zip(before.shape, after.shape, strict=True))
-        dims = tuple(dim for dim, size in enumerate(sizes) if size == (length, less))
-        if dims:
-            return _Fit(dims)
-        for name, module in self._frames.items():
-            if name != ROOT and not label.startswith(f"{name}."):
-                continue
-            for more in ({"add_adapter": False}, {"add_adapter": True}, {}):
-                wanted = _frames_of(module, length, more), _frames_of(module, less, more)
-                dims = tuple(dim for dim, size in enumerate(sizes) if None not in wanted and size == wanted)
-                if dims:
-                    return _Fit(dims, partial(getattr(module, _FRAMES), **more))
-        return _APART if is_same(before, after) else _OTHER
+    def _ways(self, *lengths: int) -> Iterator[tuple[str, tuple[int, ...], Frames | None]]:
+        """What a layer may have of so many positions: these, or the frames that a speech model makes of them.
+
+        Yields:
+            The name of the model, the numbers of positions in its layers, and what makes a mask of these.
+        """
+        yield ROOT, lengths, None
+        for name, module in self._speech.items():
+            for how in ({"add_adapter": False}, {"add_adapter": True}, {}):
+                with suppress(AttributeError, TypeError, ValueError, RuntimeError):
+                    count = getattr(module, _LENGTHS)
+                    sizes = tuple(int(count(torch.tensor(length, device="cpu"), **how)) for length in lengths)
+                    yield name, sizes, partial(getattr(module, _FRAMES), **how)
 
     def of(self, name: str, label: str, shape: tuple[int, ...]) -> list[tuple[Tensor, tuple[int, ...]]]:
         """The masks of a layer, each with the dimensions whose positions it describes.
@@ -211,79 +209,67 @@ class Padding:
             label: label of the layer.
             shape: shape of the module's output.
         """
-        self._suspects(label, shape)
-        if len(shape) < 3 or not self._found:
-            return []
         masks, unused = [], None
-        for source in self._sources(name):
+        for source in self._sources(name, label, shape):
             fit = self._fits.get((label, source))
-            mask: Tensor | None = self._found[source]
-            assert mask is not None
+            mask = self._found[source]
             if callable(source) and (fit is None or (self._is_named and fit in (_OTHER, _APART))):
                 # Only the user can know.
                 fit = _Fit(tuple(dim for dim, size in enumerate(shape) if dim > 0 and size == mask.shape[1]))
                 if fit.dims and not self._is_named:
-                    self._wrong["by size"][label] = source
+                    self._note(_BY_SIZE, label)
             if fit is _APART:
                 continue
-            dims = fit.dims if fit is not None else ()
-            if fit is not None and fit.frames is not None:
-                mask = self._frame(source, fit.frames, shape[dims[0]])
-            dims = tuple(dim for dim in dims if dim < len(shape) and shape[dim] == mask.shape[1])
+            fit = fit or _OTHER
+            if fit.frames is not None:
+                mask = self._frame(source, fit.frames, shape[fit.dims[0]])
+            dims = tuple(dim for dim in fit.dims if dim < len(shape) and shape[dim] == mask.shape[1])
             if dims:
                 masks.append((mask, dims))
             else:
-                unused = source
+                unused = f"batch's {source}" if isinstance(source, str) else "mask"
         if unused is not None and not masks:
-            self._wrong["unused"].setdefault(label, unused)
+            self._note(_UNUSED.format(unused), label)
         return masks
 
-    def _sources(self, name: str) -> list[Source]:
+    def keeps(self, name: str, label: str, shape: tuple[int, ...]) -> None:
+        """Note that a layer keeps all positions as data. An unconfirmed one may be padded if sizes are alike."""
+        for source in self._sources(name, label, shape) if self.is_due else ():
+            fit = self._fits.get((label, source))
+            sizes = {size for _, sizes, _ in self._ways(self._found[source].shape[1]) for size in sizes}
+            if fit.dims and fit is not _APART if fit is not None else not sizes.isdisjoint(shape[1:]):
+                self._note(_KEPT, label)
+
+    def _sources(self, name: str, label: str, shape: tuple[int, ...]) -> list[Source]:
+        """Which of the batch's masks may be those of a layer."""
+        if len(shape) < 3:
+            return []
+        if self._suspect is not None:
+            self._wrong[self._suspect][label] = None
         given = self._given.of(name, LABELS)
         if callable(given):
             return [given] if given in self._found else []
-        if given is None and self._is_named:
-            return []
-        return [source for source in self._found if isinstance(source, str)]
+        return [source for source in self._found if isinstance(source, str) and (given or not self._is_named)]
 
-    def _frame(self, source: Source, frames: Callable[[int, Tensor], Tensor], size: int) -> Tensor:
+    def _frame(self, source: Source, frames: Frames, size: int) -> Tensor:
         if (source, size) not in self._framed:
             self._framed[source, size] = frames(size, (self._found[source] != 0).long())
         return self._framed[source, size]
 
     # Warnings
 
-    def keeps(self, label: str, name: str, shape: tuple[int, ...]) -> None:
-        """Note that a layer keeps all positions as data. An unconfirmed one may be padded if sizes are alike."""
-        self._suspects(label, shape)
-        for source in self._sources(name) if self.has_zeros and len(shape) > 2 else ():
-            fit, length = self._fits.get((label, source)), self._found[source].shape[1]
-            lengths = {length, *(_frames_of(module, length, {}) for module in self._frames.values())}
-            if fit.dims != (-1,) and fit.dims if fit is not None else not lengths.isdisjoint(shape[1:]):
-                self._wrong["kept"][label] = source
-
-    def _suspects(self, label: str, shape: tuple[int, ...]) -> None:
-        if self._suspect is not None and "suspect" not in self._warned and len(shape) > 2:
-            self._wrong["suspect"][label] = MASK
+    def _note(self, wrong: str, label: str) -> None:
+        if wrong not in self._warned and self.has_zeros:
+            self._wrong[wrong][label] = None
 
     def warn(self) -> None:
         """At the end of a pass, warn once about padding that counts as data."""
         for wrong, labels in self._wrong.items():
-            if wrong in self._warned or not (wrong == "suspect" or self.has_zeros):
-                continue
-            self._warned.add(wrong)
-            source = next(iter(labels.values()))
-            mask = f"batch's {source}" if isinstance(source, str) else "mask"
-            what, use = self._suspect or (mask, "")
-            warn(_WRONG[wrong].format(mask=mask, what=what, use=use, layers=_listed(list(labels))))
-        if self._suspect is not None:
-            self._warned.add("suspect")
-        self._is_first = False
-
-
-def _listed(labels: list[str]) -> str:
-    more = f" and {len(labels) - 5} more layers" if len(labels) > 5 else ""
-    return ", ".join(map(repr, labels[:5])) + more
+            more = f" and {len(labels) - 5} more layers" if len(labels) > 5 else ""
+            warn(f"padding in {', '.join(map(repr, list(labels)[:5]))}{more} {wrong}")
+        self._warned.update(self._wrong)
+        self._wrong.clear()
+        self._suspect, self._is_first = None, False
 
 
 def _checked(mask: Any, samples: int | None) -> Tensor:
@@ -298,99 +284,69 @@ def _checked(mask: Any, samples: int | None) -> Tensor:
     return found
 
 
-def _keywords(batch: Any, form: batches.Form) -> dict[str, Any]:
-    """The fields that a batch has by name."""
-    fields = batches.fields_of(form.input_of(batch))
-    if fields is None and isinstance(batch, tuple) and batch and isinstance(batch[-1], Mapping):
-        fields = batches.fields_of(batch[-1])
-    return fields or {}
+def _fields(batch: Any, form: batches.Form) -> tuple[str, dict[str, Any]]:
+    """Where a batch has fields by name, and these."""
+    first = form.input_of(batch)
+    last = batch[-1] if isinstance(batch, tuple) and batch and isinstance(batch[-1], Mapping) else None
+    if fields := batches.fields_of(first):
+        return "batch" if first is batch else "batch[0]", fields
+    return "batch[-1]", batches.fields_of(last) or {}
 
 
-def _tries(batch: Any, samples: int, length: int, source: Source, mask: Tensor) -> Iterator[list[set[int]]]:
-    """Sets of items that a mask may describe, by number, the likely ones first. All have as many positions as it.
+def _fit(label: str, before: Glance, after: Glance, ways: list[tuple[str, tuple[int, ...], Frames | None]]) -> _Fit:
+    sizes = list(zip(before.shape, after.shape, strict=False))
+    for name, wanted, frames in ways:
+        dims = tuple(dim for dim, size in enumerate(sizes) if size == wanted)
+        if dims and (name == ROOT or label.startswith(f"{name}.")):
+            return _Fit(dims, frames)
+    return _APART if is_same(before, after) else _OTHER
+
+
+def _tries(batch: Any, samples: int, length: int, source: Source) -> Iterator[list[list[Any]]]:
+    """Lists of items that a mask may describe, the likely ones first. All have as many positions as it.
 
     Tokens and recordings are (n, T). If the model cannot run with fewer of these, or they decide nothing, the mask
     belongs to something else of that length.
     """
-    first, others, is_alone = set(), [], True
-    for number, (key, item) in enumerate(_items(batch, samples, length)):
-        is_other = (key in batches.LABELS) != (source == LABELS) or key.startswith("decoder_") != (
-            source == DECODER_MASK
-        )
-        if isinstance(source, str) and is_other:
-            continue
-        if item.ndim == 2:
-            first.add(number)
-            is_alone = is_alone and _is_mask(key, item, mask)
-        else:
-            others.append(number)
-    if first and (not is_alone or not others):
-        yield [first]
-    if others:
-        yield [{*first, number} for number in others]
-    if len(others) > 1:
-        yield [{*first, *others}]
-
-
-def _is_mask(key: str, item: Tensor, mask: Tensor) -> bool:
-    """Whether an item is the mask itself or its inverse."""
-    # Tokens may be 0 at padding, too.
-    is_alike = len(item.unique()) <= 2 and any(
-        torch.equal(one, mask.to(item.device) != 0) for one in (item != 0, item == 0)
-    )
-    return "mask" in key or is_alike
-
-
-def _items(batch: Any, samples: int, length: int) -> list[tuple[str, Tensor]]:
-    """The keys and values of all (n, T, ...) items of a batch."""
-    found: list[tuple[str, Tensor]] = []
+    tokens: list[Any] = []
+    others: list[Any] = []
 
     def look(item: Any, key: str) -> None:
-        if isinstance(item, Tensor | np.ndarray) and tuple(item.shape[:2]) == (samples, length):
-            # Without a device, an array would become a tensor on the default device.
-            found.append((key, item if isinstance(item, Tensor) else torch.as_tensor(item, device="cpu")))
+        mask = LABELS if key in batches.LABELS else DECODER_MASK if key.startswith("decoder_") else MASK
+        if _has(item, samples, length) and (callable(source) or source == mask):
+            (tokens if item.ndim == 2 else others).append(item)
 
     batches.mapped(batch, look)
-    return found
+    if tokens:
+        yield [tokens]
+    yield [[*tokens, one] for one in others]
+    if len(others) > 1:
+        yield [[*tokens, *others]]
 
 
-def _shortened(batch: Any, samples: int, length: int, less: int, chosen: set[int]) -> Any:
-    """A batch with fewer positions in the chosen ones of its `_items`."""
-    number = count()
+def _has(item: Any, samples: int, length: int) -> bool:
+    return isinstance(item, Tensor | np.ndarray) and tuple(item.shape[:2]) == (samples, length)
 
-    def shorter(item: Any, key: str) -> Any:
-        if not isinstance(item, Tensor | np.ndarray) or tuple(item.shape[:2]) != (samples, length):
-            # Lengths beyond the end are an error.
-            is_lengths = isinstance(item, Tensor) and item.shape == (samples,) and item.dtype is torch.int64
-            return item.clamp(max=less) if is_lengths and bool((item <= length).all()) else None
-        return item[:, :less] if next(number) in chosen else item
+
+def _shortened(batch: Any, samples: int, length: int, less: int, chosen: list[Any]) -> Any:
+    """A batch with fewer positions in the chosen ones of its items."""
+
+    def shorter(item: Any, _: str) -> Any:
+        if any(item is one for one in chosen):
+            return item[:, :less]
+        # Lengths beyond the end are an error.
+        is_lengths = isinstance(item, Tensor) and item.shape == (samples,) and item.dtype is torch.int64
+        return item.clamp(max=less) if is_lengths and bool((item <= length).all()) else None
 
     return batches.mapped(batch, shorter)
 
 
-def _frames_of(module: nn.Module, length: int, how: Mapping[str, bool]) -> int | None:
-    """How many frames a speech model makes of a recording of this length; None if it does not say."""
-    try:
-        frames: Any = module._get_feat_extract_output_lengths  # noqa: SLF001
-        return int(frames(torch.tensor(length, device="cpu"), **how))
-    except (AttributeError, TypeError, ValueError, RuntimeError):
-        return None
-
-
-class _Suspect(NamedTuple):
-    """What looks like padding that nobody used, and how it is used, both in words."""
-
-    what: str
-    use: str
-
-
-def _suspect(batch: Any, form: batches.Form, keywords: Mapping[str, Any]) -> _Suspect | None:
-    """A mask or lengths in the batch that nobody used; None if nothing looks like these."""
+def _suspect(batch: Any, form: batches.Form, inside: str, fields: Mapping[str, Any]) -> str | None:
+    """What is wrong if a mask or lengths in the batch are not used; None if nothing looks like these."""
     first = form.input_of(batch)
-    inside = "batch" if first is batch else "batch[0]" if batches.fields_of(first) is not None else "batch[-1]"
     entries = enumerate(batch) if isinstance(batch, tuple | list) and form.listed is None else ()
     items = [(f"batch[{number}]", "", item) for number, item in entries]
-    items += [(f"{inside}[{key!r}]", key, item) for key, item in keywords.items() if key not in (MASK, DECODER_MASK)]
+    items += [(f"{inside}[{key!r}]", key, item) for key, item in fields.items() if key not in (MASK, DECODER_MASK)]
     items = [one for one in items if type(one[2]) is Tensor and one[2].device.type == "cpu" and not one[2].is_nested]
     for where, key, item in items:
         if item is first or item.is_floating_point() or item.is_complex() or not item.numel():
@@ -401,14 +357,13 @@ def _suspect(batch: Any, form: batches.Form, keywords: Mapping[str, Any]) -> _Su
             is_alike = is_named or (not key and isinstance(first, Tensor) and item.shape == first.shape[:2])
             ends = [(counts.diff(dim=dim) != 0).sum(dim).amax() for dim in range(1, item.ndim)]
             if is_alike and bool((item == counts).all()) and max(ends) == 1:
-                what = f"{where} looks like a mask of padding, {tuple(item.shape)}"
-                brought = "" if item.ndim == 2 else ", brought to (n, T) for T positions of a layer,"
-                return _Suspect(what, f"{'~' if 'pad' in key else ''}{where}{brought}")
+                use = f"~{where}" if "pad" in key else where
+                return _SUSPECT.format(f"{where} looks like a mask of padding, {tuple(item.shape)}", use)
         for other, _, data in items if item.ndim == 1 and item.dtype is not torch.bool else ():
             dim = _ends(data, item, is_named="len" in key)
             if dim is not None:
                 what = f"{where} looks like the lengths of padded sequences, {other} {tuple(data.shape)}"
-                return _Suspect(what, f"torch.arange({other}.shape[{dim}]) < {where}[:, None]")
+                return _SUSPECT.format(what, f"torch.arange({other}.shape[{dim}]) < {where}[:, None]")
     return None
 
 
@@ -419,16 +374,10 @@ def _ends(data: Tensor, lengths: Tensor, *, is_named: bool) -> int | None:
     believed if the longest sample fills the batch.
     """
     low, high = int(lengths.min()), int(lengths.max())
-    if low < 1 or data.ndim not in (2, 3) or len(data) != len(lengths):
-        return None
-    for dim, size in enumerate(data.shape[1:], start=1):
-        if low < size and high <= size:
-            rows = data.movedim(dim, 1)
-            ends = rows[lengths < size, -1]
-            if is_named and high == size:
+    for dim, size in enumerate(data.shape[1:] if data.ndim in (2, 3) and len(data) == len(lengths) else (), start=1):
+        if 1 <= low < size and high <= size:
+            padding = data.movedim(dim, 1)[torch.arange(size, device="cpu") >= lengths[:, None]]
+            is_one = padding.numel() > 3 and bool((padding == padding.flatten()[0]).all())
+            if is_one or (is_named and high == size):
                 return dim
-            if len(ends) > 1 and bool((ends == ends.flatten()[0]).all()):
-                padding = rows[torch.arange(size, device="cpu") >= lengths[:, None]]
-                if padding.numel() > 3 and bool((padding == padding.flatten()[0]).all()):
-                    return dim
     return None
