@@ -1,10 +1,14 @@
-"""`LayerRecorder.describe`: a table of the layers, and of what each would cost in a run."""
+"""`LayerRecorder.describe`: a table of the layers and of what each would cost; and why layers are left out."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from cka_hooks.recording.layers import ROOT, Selection
 from cka_hooks.recording.routes import Tap
 
 WIDTH = 80
@@ -34,7 +38,7 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Description:
-    """A table of layers in order of execution. ``print`` shows it in 80 columns.
+    """A table of layers in order of execution. ``print`` shows it in 80 columns if types and shapes are not too long.
 
     Attributes:
         rows: the layers that would be compared.
@@ -53,14 +57,11 @@ class Description:
 
     def __str__(self) -> str:
         cells = [_HEADER, *(_cells(row) for row in self.rows)]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(_HEADER))]
-        # What gives way where the table is too wide: long names lose their beginning, long types their end.
-        widths[1] = min(widths[1], 16)
-        widths[3] = min(widths[3], 18)
-        spare = WIDTH - sum(widths[1:]) - 2 * (len(_HEADER) - 1)
-        widths[0] = min(widths[0], max(spare, 12))
-        lines = ["  ".join(map(_fitted, line, widths, range(len(line)))) for line in cells]
-        lines.insert(1, "  ".join("-" * width for width in widths))
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        # Where the table is too wide, long names lose their beginning, which many layers share.
+        widths[0] = max(12, min(widths[0], WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1)))
+        cells.insert(1, tuple("-" * width for width in widths))
+        lines = ["  ".join(map(_fitted, line, widths, "<<>>>>")) for line in cells]
         lines.append(f"{len(self.rows)} layers, {_short(self.features)} features per sample, {self.samples} samples")
         if self.skipped:
             lines.append(f"{len(self.skipped)} left out, see `.skipped`")
@@ -73,12 +74,9 @@ def _cells(row: LayerRow) -> tuple[str, ...]:
     return row.layer, row.type, str(row.calls), shape, _short(row.features), cost
 
 
-def _fitted(cell: str, width: int, column: int) -> str:
-    if column >= 2 and len(cell) <= width:
-        return cell.rjust(width)
-    if len(cell) > width:
-        cell = "…" + cell[len(cell) - width + 1 :] if column == 0 else cell[: width - 1] + "…"
-    return cell.ljust(width)
+def _fitted(cell: str, width: int, sign: str) -> str:
+    cell = cell if len(cell) <= width else "…" + cell[len(cell) - width + 1 :]
+    return f"{cell:{sign}{width}}"
 
 
 def _short(number: int) -> str:
@@ -92,10 +90,44 @@ def _short(number: int) -> str:
 
 def described(shapes: dict[str, tuple[int, ...]], taps: dict[str, Tap], skipped: dict[str, str]) -> Description:
     """The table of recorded shapes, given by label in order of execution, with the taps of their modules."""
-    features = {layer: math.prod(shape[1:]) for layer, shape in shapes.items()}
-    total = sum(features.values()) or 1
-    rows = []
+    rows, total = [], sum(math.prod(shape[1:]) for shape in shapes.values()) or 1
     for layer, shape in shapes.items():
-        kind, count = type(taps[layer].module).__name__, features[layer]
-        rows.append(LayerRow(layer, kind, taps[layer].calls, shape, count, count / total))
+        tap, count = taps[layer], math.prod(shape[1:])
+        rows.append(LayerRow(layer, type(tap.module).__name__, tap.calls, shape, count, count / total))
     return Description(tuple(rows), rows[0].shape[0], skipped)
+
+
+def left_out(taps: Mapping[int, Tap], *, by_default: bool) -> dict[str, str]:
+    """Layers of which no forward hook could say why they are not recorded, and the reason for each.
+
+    Args:
+        taps: a tap for each module, by the module's id.
+        by_default: whether nobody asked for these layers. Modules that contain others are then not expected to run.
+    """
+    skipped = {}
+    for tap in taps.values():
+        for selection in tap.selections:
+            same = f"is the same module as {selection.name!r}"
+            skipped.update({selection.label(1, other): same for other in selection.also})
+            if tap.ran:
+                if selection.calls is not None and not selection.calls & set(range(1, tap.calls + 1)):
+                    skipped[selection.label(min(selection.calls))] = f"was called {tap.calls} time(s)"
+            elif not by_default or (next(tap.module.children(), None) is None and selection.name != ROOT):
+                skipped[selection.label(1)] = _why(selection, tap, taps)
+    return skipped
+
+
+def _why(selection: Selection, tap: Tap, taps: Mapping[int, Tap]) -> str:
+    if tap.elsewhere:
+        return (
+            "ran in a different thread from the one that entered the recorder, which records its own calls only "
+            "(nn.DataParallel runs its replicas in threads: call model.module)"
+        )
+    above = [other for other in taps.values() if other.ran and any(it is tap.module for it in other.module.modules())]
+    names = [other.selections[0].name for other in above if other.selections[0].name != ROOT]
+    parent, _, own = selection.name.rpartition(".")
+    if own == "out_proj" and isinstance(tap.module, NonDynamicallyQuantizableLinear):
+        names.append(parent)
+    if not names:
+        return "did not run in the forward pass"
+    return f"did not run: {max(names, key=len)!r} did its work without calling it"

@@ -31,11 +31,10 @@ def activation_of(value: Any, part: str = "") -> Tensor:
     for step in part.split(":") if part else ():
         found = _child(found, step, part)
     reason = None
-    leaf: Any
     for leaf in leaves_in(found):
         problem = _unusable(leaf)
-        if problem is None:
-            # Of a distributed tensor, this is the whole one.
+        if problem is None and isinstance(leaf, Tensor):
+            # A distributed tensor is a part of this one.
             return leaf.full_tensor() if hasattr(leaf, "full_tensor") else leaf
         reason = reason or problem
         # Integer tensors come before what a layer computed. After a packed sequence come a recurrent layer's states,

@@ -22,9 +22,8 @@ from cka_hooks.precision import without_gradients
 from cka_hooks.recording import batches, guest
 from cka_hooks.recording.batches import Given
 from cka_hooks.recording.calls import call
-from cka_hooks.recording.describe import Description, described
+from cka_hooks.recording.describe import Description, described, left_out
 from cka_hooks.recording.layers import Layers, check_model, named_layers, select_layers, unwrap
-from cka_hooks.recording.left_out import silent, twice_named
 from cka_hooks.recording.long_way import Features, LongWay
 from cka_hooks.recording.padding import MaskOption
 from cka_hooks.recording.positions import Positions, positions_of
@@ -312,10 +311,8 @@ class LayerRecorder:
     @property
     def skipped(self) -> dict[str, str]:
         """Layers that were chosen and not recorded, each with the reason as a sentence."""
-        skipped = {**self._way.left_out, **twice_named(self._taps.values())}
-        if self._started:
-            skipped.update(silent(self._taps, self._names, by_default=self._by_default))
-        return skipped
+        others = left_out(self._taps, by_default=self._by_default) if self._started else {}
+        return {**self._way.left_out, **others}
 
     # Running a loader
 
