@@ -34,9 +34,6 @@ MASK, DECODER_MASK, LABELS = "attention_mask", "decoder_attention_mask", "labels
 # The value of labels that losses leave out.
 _IGNORED = -100
 _LENGTHS, _FRAMES = "_get_feat_extract_output_lengths", "_get_feature_vector_attention_mask"
-# Batches that are looked at for padding that nobody named.
-_LOOKED_AT = 32
-
 # What is wrong with the padding of some layers.
 _KEPT = (
     "counts as data: the batch's attention mask has zeros, and features='flatten' keeps all positions. "
@@ -95,9 +92,9 @@ class Padding:
         self._fits: dict[tuple[str, Source], _Fit] = {}
         self._found: dict[Source, Tensor] = {}
         self._framed: dict[tuple[Source, int], Tensor] = {}
-        self._zeros: bool | None = None
+        self._has_zeros = False
         self._is_first = True
-        self._looks = 0 if self._is_named else _LOOKED_AT
+        self._looks = not self._is_named
         self._suspect: str | None = None
         # What is wrong -> labels of the layers.
         self._wrong: dict[str, dict[str, None]] = defaultdict(dict)
@@ -111,7 +108,7 @@ class Padding:
         Raises:
             BatchError: `mask` did not return a mask of the batch.
         """
-        self._found, self._framed, self._zeros = {}, {}, None
+        self._found, self._framed = {}, {}
         for function in filter(None, self._given.values):
             mask = function(batch)
             if mask is not None:
@@ -127,7 +124,10 @@ class Padding:
             self._found |= {key: it for key, it in masks.items() if isinstance(it, Tensor) and it.ndim == 2}
             if self._looks:
                 self._suspect = _suspect(batch, form, where, fields)
-                self._looks = 0 if self._suspect else self._looks - 1
+                self._looks = self._suspect is None
+        # Reading a mask waits for its device, as the probe before the first pass does.
+        seen = (mask for mask in self._found.values() if self._is_first or mask.device.type == "cpu")
+        self._has_zeros = any(not bool((mask != 0).all()) for mask in seen)
 
     @property
     def needs_probe(self) -> bool:
@@ -137,18 +137,7 @@ class Padding:
     @property
     def is_due(self) -> bool:
         """Whether the warning about padding that is kept as data may still come."""
-        return self._suspect is not None or (_KEPT not in self._warned and self.has_zeros)
-
-    @property
-    def has_zeros(self) -> bool:
-        """Whether a mask of the batch has zeros. A mask on an accelerator is read in the first pass only.
-
-        Reading it waits for the device, as the probe before the first pass does.
-        """
-        if self._zeros is None:
-            seen = (mask for mask in self._found.values() if self._is_first or mask.device.type == "cpu")
-            self._zeros = any(not bool((mask != 0).all()) for mask in seen)
-        return self._zeros
+        return self._suspect is not None or (_KEPT not in self._warned and self._has_zeros)
 
     # Which layer has which
 
@@ -259,7 +248,7 @@ class Padding:
     # Warnings
 
     def _note(self, wrong: str, label: str) -> None:
-        if wrong not in self._warned and self.has_zeros:
+        if wrong not in self._warned and self._has_zeros:
             self._wrong[wrong][label] = None
 
     def warn(self) -> None:
@@ -274,14 +263,12 @@ class Padding:
 
 def _checked(mask: Any, samples: int | None) -> Tensor:
     found = torch.as_tensor(mask, device="cpu") if isinstance(mask, np.ndarray) else mask
-    fits = isinstance(found, Tensor) and found.ndim == 2 and samples in (None, found.shape[0])
-    if not fits:
-        what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__qualname__
-        raise BatchError(
-            f"mask= returned {what} for a batch of {samples} samples, expected (n, T), bool or int, nonzero where a "
-            "position counts"
-        )
-    return found
+    if isinstance(found, Tensor) and found.ndim == 2 and samples in (None, len(found)):
+        return found
+    what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__qualname__
+    raise BatchError(
+        f"mask= returned {what} for a batch of {samples} samples, expected (n, T), nonzero where one counts"
+    )
 
 
 def _fields(batch: Any, form: batches.Form) -> tuple[str, dict[str, Any]]:
@@ -320,8 +307,6 @@ def _tries(batch: Any, samples: int, length: int, source: Source) -> Iterator[li
     if tokens:
         yield [tokens]
     yield [[*tokens, one] for one in others]
-    if len(others) > 1:
-        yield [[*tokens, *others]]
 
 
 def _has(item: Any, samples: int, length: int) -> bool:
@@ -351,20 +336,24 @@ def _suspect(batch: Any, form: batches.Form, inside: str, fields: Mapping[str, A
     for where, key, item in items:
         if item is first or item.is_floating_point() or item.is_complex() or not item.numel():
             continue
-        if item.ndim in (2, 3) and item.shape[1] > 1:
-            counts = item != 0
-            is_named = bool(key) and ("mask" in key or "pad" in key or item.dtype is torch.bool)
-            is_alike = is_named or (not key and isinstance(first, Tensor) and item.shape == first.shape[:2])
-            ends = [(counts.diff(dim=dim) != 0).sum(dim).amax() for dim in range(1, item.ndim)]
-            if is_alike and bool((item == counts).all()) and max(ends) == 1:
-                use = f"~{where}" if "pad" in key else where
-                return _SUSPECT.format(f"{where} looks like a mask of padding, {tuple(item.shape)}", use)
+        if _is_mask(item, key, first):
+            use = f"~{where}" if "pad" in key else where
+            return _SUSPECT.format(f"{where} looks like a mask of padding, {tuple(item.shape)}", use)
         for other, _, data in items if item.ndim == 1 and item.dtype is not torch.bool else ():
             dim = _ends(data, item, is_named="len" in key)
             if dim is not None:
                 what = f"{where} looks like the lengths of padded sequences, {other} {tuple(data.shape)}"
                 return _SUSPECT.format(what, f"torch.arange({other}.shape[{dim}]) < {where}[:, None]")
     return None
+
+
+def _is_mask(item: Tensor, key: str, first: Any) -> bool:
+    """Whether whole numbers look like a mask by their name or shape, and change at most once along each dimension."""
+    is_named = "mask" in key or "pad" in key or (bool(key) and item.dtype is torch.bool)
+    is_alike = is_named or (not key and isinstance(first, Tensor) and item.shape == first.shape[:2])
+    if not is_alike or item.ndim not in (2, 3) or bool((item != (item != 0)).any()):
+        return False
+    return max((item.diff(dim=dim) != 0).sum(dim).amax() for dim in range(1, item.ndim)) == 1
 
 
 def _ends(data: Tensor, lengths: Tensor, *, is_named: bool) -> int | None:

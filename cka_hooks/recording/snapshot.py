@@ -75,8 +75,8 @@ def undoing(value: Any, seen: dict[int, Any]) -> Iterator[Callable[[], object]]:
     elif isinstance(value, dict):
         yield partial(_fill, value, dict(value))
         contents = value.values()
-    elif isinstance(value, list | deque):
-        yield partial(_fill_sequence, value, list(value))
+    elif isinstance(value, list | deque | set):
+        yield partial(_refill, value, list(value))
         contents = value
     elif isinstance(value, tuple):
         contents = value
@@ -105,9 +105,9 @@ def _fill(mapping: dict[Any, Any], items: dict[Any, Any]) -> None:
         del mapping[key]
 
 
-def _fill_sequence(sequence: list[Any] | deque[Any], entries: list[Any]) -> None:
-    sequence.clear()
-    sequence.extend(entries)
+def _refill(container: list[Any] | deque[Any] | set[Any], entries: list[Any]) -> None:
+    container.clear()
+    (container.update if isinstance(container, set) else container.extend)(entries)
 
 
 def random_state() -> tuple[list[Tensor], Any, Any]:
