@@ -219,7 +219,7 @@ LEFT_OUT = {
     "sparse": (lambda x: x.to_sparse(), "sparse"),
     "csr": (lambda x: x.to_sparse_csr(), "sparse"),
     "nested": (lambda x: torch.nested.nested_tensor([x[0], x[1, :2]]), "nested"),
-    "quantised": (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "quantised"),
+    "quantised": (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "qint8"),
     "packed": (packed, "packed sequence: choose a layer after pad_packed_sequence"),
     "nothing": (lambda x: None, "nothing"),
     "text": (lambda x: "text", "a str"),

@@ -353,7 +353,7 @@ def _is_mask(item: Tensor, key: str, first: Any) -> bool:
     is_alike = is_named or (not key and isinstance(first, Tensor) and item.shape == first.shape[:2])
     if not is_alike or item.ndim not in (2, 3) or bool((item != (item != 0)).any()):
         return False
-    return max((item.diff(dim=dim) != 0).sum(dim).amax() for dim in range(1, item.ndim)) == 1
+    return max(int((item.diff(dim=dim) != 0).sum(dim).amax()) for dim in range(1, item.ndim)) == 1
 
 
 def _ends(data: Tensor, lengths: Tensor, *, is_named: bool) -> int | None:
