@@ -12,7 +12,7 @@ from matplotlib.image import AxesImage
 
 from cka_hooks.errors import CKAWarning, OptionError
 from cka_hooks.results.result import CKAResult
-from cka_hooks.views.labels import section_lines, sections, thinned
+from cka_hooks.views.labels import Side
 
 RESNET18, RESNET152 = resnet_labels((2, 2, 2, 2)), resnet_labels((3, 8, 36, 3))
 DENSENET = [
@@ -61,13 +61,21 @@ def draw(figure):
 def boxes(figure, axes):
     """The boxes in pixels of every text that stands outside the cells."""
     renderer = draw(figure).canvas.get_renderer()
-    texts = [*axes.get_xticklabels(), *axes.get_yticklabels(), axes.title, axes._left_title]
+    texts = [*model_names(axes), axes.title, axes._left_title]
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = axis.get_view_interval()
+        ticks = zip(axis.get_ticklabels(), axis.get_ticklocs(), strict=True)
+        texts += [label for label, place in ticks if low <= place <= high]
     texts += [axes.xaxis.label, axes.yaxis.label, *axes.texts]
     legend = axes.get_legend()
     texts += legend.get_texts() if legend else []
     for child in axes.child_axes:
         texts += [*child.get_yticklabels(), child.yaxis.label]
     return [(text.get_text(), text.get_window_extent(renderer)) for text in texts if text.get_text()]
+
+
+def model_names(axes):
+    return [*axes.get_yticklabels(minor=True), *axes.get_xticklabels(minor=True)]
 
 
 def overlapping(found):
@@ -131,13 +139,10 @@ def test_undefined_layers_are_grey_and_hide_nothing(tmp_path):
     _, axes = result.plot(tmp_path / "a.png")
     image = image_of(axes)
     assert np.array_equal(image.get_array().mask, result.matrix.isnan().numpy())
-    assert np.allclose(image.cmap(np.ma.masked)[:3], 0.85)
+    assert image.cmap(np.ma.masked)[3] == 0  # the background shows through
+    assert np.allclose(axes.patch.get_facecolor(), (0.85, 0.85, 0.85, 1))
+    assert axes.patch.get_hatch()
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["undefined"]
-    for patch in axes.patches:
-        x, y = (round(v + 0.5) for v in patch.get_xy())
-        inside = result.matrix[y : y + round(patch.get_height()), x : x + round(patch.get_width())]
-        assert inside.isnan().all()
-    assert len(axes.patches) == 4  # conv1, and two neighbours in one; along both axes
     _, whole = result.select("layer1.**").plot(tmp_path / "b.png")
     assert whole.get_legend() is None
 
@@ -180,9 +185,13 @@ def test_colours_and_their_scale_can_be_chosen(tmp_path):
     [
         ({"cmap": "no such map"}, "cmap is 'no such map'"),
         ({"cmap": 3}, "cmap is 3"),
-        ({"vmin": 1.0, "vmax": 0.5}, "vmin=1 is not below vmax=0.5"),
+        ({"vmin": 1.0, "vmax": 0.5}, "vmin=1.0, vmax=0.5 would be a scale from 1.0 to 0.5"),
         ({"vmin": "low"}, '"data"'),
-        ({"vmax": float("nan")}, "vmax is nan"),
+        ({"vmax": float("nan")}, "vmax=nan would be"),
+        (
+            {"vmin": 0.99, "vmax": "data", "stderr": True},
+            "from 0.99 to 0.02: pass two numbers, the smaller one first",
+        ),
         ({"figsize": (3,)}, "figsize is"),
         ({"figsize": (0, 3)}, "figsize is"),
         ({"figsize": 5}, "figsize is"),
@@ -212,7 +221,7 @@ def test_one_layer_of_ten_models_is_labelled_by_the_models(tmp_path):
     _, axes = result.plot(tmp_path / "a.png")
     assert [label.get_text() for label in axes.get_yticklabels()] == list(result.models)
     assert axes.get_title("left").replace("\n", " ") == "layer4.1 of 10 models: CKA, 640 samples"
-    assert len(axes.texts) == 0
+    assert model_names(axes) == []
     mixed = result_of({"a": ["x", "y"], "b": ["x", "y"]}).select(["a/x", "b/y"])
     _, axes = mixed.plot(tmp_path / "a.png")
     assert [label.get_text() for label in axes.get_xticklabels()] == ["a/x", "b/y"]
@@ -221,7 +230,7 @@ def test_one_layer_of_ten_models_is_labelled_by_the_models(tmp_path):
 def test_names_of_models_turn_where_they_are_long_and_are_not_shortened(tmp_path):
     models = {f"resnet50_epoch_{i}": ["layer4.1", "fc"] for i in range(10)}
     _, axes = result_of(models).plot(tmp_path / "a.png")
-    assert [text.get_text() for text in axes.texts] == list(models) * 2
+    assert [text.get_text() for text in model_names(axes)] == list(models) * 2
 
 
 def test_values_in_cells(tmp_path):
@@ -254,12 +263,12 @@ def test_values_that_cannot_be_read_are_left_out_with_a_warning(tmp_path):
 
 def test_models_are_named_and_separated(tmp_path):
     _, axes = RESULTS["two"].plot(tmp_path / "a.png")
-    assert [text.get_text() for text in axes.texts] == ["resnet18", "resnet152"] * 2
+    assert [text.get_text() for text in model_names(axes)] == ["resnet18", "resnet152"] * 2
     strong = [line for line in axes.lines if line.get_linewidth() > 1]
     assert len(strong) == 2
     assert strong[0].get_ydata()[0] == len(RESNET18) - 0.5
     _, axes = RESULTS["rectangular"].plot(tmp_path / "a.png")
-    assert [text.get_text() for text in axes.texts] == ["resnet18", "resnet152"]
+    assert [text.get_text() for text in model_names(axes)] == ["resnet18", "resnet152"]
     assert "resnet18 against resnet152" in axes.get_title("left")
 
 
@@ -365,10 +374,14 @@ def test_one_layer_has_no_profile(tmp_path):
 # ---- choosing the labels ----------------------------------------------------------------------------
 
 
+def side(labels, models=None):
+    return Side(models or [""] * len(labels), labels, labels)
+
+
 @pytest.mark.parametrize("labels", [RESNET18, RESNET152, DENSENET, FLAT, ODD], ids=len)
 @pytest.mark.parametrize("gap", [0.4, 1.0, 1.5, 4.0, 7.3, 50.0, 1000.0])
 def test_written_labels_keep_their_distance_and_name_what_they_cover(labels, gap):
-    spans = thinned([""] * len(labels), labels, gap)
+    spans = side(labels).thinned(gap)
     assert spans
     assert all(b.middle - a.middle >= gap for a, b in itertools.pairwise(spans))
     for span in spans:
@@ -380,21 +393,28 @@ def test_written_labels_keep_their_distance_and_name_what_they_cover(labels, gap
 
 def test_room_is_used():
     for labels in (RESNET152, DENSENET, FLAT):
-        assert len(thinned([""] * len(labels), labels, len(labels) / 60)) >= 20
+        assert len(side(labels).thinned(len(labels) / 60)) >= 20
 
 
 def test_a_name_never_covers_two_models():
     models = ["a"] * 40 + ["b"] * 40
-    for span in thinned(models, [f"layer.{i % 40}" for i in range(80)], 10.0):
+    for span in side([f"layer.{i % 40}" for i in range(80)], models).thinned(10.0):
         assert span.stop <= 40 or span.start >= 40
 
 
 def test_sections_are_the_large_parts():
-    assert [span.name for span in sections([""] * len(RESNET18), RESNET18)] == [
-        "conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool", "fc",
+    def around_lines(labels):
+        return [labels[round(place + 0.5)] for place in side(labels).section_lines()]
+
+    assert around_lines(RESNET18) == [
+        "layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1", "layer4.0.conv1", "avgpool",
     ]  # fmt: skip
-    assert [span.name for span in sections([""] * len(DENSENET), DENSENET)] == [
-        "features.conv0", "features.norm0", "features.denseblock1", "features.denseblock2", "features.denseblock3",
-        "classifier",
-    ]  # fmt: skip
-    assert section_lines([""] * len(FLAT), FLAT) == []
+    assert around_lines(DENSENET) == [f"features.denseblock{i}.denselayer0.norm1" for i in (1, 2, 3)] + ["classifier"]
+    assert around_lines(FLAT) == []
+
+
+def test_lines_between_models_are_not_between_sections():
+    two = Side.of(RESULTS["two"], RESULTS["two"].rows)
+    assert two.model_lines() == [len(RESNET18) - 0.5]
+    assert len(two.section_lines()) == 10
+    assert not set(two.model_lines()) & set(two.section_lines())

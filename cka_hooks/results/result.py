@@ -545,10 +545,10 @@ class CKAResult:
             MissingExtraError: matplotlib is not installed.
             OptionError: ``cmap``, ``vmin``, ``vmax``, ``figsize`` or the suffix of ``path`` cannot be used.
         """
-        from cka_hooks.views.heatmap import Scale, heatmap
+        from cka_hooks.views.heatmap import heatmap
 
-        scale = Scale(cmap, vmin, vmax)
-        return heatmap(self, path, ax=ax, values=values, stderr=stderr, title=title, scale=scale, figsize=figsize)
+        colours: dict[str, Any] = {"cmap": cmap, "vmin": vmin, "vmax": vmax}
+        return heatmap(self, path, ax=ax, values=values, stderr=stderr, title=title, figsize=figsize, **colours)
 
     def plot_profile(
         self,
@@ -593,7 +593,7 @@ class CKAResult:
         return as_text(self)
 
     def _repr_html_(self) -> str:
-        from cka_hooks.views.notebook import notebook_html
+        from cka_hooks.views.page import notebook_html
 
         return notebook_html(self)
 

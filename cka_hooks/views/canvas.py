@@ -1,8 +1,7 @@
 """What all pictures share: a figure of the right size, labels that fit, titles, legends and files.
 
-Labels are thinned to the room that the axes have, so the size of the axes is fixed before anything is drawn. A new
-figure grows around its axes. If you ask for a size, the axes get what the labels leave. Axes that you pass are
-measured. A figure that goes to a file is made without ``pyplot``, so no window system is touched.
+Labels are thinned to the room that the axes have. A new figure grows around axes of a fixed size. If you ask for a
+size of the figure, the axes get what the labels leave. In axes that you pass, the labels take the room that there is.
 """
 
 from __future__ import annotations
@@ -10,20 +9,17 @@ from __future__ import annotations
 import math
 import os
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from cka_hooks.errors import MissingExtraError, OptionError, imported
 from cka_hooks.files import PathLike, replace_file
-from cka_hooks.names import printable
-from cka_hooks.results.result import CKAResult
-from cka_hooks.views.labels import runs, thinned
+from cka_hooks.views.labels import Side, Span, runs, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
-    from matplotlib.text import Text
 
 #: Colour of what is undefined.
 MISSING = "0.85"
@@ -34,7 +30,6 @@ PITCH = FONT * 1.3 / 72
 #: Inches of the longest side of the axes: 60 labels.
 SIDE = 7.8
 
-_LONGEST = 36  # characters of a label
 _MARGIN = 0.12  # inches of white around everything
 _LEAST = 0.4  # inches of axes in which something can be seen
 
@@ -42,13 +37,10 @@ _LEAST = 0.4  # inches of axes in which something can be seen
 Size = tuple[float, float]
 
 
-def drawn(
-    draw: Callable[[Axes], None], path: PathLike | None, ax: Axes | None, figsize: Size | None, size: Size
-) -> tuple[Figure, Axes]:
-    """Let ``draw`` fill axes, and place these in a figure.
+class Canvas:
+    """A figure with one picture in it.
 
     Args:
-        draw: draws a whole picture into axes whose size is final.
         path: where the picture will be written, None if ``pyplot`` is to show it.
         ax: axes to draw into instead of a new figure.
         figsize: size of the figure; None makes it as large as the axes and their labels need.
@@ -56,68 +48,100 @@ def drawn(
 
     Raises:
         MissingExtraError: matplotlib is not installed, or does not start.
-        OptionError: ``figsize`` is not a size, or has no room for the labels.
+        OptionError: ``figsize`` is not a size.
     """
-    _require_matplotlib()
-    if ax is not None:
+
+    def __init__(self, path: PathLike | None, ax: Axes | None, figsize: Size | None, size: Size) -> None:
+        self.path, self.figsize, self.size, self.given = path, figsize, size, ax is not None
+        if ax is None:
+            self.axes = _new_axes(path is None, (2 * size[0], 2 * size[1]))
+        elif figsize is None:
+            self.axes = ax
+        else:
+            raise OptionError("figsize= is for a new figure, and ax= belongs to one already: leave one of them out")
+        self.figure: Figure = self.axes.figure.figure  # of a subfigure, the whole figure
         if figsize is not None:
+            try:
+                if min(figsize) <= 0:
+                    raise ValueError
+                self.figure.set_size_inches(figsize)
+            except (TypeError, ValueError) as error:
+                expected = "expected width and height in inches, such as (6, 5)"
+                raise OptionError(f"figsize is {figsize!r}: {expected}") from error
+
+    def rounds(self) -> Iterator[None]:
+        """Rounds in which to write what depends on the size of the axes. What is written decides the next size.
+
+        Raises:
+            OptionError: ``figsize`` has no room for the labels.
+        """
+        engine = self.figure.get_layout_engine() if self.given else None
+        for _ in range(3 if self.figsize is not None or engine else 1):
+            yield
+            if engine:
+                engine.execute(self.figure)
+            elif not self.given:
+                self._make_room()
+
+    def _make_room(self) -> None:
+        """Place the axes so that everything around them is inside the figure."""
+        # In inches: the corners of everything and of the axes, and what is between them at the left and right.
+        around = self.figure.get_tightbbox().get_points()
+        inside = self.axes.get_window_extent().get_points() / self.figure.dpi
+        before, after = inside[0] - around[0] + _MARGIN, around[1] - inside[1] + _MARGIN
+        if self.figsize is None:
+            self.figure.set_size_inches(before + self.size + after)
+        total = self.figure.get_size_inches()
+        room = total - before - after
+        if min(room) < _LEAST:
+            least = " by ".join(f"{side:.1f}" for side in before + after + _LEAST)
             raise OptionError(
-                "figsize= sets the size of a new figure, and ax= belongs to one already: leave one of them out"
+                f"figsize={self.figsize!r} leaves no room beside the labels: make it at least {least} inches"
             )
-        draw(ax)
-        return ax.figure.figure, ax  # of a subfigure, the whole figure
-    if figsize is None:
-        figure, axes = _canvas(path is None, size)
-        draw(axes)
-        edges = _edges(figure, axes)
-    else:
-        width, height = _checked(figsize)
-        size = (0.6 * width, 0.6 * height)
-        edges = (0.0, 0.0, 0.0, 0.0)
-        # In other axes, other labels fit, which leave other room. This may alternate, so the largest edges count.
-        for number in range(4):
-            figure, axes = _canvas(number == 3 and path is None, size)
-            draw(axes)
-            found = _edges(figure, axes)
-            left, right, below, above = edges = tuple(map(max, edges, found)) if number > 1 else found
-            size = (width - left - right, height - below - above)
-            if min(size) < _LEAST:
-                needed = f"{width - size[0] + _LEAST:.1f} by {height - size[1] + _LEAST:.1f}"
+        self.axes.set_position((*before / total, *room / total))
+
+    def written(self) -> tuple[Figure, Axes]:
+        """Write the figure into its file, if there is one, and return it.
+
+        Raises:
+            OptionError: the suffix of ``path`` is not a picture format.
+            OSError: the file cannot be written.
+        """
+        if self.path is not None:
+            suffix = os.path.splitext(os.fspath(self.path))[1].lower().lstrip(".")
+            formats = self.figure.canvas.get_supported_filetypes()
+            if suffix not in formats:
                 raise OptionError(
-                    f"figsize={figsize!r} leaves no room beside the labels: make it at least {needed} inches"
+                    f"{os.fspath(self.path)} does not end in the suffix of a picture format: use one of "
+                    f"{', '.join('.' + name for name in sorted(formats))}"
                 )
-    left, right, below, above = edges
-    total = (left + size[0] + right, below + size[1] + above)
-    figure.set_size_inches(*total)
-    axes.set_position((left / total[0], below / total[1], size[0] / total[0], size[1] / total[1]))
-    return figure, axes
+            replace_file(self.path, lambda file: self.figure.savefig(file, format=suffix))
+        return self.figure, self.axes
 
 
-def written(figure: Figure, path: PathLike | None) -> None:
-    """Write the figure into a file, if there is one.
+def _new_axes(shown: bool, figsize: Size) -> Axes:
+    """Axes in the middle of a figure, which is one of ``pyplot`` only if it is to be shown."""
+    try:
+        imported("matplotlib", "plotting needs matplotlib, which is not installed", '"cka-hooks[plot]"')
+        if shown:
+            from matplotlib import pyplot
 
-    Raises:
-        OptionError: the suffix of ``path`` is not a picture format.
-        OSError: the file cannot be written.
-    """
-    if path is None:
-        return
-    suffix = os.path.splitext(os.fspath(path))[1].lower().lstrip(".")
-    formats = figure.canvas.get_supported_filetypes()
-    if suffix not in formats:
-        raise OptionError(
-            f"{os.fspath(path)} ends in {'.' + suffix if suffix else 'no suffix'}, which is not a "
-            f"picture format: use one of {', '.join('.' + name for name in sorted(formats))}"
-        )
-    replace_file(path, lambda file: figure.savefig(file, format=suffix))
+            figure = pyplot.figure(figsize=figsize)
+        else:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
 
-
-def rounds(axes: Axes) -> Iterator[None]:
-    """Run once; run twice if a layout engine resizes the axes as soon as it knows their labels."""
-    yield
-    if axes.figure.figure.get_layout_engine() is not None:
-        axes.figure.figure.draw_without_rendering()
-        yield
+            figure = Figure(figsize=figsize, dpi=200)
+            FigureCanvasAgg(figure)  # measures texts quickly; vector formats are still written as such
+    except MissingExtraError:
+        raise
+    except Exception as error:  # a matplotlibrc or a backend that does not work here
+        raise MissingExtraError(
+            f"matplotlib cannot make a figure here ({error}): choose another backend with MPLBACKEND or "
+            "matplotlib.use, or give a path to write the picture to"
+        ) from error
+    figure.set_layout_engine("none")
+    return figure.add_axes((0.25, 0.25, 0.5, 0.5))
 
 
 def inches(axes: Axes) -> Size:
@@ -127,197 +151,50 @@ def inches(axes: Axes) -> Size:
     return box.width / axes.figure.dpi, box.height / axes.figure.dpi
 
 
-def _require_matplotlib() -> None:
-    try:
-        imported("matplotlib", "plotting needs matplotlib, which is not installed", '"cka-hooks[plot]"')
-    except MissingExtraError:
-        raise
-    except Exception as error:  # a matplotlibrc or an MPLBACKEND that it does not take
-        raise MissingExtraError(f"plotting needs matplotlib, which fails to start: {error}") from error
-
-
-def _canvas(shown: bool, size: Size) -> tuple[Figure, Axes]:
-    """Axes of this size in a figure twice as large, which is one of ``pyplot`` if it is to be shown."""
-    figsize = (size[0] * 2, size[1] * 2)
-    if shown:
-        try:
-            from matplotlib import pyplot
-
-            figure = pyplot.figure(figsize=figsize)
-        except Exception as error:
-            raise MissingExtraError(
-                f"matplotlib cannot show a figure here ({error}): choose another backend with MPLBACKEND or "
-                "matplotlib.use, or give a path to write the picture to"
-            ) from error
-    else:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=figsize, dpi=200)
-        FigureCanvasAgg(figure)  # measures texts quickly; vector formats are still written as such
-    return figure, figure.add_axes((0.25, 0.25, 0.5, 0.5))
-
-
-def _checked(figsize: Any) -> Size:
-    try:
-        width, height = (float(side) for side in figsize)
-        if 0 < width < math.inf and 0 < height < math.inf:
-            return width, height
-    except (TypeError, ValueError):
-        pass
-    raise OptionError(f"figsize is {figsize!r}: expected width and height in inches, such as (6, 5)")
-
-
-def _edges(figure: Figure, axes: Axes) -> tuple[float, ...]:
-    """Inches that labels, titles and scales need around the axes: at the left, at the right, below and above."""
-    figure.draw_without_rendering()
-    around, inside = axes.get_tightbbox(), axes.get_window_extent()
-    if around is None:
-        return (_MARGIN,) * 4
-    lengths = (inside.x0 - around.x0, around.x1 - inside.x1, inside.y0 - around.y0, around.y1 - inside.y1)
-    return tuple(length / figure.dpi + _MARGIN for length in lengths)
-
-
-# ---- labels ---------------------------------------------------------------------------------------
-
-
-class Side(NamedTuple):
-    """What is written along one side of a matrix, one entry per layer.
-
-    Attributes:
-        models: names of the models, ``""`` to write none.
-        names: labels of the layers within their models.
-    """
-
-    models: list[str]
-    names: list[str]
-
-
-def side_of(result: CKAResult, labels: Sequence[str]) -> Side:
-    """Models and layers of these labels; models alone if each has one layer, the same in all."""
-    models = [result.model_of(label) for label in labels]
-    names = [result.layer_of(label) for label in labels]
-    if len(models) > 1 and len(set(models)) == len(models):
-        return Side([""] * len(models), models if len(set(names)) == 1 else list(labels))
-    return Side(models, names)
-
-
 def write_side(axes: Axes, axis: Axis, side: Side) -> None:
-    """Write thinned labels along one axis, in the room that the axes have now."""
+    """Write along one axis thinned labels, in the room that it has now, and beyond them the names of the models."""
     horizontal = axis is axes.xaxis
-    room = inches(axes)[0 if horizontal else 1] / len(side.names)
-    spans = thinned(side.models, side.names, PITCH / room)
-    texts = [shortened(span.name, 2 * _LONGEST + 3 if " → " in span.name else _LONGEST) for span in spans]
+    direction, dpi = ("width" if horizontal else "height"), axes.figure.dpi
+    axes.apply_aspect()
+    room = getattr(axes.get_window_extent(), direction) / dpi / len(side.names)
+    spans = side.thinned(PITCH / room)
+    texts = [" → ".join(map(shortened, span.name.split(" → "))) for span in spans]
     flat = all(len(text) * FONT * 0.65 / 72 <= room for text in texts) and len(spans) == len(side.names)
-    axis.set_ticks([span.middle for span in spans])
-    axis.set_ticklabels(texts, fontsize=FONT, parse_math=False, rotation=0 if flat or not horizontal else 90)
+    style: dict[str, Any] = {"fontsize": FONT, "parse_math": False}
+    axis.set_ticks([span.middle for span in spans], texts, rotation=90 if horizontal and not flat else 0, **style)
     axis.set_tick_params(length=2, width=0.5, pad=2)
-
-
-def write_models(axes: Axes, axis: Axis, models: Sequence[str]) -> None:
-    """Write the names of the models outside the labels of their layers, along their stretch or across it."""
-    if not any(models):
+    axis.set_ticks([], minor=True)
+    if not any(side.models):
         return
-    horizontal = axis is axes.xaxis
-    box, dpi = axes.get_window_extent(), axes.figure.dpi
-    end = "y0" if horizontal else "x0"
-    ends = [getattr(label.get_window_extent(), end) for label in axis.get_ticklabels()]
-    away = min(-3, *((other - getattr(box, end)) * 72 / dpi for other in ends)) - 5
-    room = (box.width if horizontal else box.height) / len(models)
-    texts: list[tuple[Text, str, float]] = []
-    for start, stop, model in runs(models):
-        middle = (start + stop - 1) / 2
-        text: Text = axes.annotate(
-            shortened(model),
-            (middle, 0) if horizontal else (0, middle),
-            xycoords=("data", "axes fraction") if horizontal else ("axes fraction", "data"),
-            xytext=(0, away) if horizontal else (away, 0),
-            textcoords="offset points",
-            rotation=0 if horizontal else 90,
-            ha="center" if horizontal else "right",
-            va="top" if horizontal else "center",
-            fontsize=FONT + 2,
-            fontweight="bold",
-            parse_math=False,
-            annotation_clip=False,
-        )
-        texts.append((text, model, (stop - start) * room))
-    if not all(_fits(*entry, horizontal, least=12) for entry in texts):
-        for text, model, _ in texts:
-            text.set_text(shortened(model))
-            text.set_rotation(90 if horizontal else 0)
-        for entry in texts:
-            if not _fits(*entry, horizontal, least=1):
-                entry[0].remove()
+    box = axes.get_window_extent()
+    labels = axis.get_tightbbox() or box
+    away = (box.y0 - labels.y0 if horizontal else box.x0 - labels.x0) * 72 / dpi
+    models = [Span(*run) for run in runs(side.models)]
+    style = {"fontsize": FONT + 2, "fontweight": "bold", "parse_math": False}
+    axis.remove_overlapping_locs = False
+    # Along their layers if all names fit, otherwise across, and only where there are layers enough for a line.
+    along = [shortened(model.name) for model in models]
+    across = [shortened(model.name, 24) if model.length * room > 1.4 * PITCH else "" for model in models]
+    for rotation, names in zip((0, 90) if horizontal else (90, 0), (along, across), strict=True):
+        axis.set_ticks([model.middle for model in models], names, minor=True, rotation=rotation, **style)
+        axis.set_tick_params(which="minor", length=0, pad=away + 5)
+        extents = [getattr(text.get_window_extent(), direction) / dpi for text in axis.get_ticklabels(minor=True)]
+        if all(extent <= model.length * room for extent, model in zip(extents, models, strict=True)):
+            break
 
 
-def _fits(text: Text, model: str, room: float, horizontal: bool, least: int) -> bool:
-    """Shorten a name until it fits into its stretch, but not below ``least`` letters."""
-    for letters in (_LONGEST, 30, 20, 15, 12, 10, 6, 4, 3, 2, 1):
-        extent = text.get_window_extent()
-        if (extent.width if horizontal else extent.height) <= room:
-            return True
-        if letters < min(least, len(model)):
-            return False
-        text.set_text(shortened(model, letters))
-    return False
-
-
-def shortened(label: str, most: int = _LONGEST) -> str:
-    """The label on one line. A long one loses its middle, because layers differ at the ends."""
-    label = printable(label)
-    if len(label) <= most:
-        return label
-    front = (most - 1) // 3
-    return f"{label[:front]}…{label[len(label) - (most - 1 - front) :]}"
-
-
-def title_of(result: CKAResult, what: str) -> str:
-    """The default title: the models, what is shown of them, and the number of samples."""
-    names = [shortened(name) for name in result.models]
-    layers = {result.layer_of(label) for label in result.layers}
-    joined = " against " if len(names) == 2 and not result.square else ", "
-    models = joined.join(names) if len(names) <= 3 else f"{len(names)} models"
-    if len(names) > 1 and len(layers) == 1:
-        models = f"{shortened(layers.pop())} of {models}"
-    return f"{models}: {what}, {result.samples:,} samples" if names else f"{what}, {result.samples:,} samples"
-
-
-def set_title(axes: Axes, title: str, lines_below: int) -> None:
-    """Write the title at the left, wrapped to the axes, above a legend of this many lines."""
+def write_title(axes: Axes, title: str, handles: list[Any]) -> None:
+    """Write the title at the left, wrapped to the axes, above a short legend; a long one stands beside the axes."""
+    width, height = inches(axes)
+    above = len(handles) <= 3
+    if handles:
+        place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0)}
+        if not above:
+            columns = math.ceil(len(handles) / max(1, int(height / (FONT * 1.5 / 72))))
+            place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "ncols": columns}
+        for text in axes.legend(handles=handles, fontsize=FONT, frameon=False, **place).get_texts():
+            text.set_parse_math(False)
     size = FONT + 3
-    letters = max(16, int((inches(axes)[0] + 0.4) / (size * 0.52 / 72)))
-    lines = "\n".join(textwrap.wrap(title, letters))
-    axes.set_title(lines, fontsize=size, loc="left", pad=7 + 11 * lines_below, parse_math=False)
-
-
-def legend_above(axes: Axes, handles: list[Any]) -> int:
-    """Draw a legend above the axes, where it hides nothing. Return the number of its lines."""
-    if not handles:
-        return 0
-    letters = max(len(handle.get_label()) for handle in handles) + 6
-    columns = max(1, min(len(handles), int(inches(axes)[0] / (letters * FONT * 0.52 / 72))))
-    _legend(axes, handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=columns, borderaxespad=0.0)
-    return -(-len(handles) // columns)
-
-
-def legend_beside(axes: Axes, handles: list[Any]) -> None:
-    """Draw a legend to the right of the axes, for more lines than fit above them."""
-    rows = max(1, int(inches(axes)[1] / (FONT * 1.45 / 72)))
-    columns = -(-len(handles) // rows)
-    _legend(axes, handles, loc="upper left", bbox_to_anchor=(1.01, 1.0), ncols=columns, borderaxespad=0.0)
-
-
-def _legend(axes: Axes, handles: list[Any], **place: Any) -> None:
-    legend = axes.legend(
-        handles=handles,
-        **place,
-        fontsize=FONT,
-        frameon=False,
-        borderpad=0.2,
-        labelspacing=0.35,
-        handlelength=1.5,
-        columnspacing=1.2,
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    lines = "\n".join(textwrap.wrap(title, max(16, int((width + 0.4) / (size * 0.52 / 72)))))
+    pad = 7 + 11 * len(handles) if above else 7
+    axes.set_title(lines, fontsize=size, loc="left", pad=pad, parse_math=False)

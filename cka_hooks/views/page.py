@@ -1,8 +1,8 @@
-"""Write a result as one HTML page that works offline: ``page.html`` filled with the data.
+"""Write a result as HTML: one page that works offline, ``page.html`` filled with the data, and a table for notebooks.
 
-Layer names are not trusted. They reach the page in two ways only: as JSON in which every ``<``, ``>`` and ``&`` is
-written as ``\\u003c`` and so on, and as escaped text in the heading and the summary. The page's
-Content-Security-Policy forbids every request.
+Layer names are not trusted. They reach the page in two ways only: as JSON in which every ``<`` is written as
+``\\u003c``, and as escaped text in the heading and the summary. The page's Content-Security-Policy forbids every
+request.
 """
 
 from __future__ import annotations
@@ -14,14 +14,26 @@ import re
 from importlib import resources
 from typing import Any
 
+import numpy as np
+
 from cka_hooks.files import PathLike, replace_file
 from cka_hooks.results.result import CKAResult
-from cka_hooks.results.words import summary
-from cka_hooks.views.colours import VIRIDIS
-from cka_hooks.views.labels import section_lines, thinned
+from cka_hooks.results.words import summary, value_in_words
+from cka_hooks.views.labels import Side, shortened, title_of
 
 # How many labels fit along an axis of the page. The page thins them further in a small window.
 _ROOM = 45
+
+# matplotlib's viridis at 0, 1/8 ... 1. Straight lines in between are close enough.
+_VIRIDIS = (
+    (68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141),
+    (39, 173, 129), (92, 200, 99), (170, 220, 50), (253, 231, 37),
+)  # fmt: skip
+
+#: In a notebook, values are written into the cells up to this many rows and columns. Beyond, only colours are shown.
+WITH_VALUES = 12
+#: In a notebook, at most this many rows and columns are shown.
+MOST = 32
 
 
 def write_page(result: CKAResult, path: PathLike, *, title: str | None = None) -> None:
@@ -36,14 +48,15 @@ def write_page(result: CKAResult, path: PathLike, *, title: str | None = None) -
         OSError: the file cannot be written.
     """
     parts = {
-        "@TITLE@": html.escape(_shown(title or _title(result))),
-        "@SUMMARY@": html.escape(_shown(summary(result).replace(" -> ", " → "))),
+        "@TITLE@": html.escape(title or title_of(result, "CKA")),
+        "@SUMMARY@": html.escape(summary(result).replace(" -> ", " → ")),
         "@DATA@": script_json(page_data(result)),
     }
     template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     # Fill everything in one pass, so that a layer called @DATA@ stays a layer.
     page = re.sub("|".join(parts), lambda match: parts[match.group()], template)
-    replace_file(path, lambda file: file.write(page.encode("utf-8")))
+    # Half a surrogate pair in a name cannot be written as UTF-8.
+    replace_file(path, lambda file: file.write(page.encode("utf-8", "replace")))
 
 
 def page_data(result: CKAResult) -> dict[str, Any]:
@@ -59,7 +72,7 @@ def page_data(result: CKAResult) -> dict[str, Any]:
         "matrix": _rounded(result.matrix.tolist()),
         "stderr": _rounded(result.stderr.tolist()),
         "pvalue": None if result.null_unknown else _rounded(result.pvalue().tolist()),
-        "colours": VIRIDIS,
+        "colours": _VIRIDIS,
     }
 
 
@@ -68,42 +81,88 @@ def script_json(data: object) -> str:
 
     Example:
         >>> print(script_json("</script>"))
-        "\\u003c/script\\u003e"
+        "\\u003c/script>"
     """
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    for letter in "<>&":
-        text = text.replace(letter, f"\\u{ord(letter):04x}")
-    return text
+    return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _axis(result: CKAResult, labels: tuple[str, ...]) -> dict[str, Any]:
-    models = [result.model_of(label) for label in labels]
-    names = [result.layer_of(label) for label in labels]
-    several = len(set(models)) > 1
-    changes = [i - 0.5 for i in range(1, len(models)) if models[i] != models[i - 1]]
-    spans = thinned(models, names, max(1.0, len(labels) / _ROOM))
+    side = Side.of(result, labels)
+    several = len(set(side.models)) > 1
+    spans = side.thinned(max(1.0, len(labels) / _ROOM))
     return {
-        "labels": [_shown(label) for label in labels],
-        "layers": [_shown(name) for name in names],
-        "names": [_shown(name) for name in (labels if several else names)],
-        "spans": [
-            [span.middle, _shown(f"{models[span.start]}/{span.name}" if several else span.name)] for span in spans
-        ],
-        "sections": [place for place in section_lines(models, names) if place not in changes],
-        "models": changes,
+        "labels": labels,
+        "layers": [result.layer_of(label) for label in labels],
+        "names": labels if several else side.names,
+        "spans": [[it.middle, f"{side.models[it.start]}/{it.name}" if several else it.name] for it in spans],
+        "sections": side.section_lines(),
+        "models": side.model_lines(),
     }
-
-
-def _shown(text: str) -> str:
-    # Half a surrogate pair cannot be written as UTF-8, and JSON.parse would keep it.
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _rounded(values: list[list[float]]) -> list[list[float | None]]:
     return [[None if math.isnan(value) else float(f"{value:.5g}") for value in row] for row in values]
 
 
-def _title(result: CKAResult) -> str:
-    joined = " against " if len(result.models) == 2 and not result.square else ", "
-    names = joined.join(result.models) if len(result.models) <= 3 else f"{len(result.models)} models"
-    return f"CKA of {names}" if names else "CKA between layers"
+# ---- notebooks ------------------------------------------------------------------------------------
+
+
+def notebook_html(result: CKAResult) -> str:
+    """A table for ``_repr_html_``: first layer at the bottom left, as in :meth:`CKAResult.plot`.
+
+    Args:
+        result: what to show. If it has more than :data:`MOST` rows or columns, evenly spaced ones are kept.
+
+    Example:
+        >>> print(notebook_html(CKAResult.example()).count("<td"))
+        9
+    """
+    size = result.matrix.shape
+    rows, columns = (np.linspace(0, n - 1, min(n, MOST)).round().astype(int).tolist() for n in size)
+    lines = []
+    if max(len(rows), len(columns)) <= WITH_VALUES:
+        for i in reversed(rows):
+            lines.append(_label(result.rows[i]) + "".join(_cell(result, i, j) for j in columns))
+        lines.append("<th></th>" + "".join(_label(result.columns[j]) for j in columns))
+    else:
+        for i in reversed(rows):
+            shades = (colour(result.matrix[i, j].item()) for j in columns)
+            lines.append("".join(f'<td style="padding:5px;background:{shade}"></td>' for shade in shades))
+    caption = f"CKA of {size[0]} x {size[1]} layers, {result.samples:,} samples, {result.minibatches:,} minibatches"
+    if max(size) > MOST:
+        caption += f"; {len(rows)} x {len(columns)} of them, evenly spaced, are shown"
+    return (
+        '<table style="border-collapse:collapse;border-spacing:0;font-size:11px;line-height:1.1">'
+        f'<caption style="text-align:left;white-space:nowrap">{caption}</caption>'
+        f"{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+    )
+
+
+def _label(label: str) -> str:
+    return (
+        f'<th title="{html.escape(label)}" style="text-align:right;font-weight:normal;padding:0 4px;'
+        f'white-space:nowrap;background:none">{html.escape(shortened(label, 28))}</th>'
+    )
+
+
+def _cell(result: CKAResult, row: int, column: int) -> str:
+    value, error = result.matrix[row, column].item(), result.stderr[row, column].item()
+    title = f"{result.rows[row]}\n{result.columns[column]}\n{value_in_words(value, error)}"
+    ink, text = ("#000", "–") if math.isnan(value) else ("#000" if value > 0.6 else "#fff", f"{value:.2f}")
+    return (
+        f'<td title="{html.escape(title)}" style="padding:4px 6px;text-align:center;'
+        f'background:{colour(value)};color:{ink}">{text}</td>'
+    )
+
+
+def colour(value: float) -> str:
+    """The HTML colour of a CKA value from 0 to 1, grey for NaN.
+
+    Example:
+        >>> colour(0.0), colour(0.5), colour(float("nan"))
+        ('#440154', '#21908d', '#d9d9d9')
+    """
+    if math.isnan(value):
+        return "#d9d9d9"
+    places = np.linspace(0, 1, len(_VIRIDIS))
+    return "#" + "".join(f"{round(np.interp(value, places, part)):02x}" for part in zip(*_VIRIDIS, strict=True))
