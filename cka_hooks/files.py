@@ -27,8 +27,7 @@ def replace_file(path: PathLike, write: Callable[[BinaryIO], object]) -> None:
     if not target.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {str(target.parent)!r} to write {target.name!r} into")
     if target.exists() and not target.is_file():
-        kind = "a folder: name a file in it" if target.is_dir() else "a device or pipe, not a file"
-        raise OSError(f"{os.fspath(path)!r} is {kind}")
+        raise OSError(f"{os.fspath(path)!r} is a folder, a device or a pipe: name a file")
     unfinished = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex}.part")
     try:
         with open(unfinished, "xb") as file:
@@ -42,10 +41,8 @@ def replace_file(path: PathLike, write: Callable[[BinaryIO], object]) -> None:
         unfinished.unlink(missing_ok=True)
     if os.name == "posix":
         folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def remove_unfinished(path: Path) -> None:

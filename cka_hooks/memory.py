@@ -18,8 +18,7 @@ _MESSAGES = ("out of memory", "not enough memory", "can't allocate memory", "OUT
 
 def raise_unless_exhausted(error: BaseException) -> None:
     """Raise `error` again unless it means that memory ran out."""
-    exhausted = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    if not exhausted and not any(message in str(error) for message in _MESSAGES):
+    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(it in str(error) for it in _MESSAGES):
         raise error
 
 

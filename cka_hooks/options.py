@@ -155,8 +155,8 @@ def above_zero(name: str, value: Any, what: str) -> float | None:
     return number
 
 
-def spelled(option: Any) -> Any:
-    """Spell an option for a result's settings: a plain JSON value, a callable by its name.
+def spelled(option: Any, detail: Callable[[Any], str] = lambda function: "") -> Any:
+    """Spell an option for a result's settings: a plain JSON value, a callable by its name and what `detail` adds.
 
     Example:
         >>> spelled({"head": len, "**": ["conv1", "fc"]})
@@ -165,7 +165,8 @@ def spelled(option: Any) -> Any:
     if option is None or isinstance(option, str | bool | int | float):
         return option
     if isinstance(option, Mapping):
-        return {str(key): spelled(value) for key, value in option.items()}
-    if isinstance(option, Callable):  # type: ignore[arg-type]
-        return f"{getattr(option, '__module__', '?')}.{getattr(option, '__qualname__', type(option).__qualname__)}"
-    return [spelled(item) for item in option] if isinstance(option, Iterable) else repr(option)
+        return {str(key): spelled(value, detail) for key, value in option.items()}
+    if callable(option):
+        name = getattr(option, "__qualname__", type(option).__qualname__)
+        return f"{getattr(option, '__module__', '?')}.{name}{detail(option)}"
+    return [spelled(item, detail) for item in option] if isinstance(option, Iterable) else repr(option)

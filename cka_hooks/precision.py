@@ -35,21 +35,20 @@ def exactly(device: torch.device, function: Callable[P, T], *args: P.args, **kwa
     kind = device.type
     switch = _switch("cuda" if kind == "cuda" else "mkldnn", "matmul")
     with _switching:
-        autocast = _has_autocast(kind) and torch.is_autocast_enabled(kind)
-        lowered = switch.get() not in _EXACT
-        if autocast or lowered:
-            before = _own(switch) if lowered else ""
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        before = None if switch.get() in _EXACT else _own(switch)
+        if autocast or before is not None:
 
             def put_back() -> None:
                 if autocast:
                     torch.set_autocast_enabled(kind, True)
-                if lowered:
+                if before is not None:
                     switch.set(before)
 
             # Between functions written in C, the enclosing `try` catches Ctrl-C. It may also come in the first
             # instant of a Python function, before that has restored a switch: hence twice.
             try:
-                if lowered:
+                if before is not None:
                     switch.set(switch.exact)
                 if autocast:
                     torch.set_autocast_enabled(kind, False)
@@ -108,11 +107,6 @@ def _own(switch: _Switch) -> str:
             parent.set(before)
         finally:
             parent.set(before)
-
-
-@cache
-def _has_autocast(kind: str) -> bool:
-    return bool(torch.amp.is_autocast_available(kind))
 
 
 def without_gradients() -> AbstractContextManager[None]:

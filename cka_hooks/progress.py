@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 from tqdm.auto import tqdm
-
-
-class _NoBar:
-    """Takes the calls of a bar."""
-
-    def update(self, n: float = 1) -> None: ...
-
-    def set_postfix_str(self, s: str) -> None: ...
 
 
 def progress_bar(name: str, unit: str, total: int | None, *, shown: bool) -> AbstractContextManager[Any]:
@@ -23,6 +16,6 @@ def progress_bar(name: str, unit: str, total: int | None, *, shown: bool) -> Abs
     was killed while it held the lock.
     """
     if not shown:
-        return nullcontext(_NoBar())
+        return nullcontext(SimpleNamespace(update=lambda n: None, set_postfix_str=lambda s: None))
     bar: AbstractContextManager[Any] = tqdm(total=total, unit=unit, unit_scale=True, desc=name)
     return bar

@@ -117,9 +117,9 @@ def test_a_device_or_a_folder_is_not_replaced_by_a_file(tmp_path):
     """As root, ``/dev/null`` could be."""
     os.mkfifo(tmp_path / "pipe")
     for write in (WHOLE.save, WHOLE.to_csv, WHOLE.to_html):
-        with pytest.raises(OSError, match="pipe' is a device or pipe, not a file"):
+        with pytest.raises(OSError, match="pipe' is a folder, a device or a pipe: name a file"):
             write(tmp_path / "pipe")
-        with pytest.raises(OSError, match="is a folder: name a file in it"):
+        with pytest.raises(OSError, match="is a folder, a device or a pipe: name a file"):
             write(tmp_path)
     assert (tmp_path / "pipe").is_fifo()
 

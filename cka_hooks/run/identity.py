@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -75,14 +75,8 @@ def of_loader(loader: Any) -> dict[str, Any]:
 
 
 def of_option(option: Any) -> Any:
-    """An option as a result's settings spell it; for a callable, a digest of its code and what it refers to."""
-    if isinstance(option, Mapping):
-        return {str(key): of_option(value) for key, value in option.items()}
-    if isinstance(option, type) or not callable(option):
-        if isinstance(option, Iterable) and not isinstance(option, str):
-            return [of_option(item) for item in option]
-        return spelled(option)
-    return f"{spelled(option)} {_digest(*_code(option, 0))}"
+    """An option as a result's settings spell it; for a callable, with a digest of its code and what it refers to."""
+    return spelled(option, lambda function: "" if isinstance(function, type) else f" {_digest(*_code(function, 0))}")
 
 
 def _code(function: Any, depth: int) -> list[str | bytes]:

@@ -71,9 +71,19 @@ class Ranks:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        """Tell the other ranks of an error inside."""
-        if error is not None:
-            self.fail(error)
+        """Tell the other ranks of an error inside, so that they end with one, too, and do not wait for this one."""
+        if error is None:
+            return
+        text = f"{type(error).__name__}: {error}"
+        waits = isinstance(error, Exception) and not isinstance(error, RankError)
+        try:
+            if self._store is not None:
+                self._store.set(self._note, f"{'waits' if waits else f'rank {self.rank} was stopped'}: {text}")
+            if waits:
+                exchanged({"error": text}, self.group)
+        except (RankError, RuntimeError):
+            # The others are already gone, and the user should see the error of this rank.
+            pass
 
     def share(self, samples: int, *, equal: bool) -> int:
         """This rank's part of `samples`. If it has to be `equal` on every rank, it is rounded up."""
@@ -136,16 +146,3 @@ class Ranks:
         """
         lowest = min(its["phase"] for its in self.exchange({"phase": phase}))
         return reduced(state, self.group), lowest
-
-    def fail(self, error: BaseException) -> None:
-        """Notify the other ranks, so that they end with an error, too, instead of waiting for this one."""
-        text = f"{type(error).__name__}: {error}"
-        waits = isinstance(error, Exception) and not isinstance(error, RankError)
-        try:
-            if self._store is not None:
-                self._store.set(self._note, f"{'waits' if waits else f'rank {self.rank} was stopped'}: {text}")
-            if waits:
-                exchanged({"error": text}, self.group)
-        except (RankError, RuntimeError):
-            # The others are already gone, and the user should see the error of this rank.
-            pass
