@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cka_hooks
 from cka_hooks import precision
 from cka_hooks.precision import accumulation_device
-from cka_hooks.recording import reductions
+from cka_hooks.recording import long_way
 from cka_hooks.similarity.state import State
 
 # What waits for a value of the device, or has a size that depends on values.
@@ -203,7 +203,7 @@ def test_launches_of_one_more_layer(dtype: torch.dtype, options: dict[str, Any],
 @pytest.mark.parametrize("features", ["mean", "token", "last", lambda x: x.flatten(1)[:, :4]])
 def test_reductions_with_a_mask_do_not_wait(features: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # In the first pass a device is asked once whether averages are only rounding. It is pretended here.
-    monkeypatch.setattr(reductions, "_vanishes", lambda *_: False)
+    monkeypatch.setattr(long_way, "_vanishes", lambda *_: False)
 
     class Tokens(nn.Module):
         def __init__(self) -> None:
