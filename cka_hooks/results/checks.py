@@ -52,14 +52,12 @@ def _labels(name: str, labels: Any) -> tuple[str, ...]:
     """The labels as plain text.
 
     Raises:
-        OptionError: a label is not text, is the empty name of a model, or is repeated.
+        OptionError: a label is not text, or is repeated.
     """
     plain: dict[str, None] = {}
     for label in (labels,) if isinstance(labels, str) else labels:
         if not isinstance(label, str):
             raise OptionError(f"{name} contains {label!r}: labels must be strings, such as {str(label)!r}")
-        if not label and name == "models":
-            raise OptionError("models contains an empty name: give every model a name")
         if label in plain:
             raise OptionError(f"{name} has {label!r} more than once: labels must differ")
         plain[str.__str__(label)] = None  # of NumPy's text, too

@@ -48,14 +48,13 @@ def write_result(result: CKAResult, path: PathLike) -> None:
         OptionError: the result is larger than :func:`read_result` would read.
         OSError: the file cannot be written.
     """
-    fields = {entry.name: getattr(result, entry.name) for entry in dataclasses.fields(result)}
-    numbers = sum(value.numel() for value in fields.values() if isinstance(value, torch.Tensor))
+    numbers = sum(value.numel() for value in vars(result).values() if isinstance(value, torch.Tensor))
     if numbers > MAX_NUMBERS:
         raise OptionError(
             f"{path}: the result holds {numbers:,} numbers, and a result file at most {MAX_NUMBERS:,}. "
             "save(path, minibatches=False) leaves out the values of single minibatches and permutations"
         )
-    document = FORMAT | {name: _plain(value) for name, value in fields.items()}
+    document = FORMAT | fields_as_json(result)
     document["sha256"] = _digest(document)
     lines = ",\n".join(f"{json.dumps(key)}: {_text(value)}" for key, value in document.items())
     replace_file(path, lambda file: file.write(f"{{\n{lines}\n}}\n".encode("ascii")))
@@ -124,8 +123,12 @@ def _digest(document: dict[str, Any]) -> str:
     return hashlib.sha256(_text(document, sort_keys=True).encode("ascii")).hexdigest()
 
 
+def fields_as_json(result: CKAResult) -> dict[str, Any]:
+    """All fields in types that JSON has, None for NaN."""
+    return {entry.name: _plain(getattr(result, entry.name)) for entry in dataclasses.fields(result)}
+
+
 def _plain(value: Any) -> Any:
-    """A field of a result, in types that JSON has."""
     if isinstance(value, torch.Tensor):
         return np.where(value.isnan(), np.array(None), value.numpy()).tolist()
     if isinstance(value, Influence):

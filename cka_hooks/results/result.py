@@ -20,10 +20,9 @@ import torch
 
 from cka_hooks.errors import LayerError, OptionError, warn
 from cka_hooks.files import PathLike
-from cka_hooks.names import matching
+from cka_hooks.names import closest, matching
 from cka_hooks.null import null_tail
 from cka_hooks.results.checks import checked
-from cka_hooks.results.choice import chosen, known, known_model, model_of, pair_of, patterns_of
 from cka_hooks.results.uncertainty import Difference, adjusted, paired_difference, t_quantile, why_unknown
 
 _OF_ENTRIES = ("matrix", "stderr", "null_variance", "null_skewness", "permuted")
@@ -145,18 +144,6 @@ class CKAResult:
         """Whether rows and columns are the same layers in the same order."""
         return self.rows == self.columns
 
-    @cached_property
-    def _row_index(self) -> dict[str, int]:
-        return {label: index for index, label in enumerate(self.rows)}
-
-    @cached_property
-    def _column_index(self) -> dict[str, int]:
-        return {label: index for index, label in enumerate(self.columns)}
-
-    @cached_property
-    def _model_set(self) -> frozenset[str]:
-        return frozenset(self.models)
-
     def __getitem__(self, pair: tuple[str, str]) -> float:
         """CKA of two layers, in either order.
 
@@ -164,21 +151,13 @@ class CKAResult:
             LayerError: a label is not in this result, or this cut does not pair the two.
             OptionError: the argument is not two labels.
         """
-        row, column = self._position(pair)
-        return float(self.matrix[row, column])
-
-    def _position(self, pair: tuple[str, str]) -> tuple[int, int]:
-        first, second = pair_of(pair)
+        first, second = _labels_of(pair)
         for row, column in ((first, second), (second, first)):
-            if row in self._row_index and column in self._column_index:
-                return self._row_index[row], self._column_index[column]
-        known(first, self.layers)
-        known(second, self.layers)
-        side = "rows" if first in self._row_index else "columns"
-        raise LayerError(
-            f"{first!r} and {second!r} are both {side} of this result, which pairs rows with columns only: "
-            "look the pair up in the whole result instead"
-        )
+            if row in self.rows and column in self.columns:
+                return float(self.matrix[self.rows.index(row), self.columns.index(column)])
+        for label in pair:
+            _known(label, self.layers)
+        raise LayerError(f"{first!r} and {second!r} are both rows or both columns: look them up in the whole result")
 
     def interval(self, level: float = 0.95) -> tuple[torch.Tensor, torch.Tensor]:
         """Confidence intervals of all entries, by Student's t over minibatches. They are not clamped to 0..1.
@@ -282,7 +261,7 @@ class CKAResult:
                 "run the comparison again with keep_minibatches=True"
             )
         layers = self.minibatch_layers
-        (a, b), (c, d) = ([layers.index(known(label, layers)) for label in pair_of(it)] for it in (first, second))
+        (a, b), (c, d) = ([layers.index(_known(it, layers)) for it in _labels_of(pair)] for pair in (first, second))
         if self.degenerate.keys() & {*first, *second}:
             return Difference(math.nan, math.nan, self.degrees_of_freedom)
         return paired_difference(self.minibatch_hsic, (a, b), (c, d), self.degrees_of_freedom)
@@ -296,7 +275,8 @@ class CKAResult:
             >>> CKAResult.example(models=("a", "b")).model_of("b/conv1")
             'b'
         """
-        return model_of(label, self._model_set)
+        # The longest, because one model may be called "a" and another "a/b".
+        return max((name for name in self.models if f"{label}/".startswith(f"{name}/")), key=len, default="")
 
     def layer_of(self, label: str) -> str:
         """The label without the name of its model; all of it if there is nothing else.
@@ -306,7 +286,7 @@ class CKAResult:
             'conv1'
         """
         model = self.model_of(label)
-        return label[len(model) + 1 :] if model and label != model else label
+        return label.removeprefix(f"{model}/") if model else label
 
     def between(self, first: str, second: str) -> CKAResult:
         """The block that compares one model with another: its rows are ``first``, its columns ``second``.
@@ -323,15 +303,13 @@ class CKAResult:
             >>> CKAResult.example(models=("a", "b")).between("a", "b").rows
             ('a/conv1', 'a/conv2', 'a/fc')
         """
-        for name in (first, second):
-            known_model(name, self.models)
-        rows = [label for label in self.rows if self.model_of(label) == first]
-        columns = [label for label in self.columns if self.model_of(label) == second]
+        rows = tuple(label for label in self.rows if self.model_of(label) == first)
+        columns = tuple(label for label in self.columns if self.model_of(label) == second)
         for name, found, side in ((first, rows, "row"), (second, columns, "column")):
             if not found:
-                raise LayerError(f"no layer of model {name!r} is a {side} of this result")
-        skipped = [label for label in self.skipped if self.model_of(label) in (first, second)]
-        return self._cut(rows, columns, skipped, tuple(dict.fromkeys((first, second))))
+                models = ", ".join(map(repr, self.models)) or "unnamed; name them by comparing a mapping of models"
+                raise LayerError(f"no layer of model {name!r} is a {side} of this result: its models are {models}")
+        return self._cut(rows, columns, [label for label in self.skipped if self.model_of(label) in (first, second)])
 
     def select(
         self,
@@ -355,28 +333,20 @@ class CKAResult:
             >>> CKAResult.example().select("conv*").layers
             ('conv1', 'conv2')
         """
-        both = None if layers is None else patterns_of(layers)
-        for_rows = both if rows is None else patterns_of(rows)
-        for_columns = both if columns is None else patterns_of(columns)
-        asked = (for_rows or ()) + (for_columns or ())
+        for_rows, for_columns = (_patterns(layers if choice is None else choice) for choice in (rows, columns))
+        asked = for_rows + for_columns
         return self._cut(
-            self.rows if for_rows is None else chosen(for_rows, self.rows),
-            self.columns if for_columns is None else chosen(for_columns, self.columns),
+            _chosen(for_rows, self.rows),
+            _chosen(for_columns, self.columns),
             [label for label in self.skipped if not asked or any(matching(p, [label]) for p in asked)],
-            self.models,
         )
 
-    def _cut(
-        self, rows: Iterable[str], columns: Iterable[str], skipped: Iterable[str], models: tuple[str, ...]
-    ) -> CKAResult:
-        rows, columns = tuple(rows), tuple(columns)
-        row_at = [self._row_index[label] for label in rows]
-        column_at = [self._column_index[label] for label in columns]
-        kept = set(rows) | set(columns)
-        owners = {self.model_of(label) for label in kept}
+    def _cut(self, rows: tuple[str, ...], columns: tuple[str, ...], skipped: list[str]) -> CKAResult:
+        kept = dict.fromkeys(rows + columns)
+        at = [self.rows.index(row) for row in rows], [self.columns.index(column) for column in columns]
         wholes = {name: getattr(self, name) for name in _OF_ENTRIES}
         entries: dict[str, Any] = {
-            name: it if it is None else it[..., row_at, :][..., column_at] for name, it in wholes.items()
+            name: it if it is None else it[..., at[0], :][..., at[1]] for name, it in wholes.items()
         }
         hsic = self.minibatch_hsic
         gone = [i for i, label in enumerate(self.minibatch_layers) if label in self.degenerate and label not in kept]
@@ -392,7 +362,7 @@ class CKAResult:
             degenerate={label: why for label, why in self.degenerate.items() if label in kept},
             skipped={label: self.skipped[label] for label in skipped},
             influence={label: value for label, value in self.influence.items() if label in kept},
-            models=tuple(name for name in models if name in owners),
+            models=tuple(dict.fromkeys(filter(None, map(self.model_of, kept)))),
             minibatch_hsic=hsic,
         )
 
@@ -600,21 +570,11 @@ class CKAResult:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, CKAResult):
             return NotImplemented
-        for entry in dataclasses.fields(self):
-            mine, theirs = getattr(self, entry.name), getattr(other, entry.name)
-            if entry.name == "settings":
-                # How long a run took is not part of what it found.
-                mine, theirs = ({**settings, "seconds": None} for settings in (mine, theirs))
-            elif entry.name == "influence":
-                # A share may be NaN, which does not equal itself. Its text does.
-                mine, theirs = ({layer: repr(it) for layer, it in found.items()} for found in (mine, theirs))
-            if isinstance(mine, torch.Tensor) and isinstance(theirs, torch.Tensor):
-                is_equal = mine.shape == theirs.shape and torch.allclose(mine, theirs, 0, 0, equal_nan=True)
-            else:
-                is_equal = type(mine) is type(theirs) and mine == theirs
-            if not is_equal:
-                return False
-        return True
+        from cka_hooks.results.file import fields_as_json
+
+        # How long a run took is not part of what it found.
+        mine, theirs = (fields_as_json(it) | {"settings": {**it.settings, "seconds": None}} for it in (self, other))
+        return mine == theirs
 
     @classmethod
     def example(cls, models: tuple[str, ...] = ()) -> CKAResult:
@@ -628,6 +588,50 @@ class CKAResult:
             2 conv2    0.900   1.000   0.600
             3 fc       0.500   0.600   1.000
         """
-        from cka_hooks.results.example import example
+        block = torch.tensor([[1.0, 0.9, 0.5], [0.9, 1.0, 0.6], [0.5, 0.6, 1.0]], dtype=torch.float64, device="cpu")
+        names = [f"{name}/" for name in models] or [""]
+        labels = tuple(f"{name}{layer}" for name in names for layer in ("conv1", "conv2", "fc"))
+        matrix = torch.kron(block.new_full((len(names),) * 2, 0.95).fill_diagonal_(1.0), block)
+        return cls(
+            rows=labels,
+            columns=labels,
+            matrix=matrix,
+            stderr=torch.full_like(matrix, 0.02).fill_diagonal_(0.0),
+            samples=640,
+            minibatches=20,
+            degrees_of_freedom=19,
+            models=models,
+            minibatch_hsic=matrix.expand(20, -1, -1) / 20,
+            minibatch_layers=labels,
+        )
 
-        return example(models)
+
+def _labels_of(pair: tuple[str, str]) -> tuple[str, str]:
+    if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(label, str) for label in pair)):
+        raise OptionError(f"{pair!r} is not a pair of layers: expected two labels, such as ('conv1', 'fc')")
+    return pair
+
+
+def _known(label: str, labels: tuple[str, ...]) -> str:
+    if label not in labels:
+        close = ", ".join(map(repr, closest(label, labels, 3)))
+        raise LayerError(f"no layer {label!r} among the {len(labels)} of this result: the closest are {close}")
+    return label
+
+
+def _patterns(choice: str | Sequence[str] | None) -> tuple[str, ...]:
+    """One label or glob, or several, as a tuple; an empty one for all labels."""
+    if choice is None:
+        return ()
+    patterns = (choice,) if isinstance(choice, str) or not isinstance(choice, Iterable) else tuple(choice)
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise OptionError(f"{choice!r} chooses no layers: expected a label, a glob, or a sequence of them")
+    return patterns
+
+
+def _chosen(patterns: tuple[str, ...], labels: tuple[str, ...]) -> tuple[str, ...]:
+    """The labels that any pattern chooses, in their own order."""
+    found = set()
+    for pattern in patterns:
+        found.update(matching(pattern, labels) or [_known(pattern, labels)])
+    return tuple(label for label in labels if label in found or not patterns)

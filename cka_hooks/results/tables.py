@@ -131,10 +131,8 @@ def _tidy(result: CKAResult) -> Iterator[list[Any]]:
 
 
 def _cell(value: Any) -> str:
-    return _no_formula(value) if isinstance(value, str) else "" if math.isnan(value) else repr(value)
-
-
-def _no_formula(label: str) -> str:
+    if not isinstance(value, str):
+        return "" if math.isnan(value) else repr(value)
     # Spreadsheets skip what is not seen, and also accept the wide forms of the signs.
-    first = next((character for character in label if character.isprintable() and not character.isspace()), "")
-    return f"'{label}" if first and first in "=+-@＝＋－＠" else label
+    first = next((character for character in value if character.isprintable() and not character.isspace()), " ")
+    return f"'{value}" if first in "=+-@＝＋－＠" else value

@@ -66,25 +66,20 @@ def paired_difference(
     """
     value, errors = _linearised(hsic, *first)
     other, other_errors = _linearised(hsic, *second)
-    stderr = math.nan
-    if degrees_of_freedom >= 2:
-        spread = float(((errors - other_errors) ** 2).sum())
-        # Passes over the same samples are not independent: only the minibatches of one pass count.
-        stderr = math.sqrt(len(errors) / degrees_of_freedom * spread)
+    # Passes over the same samples are not independent: only the minibatches of one pass count.
+    variance = len(errors) / max(degrees_of_freedom, 1) * float((errors - other_errors).square().sum())
+    stderr = math.sqrt(variance) if degrees_of_freedom >= 2 else math.nan
     return Difference(value - other, stderr, degrees_of_freedom)
 
 
 def _linearised(hsic: torch.Tensor, i: int, j: int) -> tuple[float, torch.Tensor]:
     """CKA of a pair, and each minibatch's contribution to its error to first order: float, (B,)."""
-    own_i, own_j = hsic[:, i, i], hsic[:, j, j]
-    total_i, total_j = float(own_i.sum()), float(own_j.sum())
-    if not (total_i > 0 and total_j > 0):
-        return math.nan, torch.full_like(own_i, math.nan)
-    if i == j:
-        return 1.0, torch.zeros_like(own_i)
-    cross = hsic[:, i, j] / math.sqrt(total_i) / math.sqrt(total_j)
-    theta = float(cross.sum())
-    return theta, cross - theta / 2 * (own_i / total_i + own_j / total_j)
+    own = hsic[:, [i, j], [i, j]]
+    total = own.sum(0)
+    total = total.masked_fill(~(total > 0), math.nan)
+    cross = hsic[:, i, j] / total.sqrt().prod()
+    theta = cross.sum()
+    return float(theta), cross - theta / 2 * (own / total).sum(1)
 
 
 def adjusted(

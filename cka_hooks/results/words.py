@@ -68,12 +68,11 @@ def error_in_words(error: float) -> str:
 
 
 def _size(result: CKAResult) -> Iterator[str]:
-    groups = by_model(result, result.rows)
     count = _count(len(result.rows), "layer")
     if not result.square:
         count = f"{count} against {len(result.columns)}"
-    elif len(groups) > 1:
-        count += f" ({listing([f'{name}: {len(positions)}' for name, positions in groups.items()])})"
+    elif len(result.models) > 1:
+        count += f" of {len(result.models)} models"
     line = f"{count}, {_count(result.samples, 'sample')} in {_count(result.minibatches, 'minibatch', 'es')}"
     if result.passes > 1:
         line += f" over {result.passes} passes"
@@ -153,12 +152,8 @@ def _same_depth(result: CKAResult) -> Iterator[str]:
         # One position in the network with fewer layers. Rounding must not decide at exactly one position.
         near = np.abs(depth) <= 1 / (min(values.shape) - 1) + 1e-9
         best = np.nanargmax(values, axis=1)
-        hits = int(near[np.arange(len(rows)), best].sum())
-        words = f"{hits} of {len(rows)}{_of(first)} with {second} (chance: {near.mean(axis=1).sum():.1f}"
-        names = [result.layer_of(result.rows[i]) for i in rows]
-        if names == [result.layer_of(result.columns[j]) for j in columns]:
-            words += f"; {(best == np.arange(len(rows))).sum()} to the layer of the same name"
-        found.append((hits / len(rows), f"{words})"))
+        hits, chance = near[np.arange(len(rows)), best].sum(), near.mean(axis=1).sum()
+        found.append((hits / len(rows), f"{hits} of {len(rows)}{_of(first)} with {second} (chance: {chance:.1f})"))
     if found:
         listed = listing([words for _, words in sorted(found)], "; ")
         yield f"Layers most similar to one at the same or a neighbouring depth of the other model: {listed}."
