@@ -16,7 +16,7 @@ from cka_hooks.command.models import SpecError, Transform, from_file, unknown
 from cka_hooks.command.shared import whole
 from cka_hooks.errors import imported
 from cka_hooks.recording.batches import check_loader
-from cka_hooks.run.precomputed import Precomputed
+from cka_hooks.run.precomputed import Precomputed, identifiers
 
 IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
 # The formats that may be behind these suffixes. Pillow looks at the content, and would start Ghostscript for
@@ -62,10 +62,10 @@ class DrawnSamples(Subset[Any]):
     def __init__(self, dataset: Any, order: Sequence[int]) -> None:
         super().__init__(dataset, order)
         ids = getattr(dataset, "sample_ids", range(len(dataset)))
-        self.sample_ids = [ids[index] for index in order]
+        self.sample_ids = identifiers([ids[index] for index in order], "sample_ids of the data set")
 
 
-def data_words(parser: argparse.ArgumentParser, samples: object = "all") -> None:
+def data_words(parser: argparse.ArgumentParser, samples: str = "all") -> None:
     """DATA is one of
       photos/                        a folder of images, or with one subfolder per class
       torchvision:CIFAR10:data/      the test split of a torchvision data set, with the folder that holds it
@@ -79,7 +79,13 @@ def data_words(parser: argparse.ArgumentParser, samples: object = "all") -> None
     add("--sample-ids", type=lambda word: int(word) if word.isdecimal() else word, metavar="KEY", help=ids)
     drawn = f'number of samples, drawn at random, or "all"; default: {samples}'
     add("--samples", type=_count_or_all, default=argparse.SUPPRESS, metavar="N", help=drawn)
-    add("--seed", type=whole(0), default=0, metavar="N", help="of drawn samples, their order, and random weights")
+    add(
+        "--seed",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="for samples, their order, and random weights; default: 0",
+    )
     add("--batch-size", type=whole(1), default=64, metavar="N", help="default: %(default)s")
     add("--workers", type=whole(0), default=0, metavar="N", help="processes that read images; default: %(default)s")
     add("--download", action="store_true", help="let torchvision download the data set")

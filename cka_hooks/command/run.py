@@ -108,7 +108,8 @@ def _run(arguments: argparse.Namespace) -> int:
     largest = float(errors.max()) if len(errors) else None
     reached = result.settings.get("tolerance_reached")
     if reached is False:
-        warn(f"--tolerance was not reached before the data ended: the largest standard error is {largest}")
+        found = "there is no standard error" if largest is None else f"the largest standard error is {largest:.2g}"
+        warn(f"--tolerance was not reached before the data ended: {found}")
     paths = write_all(result, arguments.out, printed=not arguments.json)
     if arguments.json:
         report = {
