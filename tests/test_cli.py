@@ -233,7 +233,7 @@ def test_bad_input_is_a_message_and_exit_code_2(nets, tmp_path, capsys, words, m
         ("broken", "data", "ValueError: no such thing (--debug shows where)"),
         ("nett", "data", "has no object 'nett': the closest are net, "),
         ("net", "empty", "yielded no batch"),
-        ("net", "not_a_net", "the loader is a builtins.int: not iterable: pass a DataLoader"),
+        ("net", "not_a_net", "pass a DataLoader or a list of batches"),
     ],
 )
 def test_a_file_that_does_not_give_what_was_asked(nets, tmp_path, capsys, model, data, message):
