@@ -836,7 +836,6 @@ def loaders() -> dict[str, tuple[Any, str]]:
         "mapping": ({"x": torch.randn(64, 16)}, r"one batch: pass \[batch\]"),
         "function": (lambda: [torch.randn(64, 16)], "not iterable"),
         "text": ("loader", "not iterable"),
-        "model": (nn.Sequential(nn.Linear(16, 16)), "models come first"),
     }
 
 

@@ -102,7 +102,7 @@ def test_a_part_by_path(path: str) -> None:
     [
         ("part:2", r"no '2' \(of '2'\) in a tuple of 2"),
         ("part:0:c", r"no 'c' \(of '0:c'\) in a Tensor"),
-        ("part:1:c", r"no 'c' .* in a mapping with the keys a, b"),
+        ("part:1:c", r"no 'c' .* in a dict with a, b"),
     ],
 )
 def test_a_path_that_leads_nowhere(path: str, message: str) -> None:
@@ -197,7 +197,7 @@ def test_inputs_positional_and_by_keyword() -> None:
     assert [torch.equal(seen[name], X * factor) for name, factor in zip(names, (1, 2, 3, 4), strict=True)] == [
         True
     ] * 4
-    with pytest.raises(cka_hooks.LayerError, match=r"no 'other' .* in a mapping with the keys scale, nested"):
+    with pytest.raises(cka_hooks.LayerError, match=r"no 'other' .* in a dict with 0, 1, scale, nested"):
         recorded(Model(), X, layers="fc:input:other")
 
 

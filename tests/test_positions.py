@@ -115,7 +115,7 @@ def test_pixels_at_one_resolution(channels_last: bool, count: int | None) -> Non
         model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     result = compare(model, list(x.split(6)), positions=count)
     assert result.layers == ("first", "up")
-    assert result.skipped["down"].startswith("has other positions than 'first', 4 x 4 against 8 x 8 in each sample")
+    assert result.skipped["down"].startswith("has other positions than 'first', (4, 4) against (8, 8) in each sample")
     wide = Pixels().double()
     grams = []
     for number, batch in enumerate(images().double().split(6)):

@@ -95,20 +95,17 @@ def is_sample_list(value: Any, *, is_input: bool = False) -> bool:
     """
     if not isinstance(value, tuple | list) or not value or isinstance(value, PackedSequence):
         return False
-    first = value[0]
+    first, is_list = value[0], len(value) > 2 or is_input
     if isinstance(first, str):
         return all(isinstance(item, str) for item in value)
     if isinstance(first, Tensor):
-        if not all(isinstance(item, Tensor) and item.ndim == 3 and item.shape[0] in (1, 3, 4) for item in value):
-            return False
+        are_images = all(isinstance(item, Tensor) and item.ndim == 3 and item.shape[0] in (1, 3, 4) for item in value)
         # A tuple inside a batch does not come from torch's default collation, which makes lists of views.
-        return len(value) > 2 or (is_input and (isinstance(value, tuple) or len(value) == 1))
+        return are_images and is_list and (len(value) != 2 or isinstance(value, tuple))
     if isinstance(first, Mapping):
-        alike = all(isinstance(item, Mapping) and item.keys() == first.keys() for item in value)
-    else:
-        is_data = first is None or isinstance(first, bool | int | float | tuple | list | np.ndarray)
-        alike = not is_data and all(type(item) is type(first) for item in value)
-    return alike and (len(value) > 2 or is_input)
+        return is_list and all(isinstance(item, Mapping) and item.keys() == first.keys() for item in value)
+    is_data = first is None or isinstance(first, bool | int | float | tuple | list | np.ndarray)
+    return is_list and not is_data and all(type(item) is type(first) for item in value)
 
 
 def leading_shape(*values: Any) -> tuple[int, ...]:
@@ -154,16 +151,15 @@ def is_empty(batch: Any) -> bool:
 
 
 _ONE_BATCH = "one batch: pass [batch], or the loader that it came from"
-_LOADER = "pass torch.utils.data.DataLoader({}, batch_size=64)"
-_SAMPLER = "which yields indices: pass torch.utils.data.DataLoader(dataset, {}=sampler)"
+_LOADER = "pass torch.utils.data.DataLoader({})"
+_DATA_SET = "which yields single samples: " + _LOADER
 # What does not yield batches, and what to do with it. The first kind that fits decides; None: it is a loader.
 _NO_LOADERS: tuple[tuple[type | UnionType, str | None], ...] = (
-    (data.BatchSampler, _SAMPLER.format("batch_sampler")),
-    (data.Sampler, _SAMPLER.format("sampler")),
+    (data.BatchSampler, _LOADER.format("dataset, batch_sampler=sampler")),
+    (data.Sampler, _LOADER.format("dataset, sampler=sampler")),
     (data.IterableDataset, None),
-    (data.Dataset, "which yields single samples: " + _LOADER.format("dataset")),
-    (Tensor | np.ndarray, _LOADER.format("tensor") + ", or [tensor] for one batch"),
-    (nn.Module, "the models come first, compare({'a': a, 'b': b}, loader)"),
+    (data.Dataset, _DATA_SET.format("dataset, batch_size=64")),
+    (Tensor | np.ndarray, _LOADER.format("tensor, batch_size=64") + ", or [tensor] for one batch"),
     (Mapping, _ONE_BATCH),
 )
 
@@ -177,7 +173,7 @@ def check_loader(loader: Any) -> None:
     kind = f"{type(loader).__module__}.{type(loader).__qualname__}"
     advice = next((advice for kinds, advice in _NO_LOADERS if isinstance(loader, kinds)), None)
     if kind.startswith("datasets."):
-        advice = _LOADER.format('dataset.with_format("torch")')
+        advice = _DATA_SET.format('dataset.with_format("torch"), batch_size=64')
     elif _is_pair(loader):
         advice = _ONE_BATCH
     elif isinstance(loader, str) or not (advice or hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):

@@ -80,12 +80,10 @@ def _fitted(cell: str, width: int, sign: str) -> str:
 
 
 def _short(number: int) -> str:
-    """A number in at most four digits: 802,816 is 803 k."""
-    for factor, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if number >= factor * 0.9995:
-            value = number / factor
-            return f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
-    return str(number)
+    """A number in at most three digits: 802,816 is 803 k."""
+    rounded = float(f"{number:.3g}")
+    power = min(len(str(int(rounded))) - 1, 9) // 3
+    return f"{rounded / 1000**power:.3g}{('', ' k', ' M', ' G')[power]}"
 
 
 def described(shapes: dict[str, tuple[int, ...]], taps: dict[str, Tap], skipped: dict[str, str]) -> Description:

@@ -23,8 +23,9 @@ from cka_hooks.recording.snapshot import restore_torch_random, torch_random_stat
 _claims: dict[tuple[object, int], frozenset[int]] = {}
 # While anybody measures, the switch that makes compiled code run uncompiled.
 _stance: list[Any] = []
-# Modules by class name that drop parts at random, and the attribute with the rate.
-_RANDOM = {"DropPath": "drop_prob", "StochasticDepth": "p"}
+# Modules that drop parts at random, and the attributes that may have the rate.
+_RANDOM = nn.modules.dropout._DropoutNd | nn.RNNBase | nn.MultiheadAttention
+_RANDOM_BY_NAME, _RATES = ("DropPath", "StochasticDepth"), ("p", "dropout", "drop_prob")
 
 
 def runnable(model: nn.Module) -> nn.Module:
@@ -92,14 +93,9 @@ def remove_hooks(module: nn.Module, *owners: object) -> None:
 
 def varies_in_train_mode(module: nn.Module) -> bool:
     """Whether a module's output in train mode depends on chance or on the other samples of the batch."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.RReLU):
-        return True
-    rate = _RANDOM.get(type(module).__name__)
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        rate = "p"
-    elif isinstance(module, nn.RNNBase | nn.MultiheadAttention):
-        rate = "dropout"
-    return rate is not None and (getattr(module, rate, None) or 0) > 0
+    if isinstance(module, _RANDOM) or type(module).__name__ in _RANDOM_BY_NAME:
+        return any((getattr(module, rate, None) or 0) > 0 for rate in _RATES)
+    return isinstance(module, nn.modules.batchnorm._BatchNorm | nn.RReLU)
 
 
 def warned_of_train_mode(varying: Mapping[str, nn.Module]) -> bool:

@@ -51,10 +51,7 @@ def input_of(args: Sequence[Any], kwargs: Mapping[str, Any], part: str) -> Tenso
     Raises:
         NotRecordable: there is nothing at `part`.
     """
-    first = part.split(":")[0]
-    if first and not first.lstrip("-").isdigit():
-        return activation_of(dict(kwargs), part)
-    return activation_of((*args, *kwargs.values()), part)
+    return activation_of({**{str(number): item for number, item in enumerate(args)}, **kwargs}, part)
 
 
 def _child(value: Any, step: str, part: str) -> Any:
@@ -67,12 +64,9 @@ def _child(value: Any, step: str, part: str) -> Any:
             return getattr(value, step)
     except (LookupError, ValueError, AttributeError):
         pass
-    there = f"a {type(value).__name__}"
-    if isinstance(value, Mapping):
-        there = f"a mapping with the keys {', '.join(map(str, value))}"
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        there += f" of {len(value)}"
-    raise NotRecordable(f"there is no {step!r} (of {part!r}) in {there}")
+    size = f" of {len(value)}" if isinstance(value, Sequence) else ""
+    keys = f" with {', '.join(fields)}" if (fields := fields_of(value)) else ""
+    raise NotRecordable(f"there is no {step!r} (of {part!r}) in a {type(value).__name__}{size}{keys}")
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

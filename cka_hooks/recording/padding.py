@@ -60,8 +60,8 @@ class _Fit(NamedTuple):
     frames: Frames | None = None
 
 
-# A layer with other positions, and one that does not depend on what the mask describes.
-_OTHER, _APART = _Fit(()), _Fit((-1,))
+# A layer with other positions, one that does not depend on what the mask describes, and one that no probe showed.
+_OTHER, _APART, _UNKNOWN = _Fit(()), _Fit((-1,)), _Fit((-2,))
 
 
 class Padding:
@@ -88,8 +88,7 @@ class Padding:
         self._is_named = isinstance(mask, Mapping)
         self._model = names[ROOT]
         self._speech = {name: it for name, it in names.items() if hasattr(it, _FRAMES)}
-        self._probed: set[Source] = set()
-        self._fits: dict[tuple[str, Source], _Fit] = {}
+        self._fits: dict[Source, dict[str, _Fit]] = {}
         self._found: dict[Source, Tensor] = {}
         self._framed: dict[tuple[Source, int], Tensor] = {}
         self._has_zeros = False
@@ -132,7 +131,7 @@ class Padding:
     @property
     def needs_probe(self) -> bool:
         """Whether the batch has a mask whose layers are not known yet."""
-        return not self._probed.issuperset(self._found)
+        return not self._fits.keys() >= self._found.keys()
 
     @property
     def is_due(self) -> bool:
@@ -149,28 +148,25 @@ class Padding:
             samples: number of samples in the batch.
         """
         for source, mask in self._found.items():
-            length = mask.shape[1]
-            # One step of a recording stands for many of its numbers.
-            less = length - (max(1, length // 4) if self._speech else 1)
-            if source not in self._probed and len(mask) == samples and less > 0:
-                self._fits |= self._fits_of(source, probe, length, less)
-        self._probed.update(self._found)
+            if source not in self._fits:
+                can_shorten = len(mask) == samples and mask.shape[1] > 1
+                self._fits[source] = self._fits_of(source, probe, mask.shape[1]) if can_shorten else {}
 
-    def _fits_of(self, source: Source, probe: Probe, length: int, less: int) -> dict[tuple[str, Source], _Fit]:
+    def _fits_of(self, source: Source, probe: Probe, length: int) -> dict[str, _Fit]:
         """How a mask fits each layer. Empty if that is not known, as for layers after an error."""
+        # One step of a recording stands for many of its numbers.
+        less = length - (max(1, length // 4) if self._speech else 1)
         few, ways = probe.first.samples, list(self._ways(length, less))
-        whole: list[dict[tuple[str, Source], _Fit]] = []
-        broken: list[dict[tuple[str, Source], _Fit]] = []
+        whole: list[dict[str, _Fit]] = []
+        broken: list[dict[str, _Fit]] = []
         for tries in _tries(probe.few, few, length, source):
             for chosen in tries:
                 look = probe.look(_shortened(probe.few, few, length, less, chosen), few)
                 both = ((label, before, look.seen.get(label)) for label, before in probe.first.seen.items())
-                fits = {(label, source): _fit(label, before, after, ways) for label, before, after in both if after}
-                followed = {key: fit for key, fit in fits.items() if fit not in (_OTHER, _APART)}
-                if followed and look.problem is None:
-                    whole.append(fits)
-                elif followed:
-                    broken.append(followed)
+                fits = {label: _followed(label, before, after, ways) for label, before, after in both if after}
+                followed = {label: fit for label, fit in fits.items() if fit not in (_OTHER, _APART)}
+                if followed:
+                    (broken if look.problem else whole).append(followed if look.problem else fits)
             if whole:
                 break
         # If two parts of the batch may be what the mask describes, neither is known to be.
@@ -200,22 +196,21 @@ class Padding:
         """
         masks, unused = [], None
         for source in self._sources(name, label, shape):
-            fit = self._fits.get((label, source))
-            mask = self._found[source]
-            if callable(source) and (fit is None or (self._is_named and fit in (_OTHER, _APART))):
+            mask, fit = self._found[source], self._fit(source, label)
+            if callable(source) and (fit is _UNKNOWN or (self._is_named and fit in (_OTHER, _APART))):
                 # Only the user can know.
                 fit = _Fit(tuple(dim for dim, size in enumerate(shape) if dim > 0 and size == mask.shape[1]))
                 if fit.dims and not self._is_named:
                     self._note(_BY_SIZE, label)
-            if fit is _APART:
-                continue
-            fit = fit or _OTHER
             if fit.frames is not None:
-                mask = self._frame(source, fit.frames, shape[fit.dims[0]])
-            dims = tuple(dim for dim in fit.dims if dim < len(shape) and shape[dim] == mask.shape[1])
+                key = source, shape[fit.dims[0]]
+                if key not in self._framed:
+                    self._framed[key] = fit.frames(key[1], (mask != 0).long())
+                mask = self._framed[key]
+            dims = tuple(dim for dim in fit.dims if 0 <= dim < len(shape) and shape[dim] == mask.shape[1])
             if dims:
                 masks.append((mask, dims))
-            else:
+            elif fit is not _APART:
                 unused = f"batch's {source}" if isinstance(source, str) else "mask"
         if unused is not None and not masks:
             self._note(_UNUSED.format(unused), label)
@@ -224,10 +219,13 @@ class Padding:
     def keeps(self, name: str, label: str, shape: tuple[int, ...]) -> None:
         """Note that a layer keeps all positions as data. An unconfirmed one may be padded if sizes are alike."""
         for source in self._sources(name, label, shape) if self.is_due else ():
-            fit = self._fits.get((label, source))
-            sizes = {size for _, sizes, _ in self._ways(self._found[source].shape[1]) for size in sizes}
-            if fit.dims and fit is not _APART if fit is not None else not sizes.isdisjoint(shape[1:]):
+            fit, ways = self._fit(source, label), self._ways(self._found[source].shape[1])
+            is_alike = any(size in shape[1:] for _, (size,), _ in ways)
+            if is_alike if fit is _UNKNOWN else fit not in (_OTHER, _APART):
                 self._note(_KEPT, label)
+
+    def _fit(self, source: Source, label: str) -> _Fit:
+        return self._fits.get(source, {}).get(label, _UNKNOWN)
 
     def _sources(self, name: str, label: str, shape: tuple[int, ...]) -> list[Source]:
         """Which of the batch's masks may be those of a layer."""
@@ -239,11 +237,6 @@ class Padding:
         if callable(given):
             return [given] if given in self._found else []
         return [source for source in self._found if isinstance(source, str) and (given or not self._is_named)]
-
-    def _frame(self, source: Source, frames: Frames, size: int) -> Tensor:
-        if (source, size) not in self._framed:
-            self._framed[source, size] = frames(size, (self._found[source] != 0).long())
-        return self._framed[source, size]
 
     # Warnings
 
@@ -280,7 +273,9 @@ def _fields(batch: Any, form: batches.Form) -> tuple[str, dict[str, Any]]:
     return "batch[-1]", batches.fields_of(last) or {}
 
 
-def _fit(label: str, before: Glance, after: Glance, ways: list[tuple[str, tuple[int, ...], Frames | None]]) -> _Fit:
+def _followed(
+    label: str, before: Glance, after: Glance, ways: list[tuple[str, tuple[int, ...], Frames | None]]
+) -> _Fit:
     sizes = list(zip(before.shape, after.shape, strict=False))
     for name, wanted, frames in ways:
         dims = tuple(dim for dim, size in enumerate(sizes) if size == wanted)
@@ -299,18 +294,15 @@ def _tries(batch: Any, samples: int, length: int, source: Source) -> Iterator[li
     others: list[Any] = []
 
     def look(item: Any, key: str) -> None:
+        is_long = isinstance(item, Tensor | np.ndarray) and tuple(item.shape[:2]) == (samples, length)
         mask = LABELS if key in batches.LABELS else DECODER_MASK if key.startswith("decoder_") else MASK
-        if _has(item, samples, length) and (callable(source) or source == mask):
+        if is_long and (callable(source) or source == mask):
             (tokens if item.ndim == 2 else others).append(item)
 
     batches.mapped(batch, look)
     if tokens:
         yield [tokens]
     yield [[*tokens, one] for one in others]
-
-
-def _has(item: Any, samples: int, length: int) -> bool:
-    return isinstance(item, Tensor | np.ndarray) and tuple(item.shape[:2]) == (samples, length)
 
 
 def _shortened(batch: Any, samples: int, length: int, less: int, chosen: list[Any]) -> Any:

@@ -63,7 +63,7 @@ class Positions:
             self._places = self._chosen(kept, shape)
         elif shape != self._shape:
             raise NotRecordable(
-                f"has other positions than {self._label!r}, {_by(shape)} against {_by(self._shape)} in each sample: "
+                f"has other positions than {self._label!r}, {shape[1:]} against {self._shape[1:]} in each sample: "
                 'per="position" compares layers with the same ones. layers= chooses these'
             )
         elif not sources <= self._sources:
@@ -96,7 +96,3 @@ def positions_of(per: Any, positions: Any, seed: Any) -> Positions | None:
         return positions
     options = Options(per=per, positions=positions, seed=seed)
     return Positions(options.positions, options.seed) if options.per == "position" else None
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape[1:]))

@@ -373,7 +373,7 @@ class LayerRecorder:
             0      Conv2d       1  4x8x8x8       512  33.3%
             1      ReLU         1  4x8x8x8       512  33.3%
             2      Flatten      1    4x512       512  33.3%
-            3 layers, 1.5 k features per sample, 4 samples
+            3 layers, 1.54 k features per sample, 4 samples
         """
         shapes = self._run(batch, lambda activation: tuple(activation.shape), guest.RandomStream())
         taps = {layer: self._taps[id(self._way.recorded[layer])] for layer in shapes}

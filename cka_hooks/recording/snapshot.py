@@ -44,14 +44,9 @@ class Snapshot:
 
     def drew(self) -> bool:
         """Whether random numbers have been drawn since."""
-        states, python, numpy = random_state()
-        before, python_before, numpy_before = self._random
-        return (
-            python != python_before
-            or not all(map(torch.equal, states, before))
-            or numpy[2] != numpy_before[2]
-            or not np.array_equal(numpy[1], numpy_before[1])
-        )
+        states, *others = random_state()
+        before, *others_before = self._random
+        return others != others_before or not all(map(torch.equal, states, before))
 
 
 def undoing(value: Any, seen: dict[int, Any]) -> Iterator[Callable[[], object]]:
@@ -112,7 +107,8 @@ def _refill(container: list[Any] | deque[Any] | set[Any], entries: list[Any]) ->
 
 def random_state() -> tuple[list[Tensor], Any, Any]:
     """The states of Python's, NumPy's and torch's random generators, on the CPU and on devices in use."""
-    return torch_random_state(), random.getstate(), np.random.get_state()
+    numpy: Any = np.random.get_state()
+    return torch_random_state(), random.getstate(), (numpy[0], numpy[1].tolist(), *numpy[2:])
 
 
 def torch_random_state() -> list[Tensor]:
@@ -124,5 +120,4 @@ def torch_random_state() -> list[Tensor]:
 def restore_torch_random(states: list[Tensor]) -> None:
     """Go back to states of :func:`torch_random_state`."""
     torch.set_rng_state(states[0])
-    if states[1:]:
-        torch.cuda.set_rng_state_all(states[1:])
+    torch.cuda.set_rng_state_all(states[1:])

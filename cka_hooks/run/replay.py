@@ -43,7 +43,7 @@ class Randomness:
         return {
             "torch": of_torch,
             "python": [version, list(words), gauss],
-            "numpy": [name, torch.from_numpy(key.astype(np.int64)), *rest],
+            "numpy": [name, torch.tensor(key, device="cpu"), *rest],
             "generators": [generator.get_state() for generator in self._generators],
         }
 
