@@ -22,8 +22,6 @@ _KEEPING = frozenset(
 )
 _SELF_ATTENTIVE = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
-NAMED, KNOWN, PROBED = "named", "known", "confirmed by a probe"
-
 
 class SampleDimension:
     """Finds the dimension with the samples: named, known from the kinds of all modules, or confirmed by a probe.
@@ -71,35 +69,30 @@ class SampleDimension:
             NotRecordable: there is none, or it is not known.
         """
         given = self._given.of(name, None)
-        if given is None and self._ranks.setdefault(label, len(shape)) != len(shape):
+        if given is not None:
+            is_one = -len(shape) <= given < len(shape)
+            if is_one and self.samples is None:
+                self.samples = shape[given]
+            if not is_one or shape[given] != self.samples:
+                raise NotRecordable(f"batch_dim={given} of {shape} does not have size {self.samples}, the batch size")
+            self.evidence[label] = "named"
+            return int(given) % len(shape)
+        if self._ranks.setdefault(label, len(shape)) != len(shape):
             raise NotRecordable(
                 f"has {len(shape)} dimensions in a batch and {self._ranks[label]} in the first: keep the dimension "
                 "with the samples in a batch of one sample (squeeze() drops it), or pass batch_dim="
             )
-        if given is not None:
-            dim, how = self._checked(given, shape), NAMED
-        elif self._is_plain:
-            dim, how = self._confirmed(0, shape), KNOWN
-        elif not self.found and not self.is_settled:
-            raise NotRecordable(
-                "has its samples in a dimension that nothing confirmed, since only parts of the model were called: "
-                "pass batch_dim=, or use compare() or Comparison, which run all of it on a part of the batch first"
+        found = 0 if self._is_plain else self.found.get(label, "was not reached by the probe of the first batch")
+        if not self.found and not self.is_settled:
+            found = (
+                "has its samples in a dimension that nothing confirmed, since only parts of the model were called "
+                "(compare() and Comparison run all of it on a part of the batch first)"
             )
-        else:
-            found = self.found.get(label, "was not reached by the probe of the first batch")
-            if isinstance(found, str):
-                raise NotRecordable(f"{found}; pass batch_dim= to say which dimension holds the samples")
-            dim, how = self._confirmed(found, shape), PROBED
-        self.evidence[label] = how
+        if isinstance(found, str):
+            raise NotRecordable(f"{found}; pass batch_dim= to say which dimension holds the samples")
+        dim = self._confirmed(found, shape)
+        self.evidence[label] = "known" if self._is_plain else "confirmed by a probe"
         return dim
-
-    def _checked(self, given: int, shape: tuple[int, ...]) -> int:
-        if -len(shape) <= given < len(shape):
-            if self.samples is None:
-                self.samples = shape[given]
-            if shape[given] == self.samples:
-                return given % len(shape)
-        raise NotRecordable(f"batch_dim={given} of {shape} does not have size {self.samples}, the batch size")
 
     def _confirmed(self, dim: int | None, shape: tuple[int, ...]) -> int:
         samples, first = self.samples, shape[0] if shape else 0

@@ -85,15 +85,13 @@ class Channels:
             activation: the module's output.
             batch_dim: the dimension with its samples.
         """
-        rank = activation.ndim
-        if rank < 3:
-            return None
-        given = self._given.of(name, None)
-        if given is not None:
-            return int(given)
-        if (label, rank) not in self._found:
-            self._found[label, rank] = self._dim_of(label, activation, batch_dim)
-        return self._found[label, rank]
+        given: int | None = self._given.of(name, None)
+        if given is not None or activation.ndim < 3:
+            return given if activation.ndim > 2 else None
+        key = label, activation.ndim
+        if key not in self._found:
+            self._found[key] = self._dim_of(label, activation, batch_dim)
+        return self._found[key]
 
     def _dim_of(self, label: str, activation: Tensor, batch_dim: int) -> int:
         shape, rank = tuple(activation.shape), activation.ndim
@@ -102,11 +100,10 @@ class Channels:
             return known
         others = [dim for dim in range(rank) if dim != batch_dim]
         usual, unusual = (others[-1], others[0]) if rank == 3 else (others[0], others[-1])
-        last, count = self._last.get(rank, (None, 0))
-        if last in (usual, unusual):
-            elsewhere = unusual if last == usual else usual
-            if shape[last] == count and shape[elsewhere] != count:
-                return last
+        elsewhere = {usual: unusual, unusual: usual}
+        last, count = self._last.get(rank, (-1, 0))
+        if last in elsewhere and shape[last] == count != shape[elsewhere[last]]:
+            return last
         if rank > 3 or last == unusual:
             self._guessed[label] = shape
         return usual

@@ -173,6 +173,7 @@ class LongWay:
             return
         self.left_out.pop(label, None)
         self.recorded[label] = route.selection.module
+        self.shapes.setdefault(label, tuple(activation.movedim(route.axis, 0).shape[1:]))
         if isinstance(route.reduction, str) and route.reduction != "flatten":
             route.channels = self._channels.of(name, label, activation, route.axis)
         slot = slots_of(self.consumer) if self._detaches else None
@@ -186,8 +187,6 @@ class LongWay:
         """Hand an activation to the consumer. The route knows its axis with the samples."""
         if self._detaches:
             activation = activation.detach()
-        if route.label not in self.shapes:
-            self.shapes[route.label] = tuple(activation.movedim(route.axis, 0).shape[1:])
         try:
             with without_gradients() if self._detaches else nullcontext():
                 rows = self._rows(route, activation)
