@@ -21,7 +21,6 @@ from cka_hooks.options import Options
 from cka_hooks.precision import without_gradients
 from cka_hooks.recording import batches, guest
 from cka_hooks.recording.batches import Given
-from cka_hooks.recording.calls import call
 from cka_hooks.recording.describe import Description, described, left_out
 from cka_hooks.recording.layers import Layers, check_model, named_layers, select_layers, unwrap
 from cka_hooks.recording.long_way import Features, LongWay
@@ -253,7 +252,7 @@ class LayerRecorder:
         return Given(batch, batch, self._form, self._form.shape(batch), value, call)
 
     def _call(self, batch: Any, number: int | None = None) -> Any:
-        return call(guest.runnable(self.model), batch, self._forward, self._form, number)
+        return batches.call(guest.runnable(self.model), batch, self._forward, self._form, number)
 
     @contextmanager
     def _pass(self, given: Given, limit: int | None) -> Iterator[None]:
