@@ -35,8 +35,7 @@ from cka_hooks.results.uncertainty import Difference
 from cka_hooks.run.comparison import Comparison
 from cka_hooks.run.precomputed import Precomputed
 from cka_hooks.similarity.accumulator import CKAAccumulator
-from cka_hooks.similarity.loss import cka_loss
-from cka_hooks.similarity.tensors import cka, cka_matrix
+from cka_hooks.similarity.tensors import cka, cka_loss, cka_matrix
 
 __version__ = "0.1.0"
 

@@ -91,7 +91,7 @@ class Padding:
         self._fits: dict[Source, dict[str, _Fit]] = {}
         self._found: dict[Source, Tensor] = {}
         self._framed: dict[tuple[Source, int], Tensor] = {}
-        self._has_zeros = False
+        self._zeros: bool | None = False
         self._is_first = True
         self._looks = not self._is_named
         self._suspect: str | None = None
@@ -124,9 +124,15 @@ class Padding:
             if self._looks:
                 self._suspect = _suspect(batch, form, where, fields)
                 self._looks = self._suspect is None
-        # Reading a mask waits for its device, as the probe before the first pass does.
-        seen = (mask for mask in self._found.values() if self._is_first or mask.device.type == "cpu")
-        self._has_zeros = any(not bool((mask != 0).all()) for mask in seen)
+        self._zeros = None
+
+    @property
+    def _has_zeros(self) -> bool:
+        """Whether a mask has zeros. One on an accelerator is read in the first pass only, if it matters: that waits."""
+        if self._zeros is None:
+            seen = (mask for mask in self._found.values() if self._is_first or mask.device.type == "cpu")
+            self._zeros = any(not bool((mask != 0).all()) for mask in seen)
+        return self._zeros
 
     @property
     def needs_probe(self) -> bool:
