@@ -170,3 +170,17 @@ def spelled(option: Any, detail: Callable[[Any], str] = lambda function: "") -> 
         name = getattr(option, "__qualname__", type(option).__qualname__)
         return f"{getattr(option, '__module__', '?')}.{name}{detail(option)}"
     return [spelled(item, detail) for item in option] if isinstance(option, Iterable) else repr(option)
+
+
+def difference(ours: Any, theirs: Any, name: str = "", where: tuple[str, str] = ("here", "there")) -> str:
+    """The first setting that differs, in words.
+
+    Example:
+        >>> difference({"epochs": 1, "models": {"a": "Net"}}, {"epochs": 1, "models": {"a": "ResNet"}})
+        "models a is 'Net' here and 'ResNet' there"
+    """
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        for key in (*ours, *theirs):
+            if ours.get(key) != theirs.get(key):
+                return difference(ours.get(key), theirs.get(key), f"{name} {key}".strip(), where)
+    return f"{name or 'everything'} is {ours!r:.200} {where[0]} and {theirs!r:.200} {where[1]}"

@@ -352,7 +352,7 @@ def test_another_run_is_refused_with_the_difference(tmp_path: Path, named: str, 
     path = tmp_path / "run.ckpt"
     with pytest.raises(Stop):
         run(path, shuffled(), stop_at=4)
-    with pytest.raises(cka_hooks.CheckpointError, match=rf"another run: .*{named}.* there and .* here"):
+    with pytest.raises(cka_hooks.CheckpointError, match=rf"another run: .*{named}.* here and .* there"):
         run(path, shuffled(), **change)
 
 

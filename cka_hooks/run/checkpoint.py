@@ -18,7 +18,7 @@ from typing import Any
 
 from cka_hooks.errors import CheckpointError, OptionError, warn
 from cka_hooks.files import remove_unfinished
-from cka_hooks.options import above_zero
+from cka_hooks.options import above_zero, difference
 from cka_hooks.run import replay
 from cka_hooks.run.checkpoint_file import FileLock, read, refused, write
 from cka_hooks.run.drawn import Drawn
@@ -79,10 +79,10 @@ class Keeper:
         content = read(self._path)
         with refused(self._path):
             if content["settings"] != self._settings:
-                name, theirs, ours = _difference(content["settings"], self._settings)
+                found = difference(self._settings, content["settings"])
                 raise CheckpointError(
-                    f"{self._path} is the checkpoint of another run: {name} is {theirs} there and {ours} here. Name "
-                    "another file with checkpoint=, or delete this one to start from the beginning"
+                    f"{self._path} is the checkpoint of another run: {found}. "
+                    "Name another file with checkpoint=, or delete this one to start from the beginning"
                 )
             samples = restore(content["run"])
             self.finished, self._interrupted = bool(content["finished"]), content["place"]
@@ -204,12 +204,3 @@ def undisturbed() -> Iterator[None]:
 def _chained(before: str, batch: Any) -> str:
     """The fingerprint of one more batch and all before it."""
     return hashlib.blake2b(f"{before} {replay.fingerprint(batch)}".encode(), digest_size=16).hexdigest()
-
-
-def _difference(theirs: Any, ours: Any, name: str = "") -> tuple[str, str, str]:
-    """The name of the first setting that differs, and both values."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in (*ours, *theirs):
-            if theirs.get(key, _difference) != ours.get(key, _difference):
-                return _difference(theirs.get(key), ours.get(key), f"{name} {key}".strip())
-    return name, f"{theirs!r:.200}", f"{ours!r:.200}"

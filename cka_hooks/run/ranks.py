@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from cka_hooks.errors import OptionError, RankError, warn
+from cka_hooks.options import difference
 from cka_hooks.similarity.reduce import exchanged, lost, reduced
 from cka_hooks.similarity.state import State
 
@@ -131,12 +132,9 @@ class Ranks:
         """
         plans = [its["plan"] for its in self.exchange({"plan": dict(plan)})]
         for rank, theirs in enumerate(plans):
-            for name, value in theirs.items():
-                if value != (first := plans[0].get(name)):
-                    raise OptionError(
-                        f"ranks run with different options: {name} is {first!r:.200} on rank 0 and {value!r:.200} on "
-                        f"rank {rank}"
-                    )
+            if theirs != plans[0]:
+                found = difference(plans[0], theirs, where=("on rank 0", f"on rank {rank}"))
+                raise OptionError(f"ranks run with different options: {found}")
 
     def meet(self, state: State, *, phase: int) -> tuple[State, int]:
         """The state of all ranks together, and the lowest `phase` that any rank has reached.

@@ -15,7 +15,7 @@ from cka_hooks.arrays import Features, as_features
 from cka_hooks.errors import LayerError, OptionError, OutOfMemoryError, SampleCountError
 from cka_hooks.features import Reduction, check_reduction, feature_rows
 from cka_hooks.hsic import MIN_SAMPLES, Estimator, features_differ
-from cka_hooks.options import Options
+from cka_hooks.options import Options, difference
 from cka_hooks.precision import without_gradients
 from cka_hooks.results.result import CKAResult
 from cka_hooks.similarity.batch import DIFFER, Batch, Step
@@ -332,17 +332,11 @@ class CKAAccumulator:
         self.state.merge(other.state)
 
     def _check_settings(self, theirs: Any) -> None:
-        ours = self.settings
         if isinstance(theirs, Mapping) and theirs.get("sketch") is not None:
             raise OptionError("this state was made with sketch=, which no longer exists: measure again without it")
-        if not isinstance(theirs, Mapping) or theirs.keys() != ours.keys():
-            raise OptionError("this is not the state of an accumulator of this version: its options differ")
-        for option, value in ours.items():
-            if theirs[option] != value:
-                raise OptionError(
-                    f"accumulators with different options cannot be merged: {option} is {value!r} here and "
-                    f"{theirs[option]!r} there"
-                )
+        if theirs != self.settings:
+            found = difference(self.settings, theirs)
+            raise OptionError(f"accumulators with different options cannot be merged: {found}")
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that was added, as numbers, text and float64 tensors: copies, safe to save and to send.
