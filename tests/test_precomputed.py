@@ -335,7 +335,7 @@ def test_another_order_is_refused_before_any_forward_pass(options: Any, why: str
     calls = Forward()
     with pytest.raises(OptionError, match=why) as caught:
         compare({"V4": features(5)}, loader(**options), forward=calls)
-    assert "'V4': cka_hooks.Precomputed(array, sample_ids=ids)" in str(caught.value)
+    assert "Precomputed(array, sample_ids=ids), and compare(..., sample_ids='id')" in str(caught.value)
     assert "DataLoader(dataset, batch_size=64, shuffle=False)" in str(caught.value)
     assert calls.calls == 0
 
@@ -402,7 +402,7 @@ def test_identifiers_that_are_missing_or_there_twice() -> None:
     ("options", "error", "message"),
     [
         ({}, OptionError, "say which those of a batch are, with sample_ids="),
-        ({"sample_ids": "name"}, BatchError, "has no such entry; it has 'input', 'id'"),
+        ({"sample_ids": "name"}, BatchError, "has no such entry; it has .'input', 'id'"),
         ({"sample_ids": 2.5}, OptionError, "it is a key of the batch, or a function"),
         ({"sample_ids": True}, OptionError, "it is a key of the batch, or a function"),
         ({"sample_ids": lambda batch: batch["id"][1:]}, BatchError, "gives 11 identifiers for a batch of 12"),
@@ -538,7 +538,7 @@ def test_files_that_are_not_read(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no file"):
         Precomputed.load(tmp_path / "y.npy")
     np.save(tmp_path / "x.npy", np.zeros((5, 2)))
-    with pytest.raises(OptionError, match="has one array without a name"):
+    with pytest.raises(OptionError, match="has no array 'a'"):
         Precomputed.load(f"{tmp_path / 'x.npy'}::a")
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import safetensors.torch
@@ -38,26 +39,22 @@ def opened(file: str | os.PathLike[str]) -> tuple[dict[str, Any], Any]:
         OSError: the file cannot be read.
     """
     path, _, name = os.fspath(file).partition("::")
-    readers = {".npy": _npy, ".npz": _npz, ".safetensors": _safetensors, ".h5": _hdf5, ".hdf5": _hdf5}
-    reader = readers.get(Path(path).suffix.lower())
+    reader = _READERS.get(Path(path).suffix.lower())
     if reader is None:
         raise OptionError(f"{path} is not a file of features that can be read: expected {', '.join(SUFFIXES)}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
-        arrays, sample_ids = reader(path, name)
-    except (ValueError, EOFError, SafetensorError, RuntimeError) as error:
+        found, sample_ids = reader(path, name)
+        arrays = {key: found[key] for key in ([name] if name else found) if key != IDS}
+    except KeyError:
+        near = ", ".join(map(repr, closest(name, list(found)))) or "none"
+        raise OptionError(f"{path} has no array {name!r}: the closest are {near}") from None
+    except (ValueError, EOFError, SafetensorError, RuntimeError, BadZipFile) as error:
         raise OptionError(f"could not read {path} as features ({type(error).__name__}: {error})") from error
-    if name:
-        if name not in arrays:
-            near = ", ".join(map(repr, closest(name, list(arrays)))) or "none"
-            raise OptionError(f"{path} has no array {name!r}: the closest are {near}")
-        arrays = {"": arrays[name]}
-    elif len(arrays) == 1:
-        arrays = {"": next(iter(arrays.values()))}
     if not arrays:
         raise OptionError(f"{path} has no array of features; name one inside a group with {path}::group/name")
-    return arrays, sample_ids
+    return (arrays if len(arrays) > 1 else {"": next(iter(arrays.values()))}), sample_ids
 
 
 def write(path: Path, arrays: Mapping[str, Tensor], sample_ids: Sequence[int | str] | None) -> None:
@@ -85,32 +82,25 @@ class _Slices:
         return found
 
 
-def _npy(path: str, name: str) -> tuple[dict[str, Any], Any]:
-    if name:
-        raise ValueError("a .npy file has one array without a name")
-    return {"": np.load(path, mmap_mode="r", allow_pickle=False)}, None
+def _numpy(path: str, _: str) -> tuple[Mapping[str, Any], Any]:
+    found = np.load(path, mmap_mode="r", allow_pickle=False)
+    return (found, found.get(IDS)) if isinstance(found, Mapping) else ({"": found}, None)
 
 
-def _npz(path: str, name: str) -> tuple[dict[str, Any], Any]:
-    with np.load(path, allow_pickle=False) as file:
-        if not isinstance(file, Mapping):
-            raise ValueError("it is not an .npz file")
-        wanted = [key for key in file if key == name or not name] if name in file or not name else list(file)
-        return {key: file[key] for key in wanted if key != IDS}, file.get(IDS)
-
-
-def _safetensors(path: str, name: str) -> tuple[dict[str, Any], Any]:
+def _safetensors(path: str, _: str) -> tuple[Mapping[str, Any], Any]:
     file: Any = safe_open(path, framework="pt")
     names = list(file.keys())
     text = (file.metadata() or {}).get(IDS)
     sample_ids = json.loads(text) if text is not None else file.get_tensor(IDS) if IDS in names else None
-    return {one: _Slices(file, one) for one in names if one != IDS}, sample_ids
+    return {name: _Slices(file, name) for name in names}, sample_ids
 
 
-def _hdf5(path: str, name: str) -> tuple[dict[str, Any], Any]:
+def _hdf5(path: str, name: str) -> tuple[Mapping[str, Any], Any]:
     h5py = imported("h5py", f"{path} needs h5py", "h5py")
     file = h5py.File(path, "r")
     group = file[name.rpartition("/")[0] or "/"] if name in file else file
     found = {key: item for key, item in group.items() if isinstance(item, h5py.Dataset)}
-    sample_ids = found.pop(IDS)[:] if IDS in found else None
-    return {name: file[name]} if name in file else found, sample_ids
+    return file if name in file else found, found[IDS][:] if IDS in found else None
+
+
+_READERS = {".npy": _numpy, ".npz": _numpy, ".safetensors": _safetensors, ".h5": _hdf5, ".hdf5": _hdf5}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cka_hooks.arrays import Features, as_features
-from cka_hooks.errors import LayerError, OptionError, SampleCountError
+from cka_hooks.errors import OptionError
 from cka_hooks.precision import without_gradients
 from cka_hooks.similarity.accumulator import CKAAccumulator
 from cka_hooks.similarity.batch import Step
@@ -42,16 +42,6 @@ class JoiningAccumulator(CKAAccumulator):
         super().discard()
         self._now: dict[str, Tensor] = {}
 
-    @property
-    def observing(self) -> frozenset[str]:
-        """The layers that were observed since the last `step`."""
-        return super().observing or frozenset(self._now)
-
-    @property
-    def observing_samples(self) -> int:
-        """Number of samples of each layer observed since the last `step`."""
-        return super().observing_samples or _samples(self._now)
-
     def observe(self, layer: str, activation: Features) -> None:
         """Take the Gram matrix of one layer's activation, or keep a copy of its rows if they are to be joined.
 
@@ -63,17 +53,10 @@ class JoiningAccumulator(CKAAccumulator):
         if self._size is None:
             super().observe(layer, activation)
             return
-        if layer in self._now:
-            raise LayerError(f"layer {layer!r} was observed twice in a batch")
         with without_gradients():
             rows = as_features(activation, f"layer {layer!r}").detach()
             rows = rows.reshape(len(rows), -1).clone()
-        other, there = next(iter(self._now.items()), (layer, rows))
-        if len(rows) != len(there):
-            raise SampleCountError(
-                f"layer {layer!r} has {len(rows)} samples and {other!r} has {len(there)} in the same batch: CKA "
-                "compares the same samples in the same order"
-            )
+        self._begin(layer, rows)
         if (width := self._waiting.get(layer, rows).shape[1]) != rows.shape[1]:
             raise OptionError(
                 f"layer {layer!r} has {rows.shape[1]} features in this batch and {width} in one before, and "
@@ -93,8 +76,9 @@ class JoiningAccumulator(CKAAccumulator):
         """
         if self._size is None:
             return super().step()
-        self._wait(self._now)
-        self._now = {}
+        now = self._now
+        self.discard()
+        self._wait(now)
         return self._add(_samples(self._waiting) // self._size * self._size)
 
     def flush(self) -> Step:

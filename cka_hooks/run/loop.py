@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cka_hooks.errors import TooFewSamplesError
@@ -28,6 +29,7 @@ _TRIED = 8
 LOOKING, LOOKED, DONE = range(3)
 
 
+@dataclass(eq=False)
 class Loop:
     """One run over a loader, with what it has to remember between two batches.
 
@@ -40,28 +42,20 @@ class Loop:
         alone: whether an empty loader is an error.
     """
 
-    def __init__(
-        self,
-        comparison: Comparison,
-        loader: Iterable[Any],
-        options: Options,
-        keeper: Keeper,
-        ranks: Ranks | None,
-        *,
-        alone: bool,
-    ) -> None:
-        self._comparison = comparison
-        self._loader = loader
-        self._options = options
-        self._keeper = keeper
-        self._ranks = ranks
-        self._alone = alone
-        self._next_look = FIRST_LOOK if ranks is None else -(-FIRST_LOOK // ranks.size)
-        collective = any(is_sharded(model) for model in comparison.models.values())
-        share = options.max_samples
-        if ranks is not None and share is not None:
-            share = ranks.share(share, equal=collective)
-        bounds = [bound for bound in (share, replay.own_samples(loader)) if bound is not None]
+    comparison: Comparison
+    loader: Iterable[Any]
+    options: Options
+    keeper: Keeper
+    ranks: Ranks | None
+    alone: bool
+
+    def __post_init__(self) -> None:
+        self._next_look = FIRST_LOOK if self.ranks is None else -(-FIRST_LOOK // self.ranks.size)
+        collective = any(is_sharded(model) for model in self.comparison.models.values())
+        share = self.options.max_samples
+        if self.ranks is not None and share is not None:
+            share = self.ranks.share(share, equal=collective)
+        bounds = [bound for bound in (share, replay.own_samples(self.loader)) if bound is not None]
         # How many samples of a pass count at most, and after how many it ends. If a model's ranks work together in
         # each forward pass, all of them have to make all of these passes.
         self._most = min(bounds, default=None)
@@ -69,7 +63,7 @@ class Loop:
 
     @property
     def _is_full(self) -> bool:
-        return self._end is not None and self._comparison.seen.row >= self._end
+        return self._end is not None and self.comparison.seen.row >= self._end
 
     def run(self, *, progress: bool, name: str = "cka") -> State:
         """Go over every batch, until the loader or one of the bounds ends the run.
@@ -77,73 +71,73 @@ class Loop:
         Returns:
             The sums of all ranks together.
         """
-        progress = progress and (self._ranks is None or self._ranks.rank == 0)
-        sampler = replay.distributed_sampler(self._loader)
+        progress = progress and (self.ranks is None or self.ranks.rank == 0)
+        sampler = replay.distributed_sampler(self.loader)
         shuffle = getattr(sampler, "epoch", 0)
         try:
-            self._keeper.resume(self._restore, progress=progress)
-            there = max(replay.lengths(self._loader) or {self._most or 0})
-            total = min(there, self._most or there) * self._options.epochs or None
-            with self._comparison, progress_bar(name, "sample", total, shown=progress) as self._bar:
-                self._bar.update(self._comparison.seen.row)
-                stopped = not self._keeper.finished and self._passes(sampler, shuffle)
-                self._keeper.save(self._state(), finished=True)
+            self.keeper.resume(self._restore, progress=progress)
+            there = max(replay.lengths(self.loader) or {self._most or 0})
+            total = min(there, self._most or there) * self.options.epochs or None
+            with self.comparison, progress_bar(name, "sample", total, shown=progress) as self._bar:
+                self._bar.update(self.comparison.seen.row)
+                stopped = not self.keeper.finished and self._passes(sampler, shuffle)
+                self.keeper.save(self._state(), finished=True)
                 if not stopped:
                     self._meet(DONE)
         except BaseException as error:
-            self._keeper.broke_off(error, self._state)
+            self.keeper.broke_off(error, self._state)
             raise
         finally:
             # Needed if Ctrl-C arrives in the first instant of entering or leaving.
-            self._comparison.__exit__()
+            self.comparison.__exit__()
             if sampler is not None:
                 sampler.set_epoch(shuffle)
-            self._keeper.done()
+            self.keeper.done()
         return self._total
 
     def _passes(self, sampler: Any, shuffle: int) -> bool:
         """Make all passes over the loader. Return whether small standard errors ended them."""
-        comparison, epochs = self._comparison, self._options.epochs
-        if self._ranks is not None:
-            comparison.state.repeats = comparison.state.repeats or replay.repeats_samples(self._loader)
+        comparison, epochs = self.comparison, self.options.epochs
+        if self.ranks is not None:
+            comparison.state.repeats = comparison.state.repeats or replay.repeats_samples(self.loader)
         for epoch in range(comparison.state.passes - 1, epochs):
             if sampler is not None:
                 sampler.set_epoch(shuffle + epoch)
-            stream = self._keeper.batches()
+            stream = self.keeper.batches()
             with undisturbed():
                 if epoch >= comparison.state.passes:
                     comparison.start_pass()
-            if self._pass(stream, looks=epoch == 0 and self._options.tolerance is not None):
+            if self._pass(stream, looks=epoch == 0 and self.options.tolerance is not None):
                 return True
             with undisturbed():
                 comparison.flush()
             if not self._is_full:
                 comparison.seen.end_pass()
-            if self._alone and not epoch and not comparison.seen.row:
+            if self.alone and not epoch and not comparison.seen.row:
                 raise TooFewSamplesError("the loader yielded no batch: it is empty, or exhausted already")
-            if not epoch and epochs > 1 and self._options.tolerance is not None and self._meet(LOOKED):
+            if not epoch and epochs > 1 and self.options.tolerance is not None and self._meet(LOOKED):
                 return True
         return False
 
     def _pass(self, stream: Iterable[Any], *, looks: bool) -> bool:
         """Make one pass. Return whether small standard errors ended the run."""
-        comparison, seen = self._comparison, self._comparison.seen
+        comparison, seen = self.comparison, self.comparison.seen
         # After how many batches it is known, or likely, that all are too small for an estimate.
-        small_after = small_batches(self._loader) if self._alone and self._options.join_batches is None else None
+        small_after = small_batches(self.loader) if self.alone and self.options.join_batches is None else None
         for batch in () if self._is_full else stream:
             before = seen.row
             limit = None if self._most is None else max(0, self._most - before)
-            something = comparison.observe(batch, limit=limit, drawn=self._keeper.drawn.ids)
+            something = comparison.observe(batch, limit=limit, drawn=self.keeper.drawn.ids)
             with undisturbed():
                 if something:
                     comparison.step()
-                self._keeper.seen()
+                self.keeper.seen()
             self._bar.update(seen.row - before)
             if seen.batches == small_after and not comparison.state.minibatches:
                 raise too_few(comparison.state)
-            self._keeper.save_if_due(self._state)
-            if self._ranks is not None and self._ranks.called():
-                self._ranks.meet(comparison.state, phase=LOOKING)
+            self.keeper.save_if_due(self._state)
+            if self.ranks is not None and self.ranks.called():
+                self.ranks.meet(comparison.state, phase=LOOKING)
             if self._is_full:
                 break
             if looks and comparison.state.minibatches >= self._next_look:
@@ -158,12 +152,12 @@ class Loop:
         Returns whether small standard errors end the run. All ranks see the same sums, so all return the same. This
         is the only place in the loop that waits for the device.
         """
-        tolerance = self._options.tolerance
+        tolerance = self.options.tolerance
         while True:
-            own, lowest = self._comparison.state, phase
+            own, lowest = self.comparison.state, phase
             self._total = own
-            if self._ranks is not None:
-                self._total, lowest = self._ranks.meet(own, phase=phase)
+            if self.ranks is not None:
+                self._total, lowest = self.ranks.meet(own, phase=phase)
             if tolerance is not None and lowest == LOOKING:
                 largest = largest_stderr(self._total)
                 self._bar.set_postfix_str(f"largest stderr {largest:.2g}")
@@ -176,12 +170,12 @@ class Loop:
                 return False
 
     def _state(self) -> dict[str, Any]:
-        return {"comparison": self._comparison.state_dict(), "next_look": self._next_look}
+        return {"comparison": self.comparison.state_dict(), "next_look": self._next_look}
 
     def _restore(self, state: dict[str, Any]) -> int:
         self._next_look = int(state["next_look"])
-        self._comparison.load_state_dict(state["comparison"])
-        return self._comparison.state.samples
+        self.comparison.load_state_dict(state["comparison"])
+        return self.comparison.state.samples
 
 
 def small_batches(loader: Iterable[Any]) -> int | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -70,12 +69,10 @@ class Precomputed:
         if sample_ids is not None:
             self.sample_ids = identifiers(sample_ids, "sample_ids of Precomputed")
             self._row = {identifier: row for row, identifier in enumerate(self.sample_ids)}
-            if len(self.sample_ids) != self.samples:
-                raise OptionError(f"Precomputed has {self.samples} rows and {len(self.sample_ids)} sample_ids")
-            if len(self._row) < self.samples:
+            if not len(self._row) == len(self.sample_ids) == self.samples:
                 raise OptionError(
-                    f"Precomputed has identifiers twice in sample_ids: {first(repeated(self.sample_ids))}; each row "
-                    "needs its own"
+                    f"Precomputed has {self.samples} rows and {len(self.sample_ids)} sample_ids, and each row needs "
+                    f"its own; twice in sample_ids: {first(repeated(self.sample_ids)) or 'none'}"
                 )
 
     @classmethod
@@ -114,10 +111,9 @@ class Precomputed:
         """
         missing = [identifier for identifier in samples if identifier not in self._row]
         if missing:
-            known = next(iter(self._row), None)
             raise SampleCountError(
                 f"has no row for {len(missing)} of the {len(samples)} samples of a batch: {first(missing)}; its "
-                f"sample_ids look like {known!r}"
+                f"sample_ids look like {next(iter(self._row), None)!r}"
             )
         return [self._row[identifier] for identifier in samples]
 
@@ -140,10 +136,8 @@ class _Ordered:
 
 def is_features(value: Any) -> bool:
     """Whether an entry of the mapping is features: an array, a mapping of arrays, or a `Precomputed`."""
-    if isinstance(value, Precomputed | Mapping):
-        return True
-    is_code = isinstance(value, nn.Module | type) or (callable(value) and not hasattr(value, "shape"))
-    return not is_code and hasattr(value, "shape") and hasattr(value, "__getitem__")
+    is_array = hasattr(value, "shape") and hasattr(value, "__getitem__") and not isinstance(value, nn.Module | type)
+    return is_array or isinstance(value, Precomputed | Mapping)
 
 
 def gathered(array: Any, rows: Sequence[int]) -> Any:
@@ -168,12 +162,12 @@ def ids_of(batch: Any, key: SampleIds) -> list[Identifier]:
     """
     if callable(key):
         return identifiers(key(batch), "what sample_ids= returned")
-    is_listed = isinstance(batch, tuple | list) and isinstance(key, int)
-    fields: Mapping[Any, Any] | None = dict(enumerate(batch)) if is_listed else fields_of(batch)
-    fields = batch if isinstance(batch, Mapping) else fields
-    if fields is None or key not in fields:
-        there = "" if fields is None else f"; it has {', '.join(map(repr, islice(fields, 10)))}"
-        raise BatchError(f"sample_ids={key!r}: a batch of type {type(batch).__name__} has no such entry{there}")
+    fields: Any = batch if isinstance(batch, Mapping) else fields_of(batch) or {}
+    fields = dict(enumerate(batch)) if isinstance(batch, tuple | list) else fields
+    if key not in fields:
+        raise BatchError(
+            f"sample_ids={key!r}: a {type(batch).__name__} as a batch has no such entry; it has {list(fields)[:10]}"
+        )
     return identifiers(fields[key], f"sample_ids={key!r} of a batch")
 
 
@@ -224,9 +218,10 @@ def _checked(array: Any, layer: Any) -> int:
     if not isinstance(layer, str):
         raise OptionError(f"{what}: layers are text, such as {str(layer)!r}")
     shape = getattr(array, "shape", None)
-    if not isinstance(shape, tuple | list) or not hasattr(array, "__getitem__"):
-        raise OptionError(f"{what} are {type(array).__name__}: expected an array (N, ...) with shape and slicing")
-    if not shape or 0 in shape:
-        raise OptionError(f"{what} have shape {tuple(shape)}: expected (N, ...), a row of numbers for each sample")
+    if not (isinstance(shape, tuple | list) and shape and 0 not in shape and hasattr(array, "__getitem__")):
+        raise OptionError(
+            f"{what} are {type(array).__name__} of shape {shape}: expected an array (N, ...) with shape and slicing, "
+            "a row of numbers for each sample"
+        )
     as_features(array[:1], what, counts=True)
     return int(shape[0])

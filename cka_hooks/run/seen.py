@@ -24,9 +24,7 @@ _MOST_CLASSES = 10_000
 _REMEMBERED = 256
 # A shuffled loader passes this with a probability of about 1e-9.
 _DEVIATIONS = 6.0
-_GIVE_IDS = (
-    "give them identifiers, cka_hooks.Precomputed(array, sample_ids=ids), and name those of a batch, sample_ids="
-)
+_GIVE_IDS = "give them identifiers, Precomputed(array, sample_ids=ids), and compare(..., sample_ids='id')"
 
 
 class Seen:
@@ -90,12 +88,10 @@ class Seen:
         """
         if not self._in_order:
             return
-        name = next(iter(self._in_order))
         if (why := replay.out_of_order(loader)) is not None:
             raise OptionError(
-                f"the rows of {name!r} are those of the loader in its order, and {why}. Give them identifiers, "
-                f"{{..., {name!r}: cka_hooks.Precomputed(array, sample_ids=ids)}}, and name those of a batch, "
-                "compare(..., sample_ids='id'); or do not shuffle, DataLoader(dataset, batch_size=64, shuffle=False)"
+                f"the rows of {next(iter(self._in_order))!r} are those of the loader in its order, and {why}: "
+                f"{_GIVE_IDS}; or do not shuffle, DataLoader(dataset, batch_size=64, shuffle=False)"
             )
         self._lengths = replay.lengths(loader)
         for name, one in self._in_order.items():

@@ -212,7 +212,8 @@ class CKAAccumulator:
         """`observe` for one layer: a function of (n, P, C) features; None if a reduction has to make them first."""
         return partial(self._take, layer) if self._options.features == "flatten" else None
 
-    def _take(self, layer: str, rows: Tensor, dtype: torch.dtype | None = None) -> None:
+    def _begin(self, layer: str, rows: Tensor) -> None:
+        """Check that a layer's rows are of the samples of this batch."""
         if layer in self._pending:
             raise LayerError(
                 f"layer {layer!r} was observed twice in batch {self._batches} (counted from 0): call step() after "
@@ -232,10 +233,14 @@ class CKAAccumulator:
                 f"layer {layer!r} has {samples} samples and {next(iter(self._pending))!r} has {self._samples} in the "
                 "same batch: CKA compares the same samples in the same order"
             )
+        self._pending[layer] = None
+
+    def _take(self, layer: str, rows: Tensor, dtype: torch.dtype | None = None) -> None:
+        self._begin(layer, rows)
         with without_gradients():
             start = 0
             for number, (count, size) in enumerate(self._parts):
-                some = rows if count * size == samples else rows[start : start + count * size]
+                some = rows if count * size == self._samples else rows[start : start + count * size]
                 if number == len(self._groups):
                     self._groups.append(Batch(self._kernel))
                 self._groups[number].take(layer, some, count)
@@ -243,7 +248,6 @@ class CKAAccumulator:
             if layer not in self.state.dtypes:
                 dtype = dtype or rows.dtype
                 self._asked[layer] = dtype, features_differ(rows, dtype)
-        self._pending[layer] = None
 
     def step(self) -> Step:
         """Complete the batch and add it to the sums.
