@@ -281,7 +281,7 @@ def test_a_callable_may_return_another_number_of_rows() -> None:
 def test_options_that_do_not_fit(options: Any, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         compare(Language(), texts(), **options)
-    with pytest.raises(OptionError, match="compares positions"):
+    with pytest.raises(OptionError, match="has a row for each sample"):
         compare({"a": Language(), "V4": torch.randn(24, 3)}, texts())
 
 

@@ -304,7 +304,7 @@ def _part(comparison: Comparison, loader: Iterable[Any]) -> Part:
         ],
         "type": kind,
         "settings": comparison.settings,
-        "places": comparison.places,
+        "places": comparison.positions and comparison.positions.digest,
     }
 
 

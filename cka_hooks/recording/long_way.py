@@ -56,7 +56,7 @@ class LongWay:
         self,
         names: Mapping[str, nn.Module],
         now: Pass,
-        chosen: set[str],
+        chosen: list[str],
         positions: Positions | None,
         options: Options,
         detach: bool,

@@ -67,7 +67,9 @@ class LayerRecorder:
         forward: ``(model, batch) -> anything``, how :meth:`stream` runs the model.
         detach: whether to detach activations from their graph. Pass False to differentiate a loss of them; a consumer
             that copies them must then keep the graph, too.
+
     Attributes:
+        chosen: the names of the modules that `layers` chose.
         only_in_passes: whether to record nothing outside of :meth:`forward_pass`. With several recorders on one
             module, each then sees only the passes that were made for it.
         shapes: for each label, the shape of one sample when the layer was first recorded: (...) of (n, ...).
@@ -118,9 +120,9 @@ class LayerRecorder:
         self._now = Pass()
         self._by_default = layers is None
         selections = select_layers(model, layers)
-        chosen = {selection.name for selection in selections}
+        self.chosen = [selection.name for selection in selections]
         options = Options(features=features, batch_dim=batch_dim, channel_dim=channel_dim, mask=mask)
-        self._way = LongWay(self._names, self._now, chosen, positions_of(per, positions, seed), options, detach)
+        self._way = LongWay(self._names, self._now, self.chosen, positions_of(per, positions, seed), options, detach)
         self._taps = taps_of(selections, self._now, self._way, only_leaves=layers is None)
         self.consumer = consumer
         self._entered, self._managed, self._started = 0, False, False

@@ -17,12 +17,12 @@ from cka_hooks.names import labelled
 from cka_hooks.options import Options, whole
 from cka_hooks.recording import batches
 from cka_hooks.recording.guest import RandomStream, untouched
-from cka_hooks.recording.layers import Layers, check_model, select_layers
+from cka_hooks.recording.layers import Layers, check_model
 from cka_hooks.recording.padding import MaskOption
 from cka_hooks.recording.positions import positions_of
 from cka_hooks.recording.recorder import LayerRecorder, nothing_ran
 from cka_hooks.results.result import CKAResult
-from cka_hooks.run.entries import each_where_it_matches, named_models, per_model, types_of
+from cka_hooks.run.entries import layers_of, named_models, per_model, types_of
 from cka_hooks.run.joined import JoiningAccumulator
 from cka_hooks.run.precomputed import Identifier, Precomputed, SampleIds, is_features, without_ids
 from cka_hooks.run.seen import Seen, finished
@@ -45,6 +45,7 @@ class Comparison:
         entries: models and precomputed features by name.
         models: the entries that are models.
         types: the class of each entry by its name.
+        positions: chooses the positions that are samples; None if samples are whole inputs.
         seen: what is known of the samples so far.
         steps: what each batch added, on the CPU, and None where another pass begins, if you put a list here.
 
@@ -91,44 +92,33 @@ class Comparison:
     ) -> None:
         self._options = Options.of(locals())
         self.entries = named_models(model)
-        self.models: dict[str, nn.Module] = {
-            name: check_model(it) for name, it in self.entries.items() if not is_features(it)
-        }
+        self.models = {name: check_model(it) for name, it in self.entries.items() if not is_features(it)}
         self.types = types_of(self.entries)
         self.steps: list[Step | None] | None = None
-        self._places = positions_of(per, positions, self._options.seed)
+        self.positions = positions_of(per, positions, self._options.seed)
         given = {name: it for name, it in self.entries.items() if isinstance(it, Precomputed)}
-        self.seen = Seen(given, self._options.sample_ids, of_positions=self._places is not None)
+        self.seen = Seen(given, self._options.sample_ids, self.positions is not None)
         self._accumulator = JoiningAccumulator(self._options.join_batches, **self._options.of_accumulator())
-        if self._places is not None:
-            self._places.is_shared = True
+        if self.positions is not None:
+            self.positions.is_shared = True
             if given:
-                raise OptionError(
-                    f'{next(iter(given))!r} has a row for each sample, and per="position" compares positions: pass '
-                    'per="sample"'
-                )
-        chosen = per_model(layers, self.models, "layers")
-        if len(self.models) > 1 and not isinstance(layers, Mapping):
-            chosen = each_where_it_matches(self.models, layers)
-        forwards = per_model(forward, self.models, "forward")
-        self.chosen = {
-            name: [selection.name for selection in select_layers(model, chosen[name])]
-            for name, model in self.models.items()
-        }
-        self._with_ids = {name for name in self.models if forwards[name] is not None}
+                raise OptionError(f'{next(iter(given))!r} has a row for each sample: compare it with per="sample"')
+        chosen = layers_of(self.models, layers)
+        self._forwards = per_model(forward, self.models, "forward")
         self._recorders: dict[str, LayerRecorder] = {}
         for name, one in self.models.items():
             self._recorders[name] = LayerRecorder(
                 one,
                 chosen[name],
                 consumer=_Labelled(name, self._accumulator),
-                forward=forwards[name],
+                forward=self._forwards[name],
                 per=per,
-                positions=self._places,
+                positions=self.positions,
                 **self._options.of_recorder(),
             )
             # Two names may stand for the same model, or for models that share a part.
             self._recorders[name].only_in_passes = True
+        self.chosen = {name: recorder.chosen for name, recorder in self._recorders.items()}
         self._random = RandomStream()
         self._guests = ExitStack()
         self._within = False
@@ -201,14 +191,15 @@ class Comparison:
             return False
         self.seen.look_at(batch, self._accumulator.state, limit, drawn)
         number = self.seen.batches
-        if self._places is not None:
-            self._places.start(number)
+        if self.positions is not None:
+            self.positions.start(number)
         own = without_ids(batch, self._options.sample_ids)
         try:
             with self._random, torch.no_grad():
                 for name, recorder in self._recorders.items():
                     before = self._accumulator.observing
-                    recorder.run(batch if name in self._with_ids else own, limit=limit or None, number=number)
+                    given = own if self._forwards[name] is None else batch
+                    recorder.run(given, limit=limit or None, number=number)
                     if self._accumulator.observing == before:
                         # Otherwise the result would compare only the other models, as if it had not been asked for.
                         raise LayerError(f"of the model {name!r} {nothing_ran(recorder.skipped)}")
@@ -239,11 +230,6 @@ class Comparison:
             # A device has room for the next model, not for all these.
             self.steps.append(step and step._replace(groups=[group.cpu() for group in step.groups]))
 
-    @property
-    def places(self) -> int | None:
-        """A digest of the positions that were samples; None if samples are whole inputs."""
-        return None if self._places is None else self._places.digest
-
     def start_pass(self) -> None:
         """Begin another pass over the same samples, in other minibatches. They are not new samples."""
         self._accumulator.start_pass()
@@ -266,17 +252,16 @@ class Comparison:
         # A batch that was cut short has not called every layer.
         if self._ran:
             self._accumulator.skips(self._labelled("skipped"))
-            shapes = {**self._labelled("shapes"), **self.seen.shapes}
-            state.shapes = {**{key: list(shape) for key, shape in shapes.items()}, **state.shapes}
+            state.shapes = {**{key: list(it) for key, it in self._labelled("shapes").items()}, **state.shapes}
             state.sample_axes = {**self._labelled("sample_axes"), **state.sample_axes}
         return state
 
     def _labelled(self, attribute: str) -> dict[str, Any]:
-        """An attribute of each model's recorder, under the layers' labels in the result."""
+        """An attribute of recorders and precomputed features, under the layers' labels in the result."""
         return {
             labelled(name, layer): value
-            for name, recorder in self._recorders.items()
-            for layer, value in getattr(recorder, attribute).items()
+            for name, entry in {**self.entries, **self._recorders}.items()
+            for layer, value in getattr(entry, attribute, {}).items()
         }
 
     @property

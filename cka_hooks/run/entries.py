@@ -34,10 +34,7 @@ def named_models(model: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, it in model.items():
         if isinstance(it, str | os.PathLike):
-            raise ModelError(
-                f"{name!r} is {it!r}: expected an nn.Module, or features; cka_hooks.Precomputed.load({it!r}) gives "
-                "those in a file"
-            )
+            raise ModelError(f"{name!r} is {it!r}: expected an nn.Module, or features, Precomputed.load({it!r})")
         try:
             found[name] = Precomputed(it) if is_features(it) and not isinstance(it, Precomputed) else it
         except OptionError as error:
@@ -55,10 +52,13 @@ def per_model(option: Any, models: Mapping[str, Any], name: str) -> dict[str, An
     return {key: option.get(key) for key in models}
 
 
-def each_where_it_matches(models: Mapping[str, nn.Module], layers: Any) -> dict[str, Any]:
-    """One choice for several models: each entry has to match in at least one model, and each model needs a match."""
-    if layers is None or isinstance(layers, str | type) or callable(layers):
-        return dict.fromkeys(models, layers)
+def layers_of(models: Mapping[str, nn.Module], layers: Any) -> dict[str, Any]:
+    """The choice of layers for each model.
+
+    Of one list for several models, each entry has to match in at least one of them, and each model needs a match.
+    """
+    if len(models) < 2 or layers is None or isinstance(layers, Mapping | str | type) or callable(layers):
+        return per_model(layers, models, "layers")
     chosen: dict[str, list[Any]] = {name: [] for name in models}
     for entry in layers:
         failures: list[LayerError] = []

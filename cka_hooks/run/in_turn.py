@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -56,7 +57,7 @@ def added_up_in_turn(
     steps: dict[str, list[Step | None]] = {}
     states: dict[str, State] = {}
     types: dict[str, str] = {}
-    places: dict[str, int | None] = {}
+    places: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     for name, model in _built(models):
         own = replace(options, layers=layers[name], forward=forwards[name], permutations=0)
@@ -67,7 +68,7 @@ def added_up_in_turn(
         loop = Loop(comparison, loader, own, keeper, None, alone=ranks is None)
         states[name] = loop.run(progress=progress, name=name).to("cpu")
         check_permutations(options.permutations, sum(len(state.layers) for state in states.values()))
-        places[name] = comparison.places
+        places[name] = comparison.positions and comparison.positions.digest
         refuse_other_positions(places)
         types |= comparison.types
         settings = comparison.settings | options.spelled("layers", "forward", "permutations")
@@ -79,7 +80,7 @@ def added_up_in_turn(
 
 
 def refuse_other_positions(places: Mapping[str, int | None]) -> None:
-    """Check that all models have the same positions, given :attr:`Comparison.places` of each.
+    """Check that all models have the same positions, given the digest of those of each.
 
     Raises:
         SampleCountError: they do not.
@@ -89,17 +90,15 @@ def refuse_other_positions(places: Mapping[str, int | None]) -> None:
         if digest != places[first]:
             raise SampleCountError(
                 f"layers of the model {name!r} have other positions than those of {first!r}, or other padding: "
-                'per="position" compares layers with the same ones. layers= chooses these'
+                "layers= has to choose layers with the same ones"
             )
 
 
 def _built(models: Mapping[str, Builder]) -> Iterator[tuple[str, nn.Module | Precomputed]]:
     """Each model, built when it is its turn. The caller must let go of it before the next one."""
     for name, given in models.items():
-        if isinstance(given, nn.Module | type) or not (callable(given) or isinstance(given, Precomputed)):
-            check_model(given)
-        elif not isinstance(given, Precomputed):
-            _check_builder(name, given)
+        if not isinstance(given, Precomputed):
+            _check(name, given)
     for name, given in models.items():
         model = given if isinstance(given, nn.Module | Precomputed) else given()
         if not isinstance(model, nn.Module | Precomputed):
@@ -110,17 +109,18 @@ def _built(models: Mapping[str, Builder]) -> Iterator[tuple[str, nn.Module | Pre
         gc.collect()
 
 
-def _check_builder(name: str, builder: Callable[..., Any]) -> None:
-    try:
-        inspect.signature(builder).bind()
-    except TypeError as error:
-        raise ModelError(
-            f"model {name!r} is a function that needs arguments ({error}): pass the nn.Module, or a function that "
-            "builds it without any, such as lambda: build(...)"
-        ) from None
-    except ValueError:
-        # Some callables do not say what they take.
-        pass
+def _check(name: str, given: Any) -> None:
+    if isinstance(given, nn.Module | type) or not callable(given):
+        check_model(given)
+        return
+    # Some callables do not say what they take.
+    with suppress(ValueError):
+        try:
+            inspect.signature(given).bind()
+        except TypeError as error:
+            raise ModelError(
+                f"model {name!r} is a function that needs arguments ({error}): pass lambda: build(...), or the model"
+            ) from None
 
 
 class Replayed(Drawn):
@@ -136,8 +136,7 @@ class Replayed(Drawn):
     def __init__(self, loader: Iterable[Any]) -> None:
         if isinstance(loader, Iterator):
             raise OptionError(
-                "this loader is an iterator, which can be iterated only once, and each model needs all of its "
-                "batches: pass a DataLoader or a list of batches"
+                "the loader is an iterator, which can be iterated only once: pass a DataLoader or a list"
             )
         super().__init__(loader)
         self._randomness = replay.Randomness(loader)
@@ -163,9 +162,8 @@ class Replayed(Drawn):
             elif self.known[self._number : self._number + 1] != [found]:
                 raise BatchError(
                     f"batch {self._number} (counted from 0) for model {self._model!r} differs from the one for the "
-                    "first model. Each model needs the same batches: give the loader one order, for example with "
-                    "DataLoader(..., shuffle=True, generator=torch.Generator().manual_seed(0)), and no random "
-                    "augmentation that it cannot repeat"
+                    "first model. Each needs the same batches: seed the order, DataLoader(..., shuffle=True, "
+                    "generator=torch.Generator().manual_seed(0)), and any random augmentation"
                 )
             self._number += 1
             yield batch

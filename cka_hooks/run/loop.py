@@ -154,15 +154,14 @@ class Loop:
         """
         tolerance = self.options.tolerance
         while True:
-            own, lowest = self.comparison.state, phase
-            self._total = own
+            self._total, lowest = self.comparison.state, phase
             if self.ranks is not None:
-                self._total, lowest = self.ranks.meet(own, phase=phase)
+                self._total, lowest = self.ranks.meet(self._total, phase=phase)
             if tolerance is not None and lowest == LOOKING:
                 largest = largest_stderr(self._total)
                 self._bar.set_postfix_str(f"largest stderr {largest:.2g}")
                 if largest < tolerance:
-                    own.stopped = self._total.stopped = (
+                    self.comparison.state.stopped = self._total.stopped = (
                         f"every standard error was below {tolerance} after {self._total.samples} samples"
                     )
                     return True

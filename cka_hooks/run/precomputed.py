@@ -36,6 +36,7 @@ class Precomputed:
 
     Attributes:
         samples: N.
+        shapes: the shape of one row of each array, by layer.
 
     Raises:
         OptionError: an entry is not an array of numbers, arrays have different numbers of rows, or an identifier is
@@ -59,10 +60,9 @@ class Precomputed:
             raise OptionError("the mapping of precomputed features is empty: give it at least one array")
         rows = {layer: _checked(one, layer) for layer, one in arrays.items()}
         if len(set(rows.values())) > 1:
-            raise OptionError(
-                f"precomputed features have different numbers of rows, {rows}: give one for each sample"
-            )
+            raise OptionError(f"precomputed arrays have different numbers of rows, {rows}: give one for each sample")
         self.arrays: dict[str, Any] = arrays
+        self.shapes = {layer: tuple(one.shape[1:]) for layer, one in arrays.items()}
         self.samples = next(iter(rows.values()))
         self.sample_ids: list[Identifier] | None = None
         self._row: dict[Identifier, int] = {}
@@ -165,9 +165,7 @@ def ids_of(batch: Any, key: SampleIds) -> list[Identifier]:
     fields: Any = batch if isinstance(batch, Mapping) else fields_of(batch) or {}
     fields = dict(enumerate(batch)) if isinstance(batch, tuple | list) else fields
     if key not in fields:
-        raise BatchError(
-            f"sample_ids={key!r}: a {type(batch).__name__} as a batch has no such entry; it has {list(fields)[:10]}"
-        )
+        raise BatchError(f"sample_ids={key!r}: the batch has no such entry; it has {list(fields)[:10]}")
     return identifiers(fields[key], f"sample_ids={key!r} of a batch")
 
 
@@ -191,9 +189,7 @@ def identifiers(given: Any, what: str) -> list[Identifier]:
         plain = item.item() if isinstance(item, Tensor | np.generic) else item
         plain = plain.decode(errors="replace") if isinstance(plain, bytes) else plain
         if isinstance(plain, bool) or not isinstance(plain, int | str):
-            raise OptionError(
-                f"{what}: {plain!r:.60} does not identify a sample: expected one whole number or one text for each"
-            )
+            raise OptionError(f"{what}: {plain!r:.60} does not identify a sample: expected a whole number or text")
         found.append(plain)
     return found
 
@@ -219,9 +215,6 @@ def _checked(array: Any, layer: Any) -> int:
         raise OptionError(f"{what}: layers are text, such as {str(layer)!r}")
     shape = getattr(array, "shape", None)
     if not (isinstance(shape, tuple | list) and shape and 0 not in shape and hasattr(array, "__getitem__")):
-        raise OptionError(
-            f"{what} are {type(array).__name__} of shape {shape}: expected an array (N, ...) with shape and slicing, "
-            "a row of numbers for each sample"
-        )
+        raise OptionError(f"{what} are {type(array).__name__} of shape {shape}: expected an array (N, ...) of rows")
     as_features(array[:1], what, counts=True)
     return int(shape[0])

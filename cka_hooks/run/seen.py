@@ -43,21 +43,14 @@ class Seen:
         OptionError: there are identifiers but no `sample_ids`, or `sample_ids` is of the wrong kind.
     """
 
-    def __init__(
-        self, entries: Mapping[str, Precomputed], sample_ids: SampleIds | None, *, of_positions: bool
-    ) -> None:
+    def __init__(self, entries: Mapping[str, Precomputed], sample_ids: SampleIds | None, of_positions: bool) -> None:
         if not (sample_ids is None or type(sample_ids) in (str, int) or callable(sample_ids)):
-            raise OptionError(
-                f"sample_ids={sample_ids!r}: it is a key of the batch, or a function of it that returns identifiers"
-            )
+            raise OptionError(f"sample_ids={sample_ids!r}: expected a key of the batch, or a function of the batch")
         self._entries = entries
         self._in_order = {name: one for name, one in entries.items() if one.sample_ids is None}
         self._aligned = len(self._in_order) < len(entries)
         if self._aligned and sample_ids is None:
-            raise OptionError(
-                "precomputed features have identifiers of samples: say which those of a batch are, with sample_ids=, "
-                "a key of the batch or a function of it"
-            )
+            raise OptionError("precomputed rows have identifiers: say which those of a batch are, with sample_ids=")
         self._of_positions = of_positions
         self._key = None if of_positions else sample_ids
         self._lengths: set[int] | None = None
@@ -69,15 +62,6 @@ class Seen:
         self.row = 0
         self._ids: set[Identifier] = set()
         self._fingerprints: set[str] = set()
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of one sample of each layer of precomputed features, by label."""
-        return {
-            labelled(name, layer): tuple(array.shape[1:])
-            for name, one in self._entries.items()
-            for layer, array in one.arrays.items()
-        }
 
     def check(self, loader: Iterable[Any]) -> None:
         """Refuse a loader whose order does not match precomputed features without identifiers.
@@ -114,9 +98,7 @@ class Seen:
                     f"those of other samples: {_GIVE_IDS}"
                 )
 
-    def look_at(
-        self, batch: Any, state: State, limit: int | None = None, drawn: Sequence[Identifier] | None = None
-    ) -> None:
+    def look_at(self, batch: Any, state: State, limit: int | None, drawn: Sequence[Identifier] | None) -> None:
         """Look at a batch before the models get it, since they may change it in place.
 
         Args:
@@ -158,20 +140,17 @@ class Seen:
         if self._of_positions:
             return
         ids = self._ids_now
-        self._now = samples or (self._now if self._key is None else len(ids))
-        if self._key is not None and len(ids) != self._now:
+        samples = self._now = samples or (self._now if self._key is None else len(ids))
+        if self._key is not None and len(ids) != samples:
             raise BatchError(
-                f"sample_ids={self._key!r} gives {len(ids)} identifiers for a batch of {self._now} samples"
+                f"sample_ids={self._key!r} gives {len(ids)} identifiers for {samples} samples of a batch"
             )
-        if not self._now:
+        if not samples:
             raise BatchError(f"nothing says how many samples a batch has: {_GIVE_IDS}")
         twice = [*repeated(ids), *(one for one in ids if one in self._ids)] if self._aligned else []
         if twice:
-            raise BatchError(
-                f"the loader brought samples twice in one pass: {first(twice)}. They would count twice: sample "
-                "without replacement, or give each sample an identifier of its own"
-            )
-        rows = range(self.row, self.row + self._now)
+            raise BatchError(f"the loader brought samples twice in one pass: {first(twice)}; let each come once")
+        rows = range(self.row, self.row + samples)
         for name, one in self._entries.items():
             try:
                 for layer, features in one.features(rows if name in self._in_order else one.rows_of(ids)):
@@ -205,23 +184,18 @@ def finished(state: State, types: Mapping[str, str], settings: Mapping[str, Any]
     """
     if _deviations(state) > _DEVIATIONS:
         warn(
-            "the loader brings runs of samples of one class: its minibatches are not random samples of "
-            "the data, and CKA over them is not CKA over the data set. Shuffle it (DataLoader(..., shuffle=True, "
-            "generator=torch.Generator().manual_seed(0)) shuffles in the same way in every run of a script)"
+            "the loader brings runs of samples of one class, and CKA over its minibatches is not CKA over the data "
+            "set. Shuffle it: DataLoader(..., shuffle=True, generator=torch.Generator().manual_seed(0))"
         )
     if state.repeats is not None:
         warn(state.repeats)
     if state.empty:
-        warn(
-            f"{state.empty} batches without samples were skipped: None, an empty list, or tensors without rows, as "
-            "from a collate_fn that drops every sample of a batch"
-        )
+        warn(f"{state.empty} batches without samples were skipped, as from a collate_fn that drops all of a batch")
     same = max(Counter(state.first_batches).values(), default=0)
     if same > 1:
         warn(
-            f"{same} ranks have the same first batch, so that their samples count that often: give the loader a "
-            "DistributedSampler, name the ranks with different samples by group=, or run each rank alone with "
-            "distributed=False"
+            f"{same} ranks have the same first batch, and its samples count that often: give the loader a "
+            "DistributedSampler, name the ranks with different samples by group=, or pass distributed=False"
         )
     models = {name or "model": kind for name, kind in types.items()}
     return result_of(state, {"models": models, **settings}, tuple(name for name in types if name))
