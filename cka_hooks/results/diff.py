@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 from scipy.special import ndtri
 
 from cka_hooks.names import printable
 from cka_hooks.results.result import CKAResult
-from cka_hooks.results.words import error_in_words, listing
+from cka_hooks.results.words import listing
 
 #: Settings that say how a run went, not what was measured.
 _INCIDENTAL = frozenset({"seconds", "shapes", "sample_axes", "out", "stopped"})
 _LISTED = 10
 
 
-class Entry(NamedTuple):
+@dataclass(frozen=True)
+class Entry:
     """One pair of layers in both results.
 
     Attributes:
@@ -40,13 +42,8 @@ class Entry(NamedTuple):
     def __str__(self) -> str:
         return (
             f"{self.row} and {self.column}: {self.first:.4f} -> {self.second:.4f} ({self.second - self.first:+.4f}, "
-            f"standard error {error_in_words(self.stderr)}, z {self.z:+.1f})"
+            f"standard error {self.stderr:#.2g}, z {self.z:+.1f})"
         )
-
-    def as_json(self) -> dict[str, Any]:
-        """The same as plain JSON values, None for what is not finite."""
-        entry = self._asdict()
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
 
 
 @dataclass(frozen=True)
@@ -90,9 +87,9 @@ class ResultDiff:
         return "\n".join(map(printable, lines))
 
     def as_json(self) -> dict[str, Any]:
-        """The same as plain JSON values."""
-        largest = None if self.largest is None else self.largest.as_json()
-        return {**vars(self), "differing": [entry.as_json() for entry in self.differing], "largest": largest}
+        """The same as plain JSON values, None for what is not finite."""
+        found: dict[str, Any] = json.loads(json.dumps(asdict(self)), parse_constant=lambda _: None)
+        return found
 
 
 def diff(first: CKAResult, second: CKAResult, *, level: float = 0.95) -> ResultDiff:

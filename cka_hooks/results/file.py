@@ -30,6 +30,7 @@ from cka_hooks.errors import OptionError, ResultFileError
 from cka_hooks.files import PathLike, replace_file
 from cka_hooks.results.result import CKAResult, Influence
 
+_COMPACT = (",", ":")
 FORMAT: dict[str, Any] = {"format": "cka_hooks.result", "format_version": 1}
 
 #: Larger files are refused unread.
@@ -56,7 +57,7 @@ def write_result(result: CKAResult, path: PathLike) -> None:
         )
     document = FORMAT | fields_as_json(result)
     document["sha256"] = _digest(document)
-    lines = ",\n".join(f"{json.dumps(key)}: {_text(value)}" for key, value in document.items())
+    lines = ",\n".join(f'"{key}": {json.dumps(value, separators=_COMPACT)}' for key, value in document.items())
     replace_file(path, lambda file: file.write(f"{{\n{lines}\n}}\n".encode("ascii")))
 
 
@@ -114,13 +115,10 @@ def _influence(share: float | None, sample: int, identifier: int | str | None = 
     return Influence(math.nan if share is None else share, sample, identifier)
 
 
-def _text(value: object, *, sort_keys: bool = False) -> str:
-    return json.dumps(value, allow_nan=False, separators=(",", ":"), sort_keys=sort_keys)
-
-
 def _digest(document: dict[str, Any]) -> str:
     """Of everything in JSON with sorted keys and without spaces, since another program may format the file anew."""
-    return hashlib.sha256(_text(document, sort_keys=True).encode("ascii")).hexdigest()
+    text = json.dumps(document, allow_nan=False, separators=_COMPACT, sort_keys=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 def fields_as_json(result: CKAResult) -> dict[str, Any]:

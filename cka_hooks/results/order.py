@@ -67,16 +67,13 @@ def followers(names: list[str]) -> list[tuple[int, int]]:
     forks: dict[str, int | None] = {}
     pairs = []
     for here, (name, place) in enumerate(zip(names, places, strict=True)):
-        if place not in last:
-            if place != _TRUNK and place[0] not in forks:
-                forks[place[0]] = here - 1 if here and places[here - 1] == _TRUNK else None
-            bypass = re.match(_BYPASS, place[1], re.IGNORECASE)
-            before = None if place == _TRUNK or bypass else forks[place[0]]
-        else:
-            before = last[place]
-            between = places[before + 1 : here]
-            if not all(_around(other, names[before], name) for other in between):
+        before = last.get(place)
+        if before is not None:
+            if not all(_around(other, names[before], name) for other in places[before + 1 : here]):
                 before = None
+        elif place != _TRUNK:
+            fork = forks.setdefault(place[0], here - 1 if here and places[here - 1] == _TRUNK else None)
+            before = None if re.match(_BYPASS, place[1], re.IGNORECASE) else fork
         if before is not None:
             pairs.append((before, here))
         last[place] = here

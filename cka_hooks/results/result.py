@@ -25,8 +25,6 @@ from cka_hooks.null import null_tail
 from cka_hooks.results.checks import checked
 from cka_hooks.results.uncertainty import Difference, adjusted, paired_difference, t_quantile, why_unknown
 
-_OF_ENTRIES = ("matrix", "stderr", "null_variance", "null_skewness", "permuted")
-
 if TYPE_CHECKING:
     import pandas
     from matplotlib.axes import Axes
@@ -344,9 +342,10 @@ class CKAResult:
     def _cut(self, rows: tuple[str, ...], columns: tuple[str, ...], skipped: list[str]) -> CKAResult:
         kept = dict.fromkeys(rows + columns)
         at = [self.rows.index(row) for row in rows], [self.columns.index(column) for column in columns]
-        wholes = {name: getattr(self, name) for name in _OF_ENTRIES}
         entries: dict[str, Any] = {
-            name: it if it is None else it[..., at[0], :][..., at[1]] for name, it in wholes.items()
+            name: whole[..., at[0], :][..., at[1]]
+            for name in ("matrix", "stderr", "null_variance", "null_skewness", "permuted")
+            if (whole := getattr(self, name)) is not None
         }
         hsic = self.minibatch_hsic
         gone = [i for i, label in enumerate(self.minibatch_layers) if label in self.degenerate and label not in kept]

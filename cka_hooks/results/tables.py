@@ -107,16 +107,9 @@ def to_npz(result: CKAResult, path: PathLike) -> None:
         ...         print(file["rows"], file["matrix"].shape)
         ['conv1' 'conv2' 'fc'] (3, 3)
     """
-    replace_file(
-        path,
-        lambda file: np.savez_compressed(
-            file,
-            rows=np.array(result.rows, dtype=np.str_),
-            columns=np.array(result.columns, dtype=np.str_),
-            matrix=result.matrix.numpy(),
-            stderr=result.stderr.numpy(),
-        ),
-    )
+    names = ("rows", "columns", "matrix", "stderr")
+    arrays: dict[str, Any] = {name: np.asarray(getattr(result, name)) for name in names}
+    replace_file(path, lambda file: np.savez_compressed(file, **arrays))
 
 
 def _tidy(result: CKAResult) -> Iterator[list[Any]]:

@@ -17,8 +17,6 @@ from cka_hooks.names import printable
 from cka_hooks.results.order import by_model, steps
 from cka_hooks.results.result import CKAResult
 
-#: Consecutive layers whose CKA with each other is above this are near-identical.
-NEAR = 0.95
 #: Pairs this close to 1 are the same representation up to rotation and scale: a flatten, a dropout in eval mode.
 SAME = 1 - 1e-6
 #: Name a layer in which one sample has more than this share of its HSIC.
@@ -38,11 +36,8 @@ def summary(result: CKAResult) -> str:
         Most alike: conv1 and conv2, CKA 0.900 (standard error 0.020).
         Changes most from one layer to the next at conv2 -> fc, CKA 0.600 (standard error 0.020).
     """
-    lines = [*_size(result), *_most_alike(result)]
-    if result.square:
-        lines += [*_largest_changes(result), *_near_identical(result)]
-    lines += [*_same_depth(result), *_unrelated(result), *_left_out(result)]
-    return "\n".join(map(printable, lines))
+    parts = (_size, _most_alike, _largest_changes, _same_depth, _unrelated, _left_out)
+    return "\n".join(printable(line) for part in parts for line in part(result))
 
 
 def value_in_words(value: float, error: float = math.nan) -> str:
@@ -59,12 +54,7 @@ def value_in_words(value: float, error: float = math.nan) -> str:
     words = f"{value:.3f}"
     if words == "1.000" and value != 1:
         words = repr(1 - float(f"{1 - value:.1g}"))
-    return f"CKA {words}" + ("" if math.isnan(error) else f" (standard error {error_in_words(error)})")
-
-
-def error_in_words(error: float) -> str:
-    """A standard error in two digits."""
-    return f"{error:#.2g}"
+    return f"CKA {words}" + ("" if math.isnan(error) else f" (standard error {error:#.2g})")
 
 
 def _size(result: CKAResult) -> Iterator[str]:
@@ -76,12 +66,11 @@ def _size(result: CKAResult) -> Iterator[str]:
     line = f"{count}, {_count(result.samples, 'sample')} in {_count(result.minibatches, 'minibatch', 'es')}"
     if result.passes > 1:
         line += f" over {result.passes} passes"
-    if result.degrees_of_freedom >= 2:
-        yield f"{line}; largest standard error {error_in_words(float(result.stderr.nan_to_num().max()))}."
-    else:
-        yield f"{line}."
+    errors = f"largest standard error {result.stderr.nan_to_num().max():#.2g}"
+    if result.degrees_of_freedom < 2:
         per_pass = result.degrees_of_freedom + 1
-        yield f"No standard errors: they need 3 minibatches in a pass, and this run had {per_pass}."
+        errors = f"no standard errors, which need 3 minibatches in a pass: this run had {per_pass}"
+    yield f"{line}; {errors}."
 
 
 def _most_alike(result: CKAResult) -> Iterator[str]:
@@ -106,7 +95,7 @@ def _most_alike(result: CKAResult) -> Iterator[str]:
 def _largest_changes(result: CKAResult) -> Iterator[str]:
     """The two consecutive layers of each model that are least alike."""
     found = []
-    for model, pairs in steps(result).items():
+    for model, pairs in steps(result).items() if result.square else ():
         known = {pair: value for pair in pairs if not math.isnan(value := float(result.matrix[pair]))}
         # With two layers, there is nothing to compare the one step with.
         if len(known) > 1:
@@ -115,27 +104,6 @@ def _largest_changes(result: CKAResult) -> Iterator[str]:
             found.append((known[before, after], f"{where}{_of(model)}, {_value(result, before, after)}"))
     if found:
         yield f"Changes most from one layer to the next at {listing([words for _, words in sorted(found)], '; ')}."
-
-
-def _near_identical(result: CKAResult) -> Iterator[str]:
-    """Runs of 3 or more consecutive layers, all of whose pairs have CKA above :data:`NEAR`."""
-    values = result.matrix.numpy()
-    found = []
-    for model, positions in by_model(result, result.rows).items():
-        runs: list[list[int]] = [[]]
-        for position in positions:
-            if math.isnan(values[position, position]):
-                continue
-            # Against all of the run and not only the last one, because similarity fades over many small steps.
-            if not (values[position, runs[-1]] > NEAR).all():
-                runs.append([])
-            runs[-1].append(position)
-        for run in filter(lambda run: len(run) >= 3, runs):
-            first, last = (result.layer_of(result.rows[position]) for position in (run[0], run[-1]))
-            found.append((-len(run), f"{first} to {last}{_of(model)} ({len(run)} layers)"))
-    if found:
-        listed = listing([words for _, words in sorted(found)])
-        yield f"Runs of near-identical layers (CKA above {NEAR} with each other): {listed}."
 
 
 def _same_depth(result: CKAResult) -> Iterator[str]:
