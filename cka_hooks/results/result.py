@@ -23,7 +23,7 @@ from cka_hooks.files import PathLike
 from cka_hooks.names import closest, matching
 from cka_hooks.null import null_tail
 from cka_hooks.results.checks import checked
-from cka_hooks.results.uncertainty import Difference, adjusted, paired_difference, t_quantile, why_unknown
+from cka_hooks.results.uncertainty import Difference, adjusted, paired_difference, t_quantile
 
 if TYPE_CHECKING:
     import pandas
@@ -187,8 +187,15 @@ class CKAResult:
     @property
     def null_unknown(self) -> str | None:
         """Why this result has no p-values; None if it has some."""
-        is_known = self.null_variance is not None and self.null_skewness is not None
-        return None if is_known else why_unknown(self.settings, self.passes)
+        if self.null_variance is not None and self.null_skewness is not None:
+            return None
+        if self.settings.get("estimator") == "biased":
+            return 'the null distribution of biased estimates is not known; compare with estimator="unbiased"'
+        if self.settings.get("per") == "position":
+            return 'positions of one input depend on one another and cannot be permuted; compare with per="sample"'
+        if self.passes > 1:
+            return "minibatches of several passes share their samples; compare with epochs=1"
+        return "the result was made by a version that did not keep what they need; run the comparison again"
 
     def pvalue(self, *, family_wise: bool = False) -> torch.Tensor:
         """Probability of a CKA at least as large if the two layers were unrelated: one-sided, for each entry alone.

@@ -6,9 +6,8 @@ This file works on tensors only. ``result`` knows the labels, and which entries 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from scipy.special import stdtrit
@@ -111,10 +110,9 @@ def adjusted(
         [0.03, 0.08, 0.3]
     """
     entries: dict[frozenset[str], list[tuple[int, int]]] = {}
-    for at, row in enumerate(rows):
-        for other, column in enumerate(columns):
-            if row != column and not alone[at, other].isnan():
-                entries.setdefault(frozenset((row, column)), []).append((at, other))
+    for at, other in alone.isfinite().nonzero().tolist():
+        if rows[at] != columns[other]:
+            entries.setdefault(frozenset((rows[at], columns[other])), []).append((at, other))
     if not entries:
         return alone
     pairs = sorted(entries.values(), key=lambda places: float(alone[places[0]]))
@@ -131,14 +129,3 @@ def adjusted(
         for place in places:
             found[place] = value
     return found
-
-
-def why_unknown(settings: Mapping[str, Any], passes: int) -> str:
-    """Why a result has no null distribution, and what to do about it."""
-    if settings.get("estimator") == "biased":
-        return 'the null distribution of biased estimates is not known; compare with estimator="unbiased"'
-    if settings.get("per") == "position":
-        return 'positions of one input depend on one another, so they cannot be permuted; compare with per="sample"'
-    if passes > 1:
-        return "minibatches of several passes share their samples; compare with epochs=1"
-    return "the result was made by a version that did not keep what they need; run the comparison again"
