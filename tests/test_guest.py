@@ -303,7 +303,6 @@ SET_UP_AND_TEAR_DOWN = {
     "_attach",
     "_leave",
     "_listen",
-    "_restore",
     "_run",
     "_write_back",
     "attach",

@@ -17,10 +17,9 @@ from cka_hooks.features import Reduction
 from cka_hooks.hsic import Estimator
 from cka_hooks.options import Options, whole
 from cka_hooks.recording.batches import Forward
-from cka_hooks.recording.guest import is_sharded
+from cka_hooks.recording.guest import Snapshot, is_sharded
 from cka_hooks.recording.layers import Layers, check_model
 from cka_hooks.recording.padding import MaskOption
-from cka_hooks.recording.snapshot import Snapshot
 from cka_hooks.results.result import CKAResult
 from cka_hooks.run.comparison import Comparison
 from cka_hooks.run.entries import named_models, per_model

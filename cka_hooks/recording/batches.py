@@ -186,10 +186,10 @@ def check_loader(loader: Any) -> None:
 
 def _is_pair(value: Any) -> bool:
     """Whether a tuple or list is an input with its classes, rather than two batches."""
-    if not isinstance(value, tuple | list) or len(value) != 2 or not all(isinstance(item, Tensor) for item in value):
-        return False
-    first, second = value
-    return first.ndim > 1 and second.ndim == 1 and len(first) == len(second) and not second.is_floating_point()
+    classes = targets(value) if isinstance(value, tuple | list) and len(value) == 2 else None
+    return (
+        classes is not None and isinstance(value[0], Tensor) and value[0].ndim > 1 and len(value[0]) == len(classes)
+    )
 
 
 # Changing batches
@@ -267,7 +267,7 @@ def cut(value: Any, samples: int, index: Sequence[int]) -> Any:
 # Calling a model
 
 
-def arguments(batch: Any, model: nn.Module | None = None, form: Form | None = None) -> Arguments:
+def arguments(batch: Any, model: nn.Module, form: Form | None = None) -> Arguments:
     """The positional and keyword arguments for calling a model with a batch.
 
     A mapping or dataclass is passed as keywords, without the keys that only a loss needs. Of a tuple or list, the
@@ -301,14 +301,12 @@ def with_tensors(value: Any) -> Any:
     return mapped(value, as_tensor)
 
 
-def keeps_labels(model: nn.Module | None, key: str, keywords: Mapping[str, Any]) -> bool:
+def keeps_labels(model: nn.Module, key: str, keywords: Mapping[str, Any]) -> bool:
     """Whether to give a model its labels."""
-    if model is None:
-        return False
     parameters = inspect.signature(model.forward).parameters
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     named = parameters.get(key)
-    if config is not None and hasattr(config, "is_encoder_decoder"):
+    if hasattr(config, "is_encoder_decoder"):
         is_required = named is not None and named.default is named.empty
         has_input = any(name.startswith("decoder_input") for name in keywords)
         return is_required or (bool(config.is_encoder_decoder) and not has_input)

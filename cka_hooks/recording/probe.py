@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cka_hooks.recording.batches import cut
-from cka_hooks.recording.snapshot import Snapshot
+from cka_hooks.recording.guest import Snapshot
 
 # Samples in the smaller pass. With one or two, dimensions of that size may be squeezed away, or exist anyway.
 FEW = 3

@@ -28,7 +28,6 @@ from cka_hooks.recording.padding import MaskOption
 from cka_hooks.recording.positions import Positions, positions_of
 from cka_hooks.recording.probe import Probe, Take
 from cka_hooks.recording.routes import Consumer, Pass, taps_of
-from cka_hooks.recording.snapshot import Snapshot
 
 
 class LayerRecorder:
@@ -298,7 +297,7 @@ class LayerRecorder:
         if self._way.needs_probe:
             # Tensors cut out of a batch are not part of its graph.
             with torch.no_grad():
-                snapshot = Snapshot(guest.runnable(self.model))
+                snapshot = guest.Snapshot(guest.runnable(self.model))
                 probe = Probe(partial(self._show, given.call), snapshot, given.parts, given.shape[0])
                 self._way.confirm(probe, given, always=guest.is_sharded(self.model))
 

@@ -20,8 +20,8 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from cka_hooks.recording.batches import sample_count, with_tensors
+from cka_hooks.recording.guest import random_state
 from cka_hooks.recording.outputs import tensors_in
-from cka_hooks.recording.snapshot import random_state
 
 _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 _IN_ORDER = (SequentialSampler, BatchSampler, range, type(None))
