@@ -343,7 +343,7 @@ def test_nested_tensors_of_the_fused_path() -> None:
 
     # The mask is of this one batch: no part of it can be run.
     options = {"forward": masked, "batch_dim": 0, "progress": False}
-    with pytest.raises(cka_hooks.LayerError, match="or set its use_nested_tensor = False"):
+    with pytest.raises(cka_hooks.LayerError, match="set use_nested_tensor = False of nn"):
         cka_hooks.compare(model, [x], **options)
     model.use_nested_tensor = False
     assert len(cka_hooks.compare(model, [x], **options).layers) == 16

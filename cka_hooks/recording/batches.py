@@ -22,7 +22,6 @@ from cka_hooks.errors import BatchError, CKAError, OptionError
 from cka_hooks.recording import outputs
 
 Forward = Callable[[nn.Module, Any], Any]
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 # Keys of a batch that are targets, not inputs. Given these, some models compute a loss that nobody needs.
 LABELS = frozenset(
@@ -267,7 +266,7 @@ def cut(value: Any, samples: int, index: Sequence[int]) -> Any:
 # Calling a model
 
 
-def arguments(batch: Any, model: nn.Module, form: Form | None = None) -> Arguments:
+def arguments(batch: Any, model: nn.Module, form: Form | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The positional and keyword arguments for calling a model with a batch.
 
     A mapping or dataclass is passed as keywords, without the keys that only a loss needs. Of a tuple or list, the
@@ -278,7 +277,7 @@ def arguments(batch: Any, model: nn.Module, form: Form | None = None) -> Argumen
     transformers, only encoder-decoders without a decoder input get them, since they make it from the labels.
     """
     value = with_tensors((form or Form.of(batch)).input_of(batch))
-    named = fields_of(value) if isinstance(value, Mapping) or dataclasses.is_dataclass(value) else None
+    named = outputs.fields_of(value)
     if named is None:
         return (value,), {}
     return (), {key: item for key, item in named.items() if key not in LABELS or keeps_labels(model, key, named)}

@@ -90,8 +90,7 @@ def remove_hooks(module: nn.Module, *owners: object) -> None:
         (module._forward_hooks, module._forward_hooks_with_kwargs),
         (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
     ):
-        ours = [number for number, hook in hooks.items() if any(getattr(hook, "__self__", None) is o for o in owners)]
-        for number in ours:
+        for number in [number for number, hook in hooks.items() if getattr(hook, "__self__", None) in owners]:
             hooks.pop(number, None)
             marks.pop(number, None)
 

@@ -98,8 +98,7 @@ def _unusable(tensor: Tensor | PackedSequence) -> str | None:
         return "returned a packed sequence: choose a layer after pad_packed_sequence"
     if tensor.is_nested:
         return (
-            "a nested tensor, whose samples differ in their number of features: build nn.TransformerEncoder with "
-            "enable_nested_tensor=False, or set its use_nested_tensor = False"
+            "a nested tensor of samples that differ in size: set use_nested_tensor = False of nn.TransformerEncoder"
         )
     if tensor.layout is not torch.strided:
         return f"a sparse tensor ({tensor.layout})"

@@ -35,18 +35,12 @@ MASK, DECODER_MASK, LABELS = "attention_mask", "decoder_attention_mask", "labels
 _IGNORED = -100
 _LENGTHS, _FRAMES = "_get_feat_extract_output_lengths", "_get_feature_vector_attention_mask"
 # What is wrong with the padding of some layers.
-_KEPT = (
-    "counts as data: the batch's attention mask has zeros, and features='flatten' keeps all positions. "
-    "features='mean', 'token' or 'last' leave padding out"
-)
+_KEPT = "counts as data: the attention mask has zeros, and features='flatten' keeps them ('mean' and 'last' do not)"
 _UNUSED = (
     "counts as data: the {} has zeros and was not used, since these layers are not known to have its positions. "
     "mask= names it: a function of the batch that returns (n, T), or a mapping from layer pattern to such functions"
 )
-_BY_SIZE = (
-    "was left out by size: that their positions are those of mask= could not be confirmed. Name them: a mapping from "
-    "layer pattern to the function"
-)
+_BY_SIZE = "was left out by size, which confirms nothing: pass mask= as a mapping from layer pattern to the function"
 _SUSPECT = (
     "counts as data: {}, and was not used. With features='mean', 'token' or 'last', mask=lambda batch: {} uses it, "
     "as (n, T) for T positions of a layer and nonzero where one counts"
