@@ -65,7 +65,7 @@ def test_an_exact_name_wins_over_a_glob() -> None:
 
 def test_calls_and_parts() -> None:
     (selection,) = select_layers(RESNET, "relu#2:input:0")
-    assert (selection.name, selection.calls, selection.part) == ("relu", frozenset({2}), "input:0")
+    assert (selection.name, selection.call, selection.part) == ("relu", 2, "input:0")
     assert selection.label(2) == "relu#2:input:0"
     assert selection.named
     assert not any(s.named for s in select_layers(RESNET, "layer*.*.relu#2"))

@@ -79,8 +79,8 @@ class SampleDimension:
             return int(given) % len(shape)
         if self._ranks.setdefault(label, len(shape)) != len(shape):
             raise NotRecordable(
-                f"has {len(shape)} dimensions in a batch and {self._ranks[label]} in the first: keep the dimension "
-                "with the samples in a batch of one sample (squeeze() drops it), or pass batch_dim="
+                f"has {len(shape)} dimensions in a batch and {self._ranks[label]} in the first: keep that of the "
+                "samples in a batch of one (squeeze() drops it), or pass batch_dim="
             )
         found = 0 if self._is_plain else self.found.get(label, "was not reached by the probe of the first batch")
         if not self.found and not self.is_settled:
@@ -98,18 +98,15 @@ class SampleDimension:
         samples, first = self.samples, shape[0] if shape else 0
         if dim is not None and dim < len(shape) and shape[dim] == samples:
             return dim
-        several = (
-            'such layers can be compared by themselves with per="position", features=lambda rows: rows, which makes '
-            "a sample of each entry of dimension 0"
-        )
+        several = 'with per="position", features=lambda rows: rows, each entry of dimension 0 is a sample'
         if samples and first > samples and first % samples == 0:
-            why = f": {first // samples} windows, heads or beams of each are folded into dimension 0; {several}"
+            why = f": {first // samples} windows, heads or beams of each are folded into dimension 0 ({several})"
         elif first == 1:
             why = ": it is the same for all samples"
         elif dim is not None:
             why = f": the samples were confirmed in dimension {dim}"
         else:
-            why = f". If it has several entries of each sample (nodes of graphs, boxes), {several}"
+            why = f". If it has several entries of each sample, such as nodes of graphs: {several}"
         raise NotRecordable(f"no dimension of {shape} has size {samples}, the batch size{why}")
 
     def is_second(self, module: nn.Module, *, is_first_output: bool) -> bool:

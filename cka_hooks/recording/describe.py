@@ -108,8 +108,8 @@ def left_out(taps: Mapping[int, Tap], *, by_default: bool) -> dict[str, str]:
             same = f"is the same module as {selection.name!r}"
             skipped.update({selection.label(1, other): same for other in selection.also})
             if tap.ran:
-                if selection.calls is not None and not selection.calls & set(range(1, tap.calls + 1)):
-                    skipped[selection.label(min(selection.calls))] = f"was called {tap.calls} time(s)"
+                if selection.call is not None and selection.call > tap.calls:
+                    skipped[selection.label(selection.call)] = f"was called {tap.calls} time(s)"
             elif not by_default or (next(tap.module.children(), None) is None and selection.name != ROOT):
                 skipped[selection.label(1)] = _why(selection, tap, taps)
     return skipped

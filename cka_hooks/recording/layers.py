@@ -139,7 +139,7 @@ class Selection:
     Attributes:
         name: its name; the first one if it has several and none was asked for.
         module: the module.
-        calls: which calls are layers, counted from 1; None for all of them.
+        call: which call is a layer, counted from 1; None if all of them are.
         part: which part of the output or input is the layer: the path after the colon, "" for the default.
         named: whether the user asked for this layer by name, so that leaving it out is an error.
         also: other names of the same module that were asked for.
@@ -147,7 +147,7 @@ class Selection:
 
     name: str
     module: nn.Module
-    calls: frozenset[int] | None = None
+    call: int | None = None
     part: str = ""
     named: bool = False
     also: tuple[str, ...] = ()
@@ -178,13 +178,13 @@ def select_layers(model: nn.Module, layers: Layers = None) -> list[Selection]:
     entries = list(layers) if isinstance(layers, Iterable) and not is_one else [layers]
     if not entries:
         raise LayerError("layers is empty: name at least one layer, or pass None for every leaf module that runs")
-    found: dict[tuple[int, frozenset[int] | None, str], Selection] = {}
+    found: dict[tuple[int, int | None, str], Selection] = {}
     for entry in entries:
         chosen = _chosen_by(entry, candidates)
         if not chosen:
             raise LayerError(_no_match(entry, candidates))
         for choice in chosen:
-            key = (id(choice.module), choice.calls, choice.part)
+            key = (id(choice.module), choice.call, choice.part)
             before = found.get(key)
             if before is None or (choice.named and not before.named):
                 found[key] = choice
@@ -222,18 +222,18 @@ def _predicate(entry: Callable[..., bool]) -> Callable[[str, nn.Module], bool]:
 
 def _by_name(entry: str, candidates: dict[str, nn.Module]) -> list[Selection]:
     """What a name or glob chooses, with a call and a part. Names may hold colons: the longest one counts."""
-    readings: list[tuple[str, frozenset[int] | None, str]] = []
+    readings: list[tuple[str, int | None, str]] = []
     pieces = entry.split(":")
     for end in range(len(pieces), 0, -1):
-        pattern, *call = _CALL.split(":".join(pieces[:end]))
-        readings.append((pattern, frozenset({int(call[0])}) if call else None, ":".join(pieces[end:])))
-    for pattern, calls, part in readings:
+        pattern, *numbers = _CALL.split(":".join(pieces[:end]))
+        readings.append((pattern, int(numbers[0]) if numbers else None, ":".join(pieces[end:])))
+    for pattern, call, part in readings:
         if pattern in candidates:
-            return [Selection(pattern, candidates[pattern], calls, part, named=True)]
+            return [Selection(pattern, candidates[pattern], call, part, named=True)]
     layers = [name for name, it in candidates.items() if name != ROOT and not isinstance(it, _CONTAINERS)]
-    for pattern, calls, part in readings:
+    for pattern, call, part in readings:
         if found := matching(pattern, layers):
-            return [Selection(name, candidates[name], calls, part) for name in found]
+            return [Selection(name, candidates[name], call, part) for name in found]
     return []
 
 

@@ -67,8 +67,8 @@ class LongWay:
             check_reduction(reduction)
             if positions is not None and not callable(reduction) and reduction != "flatten":
                 raise OptionError(
-                    f'per="position" and features={reduction!r} exclude each other: each position is a sample, so '
-                    "there is nothing to average or choose: leave features= out"
+                    f'per="position" and features={reduction!r} exclude each other: each position is a sample. Leave '
+                    "features= out"
                 )
         reductions = [self._reduction_of(name) for name in chosen]
         self._keeps = "flatten" in reductions
@@ -105,20 +105,15 @@ class LongWay:
         self._padding.start(given.batch, given.form, self.dimension.samples)
 
     @property
-    def _masks_are_open(self) -> bool:
-        """Whether the batch has a mask for layers that reduce positions, and nothing says which layers these are."""
-        return self._reduces and self._padding.needs_probe
-
-    @property
     def needs_probe(self) -> bool:
         """Whether nothing says which dimensions hold the samples or what a mask describes."""
-        return not self.dimension.is_settled or self._masks_are_open
+        return not self.dimension.is_settled or (self._reduces and self._padding.needs_probe)
 
     def confirm(self, probe: Probe, given: Given, *, always: bool) -> None:
         """Find that out with a probe; see :meth:`SampleDimension.confirm`."""
         if not self.dimension.is_settled:
             self.dimension.confirm(probe, given.shape, always=always)
-        if self._masks_are_open:
+        if self._reduces:
             self._padding.confirm(probe, given.shape[0])
 
     def restart(self) -> None:
@@ -164,7 +159,7 @@ class LongWay:
             route.reduction = self._reduction_of(name)
             route.axis = 0 if self._is_free(route) else self.dimension.of(name, label, tuple(activation.shape))
         except NotRecordable as reason:
-            route.close()
+            route.dtype = None
             if self._now.show is None and route.selection.named:
                 kind = type(route.selection.module).__name__
                 raise LayerError(f"layer {label!r} ({kind}) cannot be recorded: {reason}") from None
@@ -221,8 +216,8 @@ class LongWay:
             self._vanish[label] = _vanishes(rows.detach(), size, activation.detach(), route.axis)
         if self._vanish.get(label):
             raise NotRecordable(
-                "its samples differ and their averages do not, but for rounding: it subtracts its averages, as an "
-                "InstanceNorm does. Pass features='flatten' for it"
+                "it subtracts its averages, as an InstanceNorm does, and what is left of them is rounding: pass "
+                "features='flatten' for it"
             )
         return rows
 
@@ -262,7 +257,6 @@ def _refuse_vmap(activation: Tensor) -> None:
     while _functorch.is_functorch_wrapped_tensor(activation):
         if _functorch.is_batchedtensor(activation):
             raise NotRecordable(
-                "ran under torch.vmap, where a call is of one sample, or of one model, at a time: choose a layer "
-                "outside of it"
+                "ran under torch.vmap, one sample or one model at a time: choose a layer outside of it"
             )
         activation = _functorch.get_unwrapped(activation)

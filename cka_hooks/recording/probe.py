@@ -111,7 +111,7 @@ class Probe:
         try:
             self._run(batch, look.take)
         except Exception as error:
-            look.problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            look.problem = f"{type(error).__name__}: {error}".partition("\n")[0]
         finally:
             look.drew = self._snapshot.drew()
             self._snapshot.restore()

@@ -108,9 +108,9 @@ class LayerRecorder:
         detach: bool = True,
     ) -> None:
         self.model = check_model(model)
-        for name, given, of in (
-            ("forward", forward, "a model and a batch"),
-            ("consumer", consumer, "a label and an activation"),
+        for name, of, given in (
+            ("forward", "a model and a batch", forward),
+            ("consumer", "a label and a tensor", consumer),
         ):
             if given is not None and not callable(given):
                 raise OptionError(f"{name}={given!r:.200} cannot be called: expected a function of {of}")
@@ -153,9 +153,8 @@ class LayerRecorder:
         """
         if self.consumer is None:
             raise OptionError(
-                "this LayerRecorder has nothing to hand activations to: pass consumer=, a function of a label and an "
-                "activation such as CKAAccumulator().observe. stream(loader) and describe(batch) need neither "
-                "consumer= nor `with`"
+                "this LayerRecorder has nothing to hand activations to: pass consumer=, such as "
+                "CKAAccumulator().observe, or call stream(loader) or describe(batch) without `with`"
             )
         depth = self._entered
         try:
@@ -340,15 +339,14 @@ class LayerRecorder:
             [torch.Size([5, 3]), torch.Size([5, 3])]
         """
         batches.check_loader(loader)
-        random_stream = guest.RandomStream()
+        random_stream, end = guest.RandomStream(), object()
         with random_stream:
             iterator = iter(loader)
         while True:
             with random_stream:
-                try:
-                    batch = next(iterator)
-                except StopIteration:
-                    return
+                batch = next(iterator, end)
+            if batch is end:
+                return
             yield self._run(batch, _copy, random_stream)
 
     def describe(self, batch: Any) -> Description:

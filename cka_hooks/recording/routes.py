@@ -108,6 +108,7 @@ class Route:
         reduction: the reduction of the activation.
         channels: the dimension in which a reduction finds the channels.
         product: see :func:`slots_of`.
+        dtype: dtype of the activations that take this route; None, which no activation has, while it is closed.
         activation: finds the layer's tensor in what the module returned, or in its arguments and keyword arguments.
 
     Args:
@@ -128,17 +129,12 @@ class Route:
         if self.is_input:
             part = selection.part.partition(":")[2]
             self.activation = lambda given: outputs.input_of(given[0], given[1], part)
-        self.close()
-
-    def close(self) -> None:
-        """Send the activations from here on the long way."""
-        # No activation has this dtype.
-        self._dtype: torch.dtype | None = None
+        self.dtype: torch.dtype | None = None
 
     def open(self, activation: Tensor) -> None:
         """Let activations like this one take this route from here on."""
         self._direct = self.reduction == "flatten" and self.product is not None
-        self._rank, self._device, self._dtype = activation.ndim, activation.device, activation.dtype
+        self._rank, self._device, self.dtype = activation.ndim, activation.device, activation.dtype
 
     def __call__(self, given: Any, now: Pass) -> bool:
         """Hand the activation over. Return False, having done nothing, if it is not like the one before."""
@@ -149,7 +145,7 @@ class Route:
             except outputs.NotRecordable:
                 return False
         if (
-            activation.dtype is not self._dtype
+            activation.dtype is not self.dtype
             or activation.device != self._device
             or type(activation) is not Tensor
             or activation.layout is not torch.strided
@@ -264,7 +260,7 @@ class Tap:
         A layer may be chosen twice, as `relu#2` and by `relu`.
         """
         if call not in self._routes:
-            chosen = {s.label(call): s for s in self.selections if s.calls is None or call in s.calls}
+            chosen = {s.label(call): s for s in self.selections if s.call in (None, call)}
             routes = [Route(label, selection, self._long_way.hand_over) for label, selection in chosen.items()]
             self._routes[call] = [r for r in routes if not r.is_input], [r for r in routes if r.is_input]
         return self._routes[call]
