@@ -69,14 +69,7 @@ def feature_rows(
     if features == "flatten":
         return memory_order(moved)
     if callable(features):
-        rows = features(moved)
-        if not isinstance(rows, Tensor) or rows.ndim < 1 or rows.shape[0] != moved.shape[0]:
-            found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-            raise BatchError(
-                f"the features callable turned {tuple(moved.shape)} into {found}: it must return a tensor "
-                f"whose dimension 0 still has the {moved.shape[0]} samples"
-            )
-        return memory_order(rows)
+        return rows_of(features, moved, moved.shape[0])
     if moved.ndim <= 2:
         return memory_order(moved)
     tokens, kept = tokens_of(activation, batch_dim=batch_dim, masks=masks, channels=channels)
@@ -93,6 +86,21 @@ def feature_rows(
             f"with {positions.shape[1]} positions does not have"
         )
     return positions[:, position].unsqueeze(1)
+
+
+def rows_of(function: Callable[[Tensor], Tensor], activation: Tensor, samples: int | None = None) -> Tensor:
+    """What the user's function makes of an activation, as (n, P, C).
+
+    Raises:
+        BatchError: this is no tensor, or one without these samples; None allows any number.
+    """
+    rows = function(activation)
+    if not isinstance(rows, Tensor) or rows.ndim < 1 or samples not in (None, rows.shape[0]):
+        found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        wanted = "(m, d)" if samples is None else f"whose dimension 0 still has the {samples} samples"
+        what = f"the features callable turned {tuple(activation.shape)} into {found}"
+        raise BatchError(f"{what}: it must return a tensor {wanted}")
+    return memory_order(rows)
 
 
 def tokens_of(

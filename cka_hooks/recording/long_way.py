@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._C import _functorch
 
 from cka_hooks.errors import BatchError, LayerError, OptionError
-from cka_hooks.features import Reduction, check_reduction, feature_rows, memory_order, tokens_of
+from cka_hooks.features import Reduction, check_reduction, feature_rows, memory_order, rows_of, tokens_of
 from cka_hooks.names import PerLayer
 from cka_hooks.options import Options
 from cka_hooks.precision import without_gradients
@@ -22,7 +22,7 @@ from cka_hooks.recording.outputs import NotRecordable, tensors_in
 from cka_hooks.recording.padding import Padding
 from cka_hooks.recording.positions import Positions
 from cka_hooks.recording.probe import Probe
-from cka_hooks.recording.routes import LONG_WAY, Consumer, Pass, Route, slots_of
+from cka_hooks.recording.routes import Consumer, Pass, Route, slots_of
 
 # The reduction of an activation whose positions are samples.
 POSITION = "position"
@@ -125,7 +125,7 @@ class LongWay:
 
     def _let_routes(self) -> None:
         """Let activations take routes, unless something in this pass needs a closer look."""
-        self._now.samples = (self.dimension.samples or LONG_WAY) if self._has_routes else LONG_WAY
+        self._now.samples = (self.dimension.samples or None) if self._has_routes else None
 
     def follow(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook of a module that shows where channels or samples are."""
@@ -230,13 +230,7 @@ class LongWay:
                 f"only {self._limit} samples of a batch of {samples} count, and what the features callable returns "
                 'cannot be cut: with per="position", let max_samples= be a multiple of the batch size'
             )
-        rows = route.reduction(activation)
-        if not isinstance(rows, Tensor) or rows.ndim < 1:
-            found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-            raise BatchError(
-                f"the features callable turned {tuple(activation.shape)} into {found}: it must return a tensor (m, d)"
-            )
-        return memory_order(rows)
+        return rows_of(route.reduction, activation)
 
 
 def _vanishes(rows: Tensor, size: Tensor, activation: Tensor, axis: int) -> bool:

@@ -108,12 +108,14 @@ class LayerRecorder:
         detach: bool = True,
     ) -> None:
         self.model = check_model(model)
-        for name, of, given in (
-            ("forward", "a model and a batch", forward),
-            ("consumer", "a label and a tensor", consumer),
-        ):
-            if given is not None and not callable(given):
-                raise OptionError(f"{name}={given!r:.200} cannot be called: expected a function of {of}")
+        if forward is not None and not callable(forward):
+            raise OptionError(
+                f"forward={forward!r:.200} cannot be called: expected a function of a model and a batch"
+            )
+        if consumer is not None and not callable(consumer):
+            raise OptionError(
+                f"consumer={consumer!r:.99} cannot be called: expected a function of a label and a tensor"
+            )
         self._forward = forward
         self._names = named_layers(model)
         self._now = Pass()

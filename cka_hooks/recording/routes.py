@@ -31,22 +31,20 @@ if TYPE_CHECKING:
 Product = Callable[[Tensor], None]
 Consumer = Callable[[str, Tensor], None]
 
-LONG_WAY = -1
-
 
 class Pass:
     """The state of the forward pass that is under way.
 
     Attributes:
         thread: the thread whose calls are recorded, 0 while none are.
-        samples: number of samples in the batch, or LONG_WAY if no route may be taken.
+        samples: number of samples in the batch, or None if no route may be taken.
         show: in a probe, which hands nothing over, a function of the label, the activation and whether the kind of
             module puts the samples into dimension 1.
     """
 
     def __init__(self) -> None:
         self.thread = 0
-        self.samples = LONG_WAY
+        self.samples: int | None = None
         self.show: Callable[[str, Tensor, bool], None] | None = None
         _passes.add(self)
 
@@ -153,8 +151,7 @@ class Route:
             or _functorch.maybe_current_level() is not None
         ):
             return False
-        shape = activation.shape
-        if len(shape) != self._rank or shape[self.axis] != now.samples:
+        if activation.ndim != self._rank or (samples := activation.shape[self.axis]) != now.samples:
             return False
         if not self._direct:
             self._detour(self, activation)
@@ -165,8 +162,8 @@ class Route:
             activation.is_contiguous()
             or (self._rank == 4 and activation.is_contiguous(memory_format=torch.channels_last))
         ):
-            width = activation.numel() // now.samples
-            rows = activation.as_strided((now.samples, 1, width), (width, width, 1))
+            width = activation.numel() // samples
+            rows = activation.as_strided((samples, 1, width), (width, width, 1))
         elif self._rank == 3 and self.axis == 1 and activation.is_contiguous():
             rows = activation.transpose(0, 1)
         else:
