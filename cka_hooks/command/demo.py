@@ -119,7 +119,7 @@ def trained(data: TensorDataset, seed: int, *, epochs: int = EPOCHS, progress: b
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-                bar.update()
+                bar.update(1)
     return network.eval()
 
 

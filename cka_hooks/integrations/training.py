@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cka_hooks.errors import ModelError, NonFiniteError, OptionError, warn
 from cka_hooks.features import Reduction
 from cka_hooks.hsic import Estimator
-from cka_hooks.options import Options, whole
+from cka_hooks.options import Options, difference, whole
 from cka_hooks.recording.batches import Forward
 from cka_hooks.recording.guest import Snapshot, is_sharded
 from cka_hooks.recording.layers import Layers, check_model
@@ -156,7 +156,7 @@ class TrainingCKA:
                 )
             self._then = {INITIAL: now, PREVIOUS: now}
         # Show mistakes now and not after an epoch.
-        _compared({NOW: now, **self._then, **self._networks}, step)
+        self._compared(now, step)
         self._last = step
 
     @staticmethod
@@ -202,7 +202,7 @@ class TrainingCKA:
         try:
             now = self._measured(model, prepare=prepare)
             try:
-                self.result = _compared({NOW: now, **self._then, **self._networks}, step)
+                self.result = self._compared(now, step)
                 self._then = {**self._then, PREVIOUS: now}
             except NonFiniteError as error:
                 self.result = error.partial
@@ -285,6 +285,28 @@ class TrainingCKA:
             randomness.restore(before)
             snapshot.restore()
 
+    def _compared(self, now: Part, step: int) -> CKAResult:
+        """The result of all networks, as if they had run together.
+
+        Raises:
+            OptionError: the networks were measured with different options.
+            SampleCountError: they were measured on different numbers of samples, or other positions.
+            NonFiniteError: a layer has NaN or infinity. `.partial` has the result of all others.
+        """
+        parts = {NOW: now, **self._then, **self._networks}
+        options = now["settings"].keys() - {"layers", "forward"}
+        for name, part in parts.items():
+            ours, theirs = ({option: it["settings"].get(option) for option in options} for it in (now, part))
+            if ours != theirs:
+                found = difference(ours, theirs, where=("now", f"for {name!r}"))
+                raise OptionError(f"{found}: go on with the options of the run that wrote the checkpoint")
+        refuse_other_positions({name: part.get("places") for name, part in parts.items()})
+        named = {name: _named(part, name) for name, part in parts.items()}
+        states = {name: its for name, (its, _) in named.items()}
+        steps = {name: its for name, (_, its) in named.items()}
+        types = {name: part["type"] for name, part in parts.items()}
+        return finished(State.joined(states, steps, keep=False), types, {**now["settings"], "step": step})
+
 
 def _part(comparison: Comparison, loader: Iterable[Any]) -> Part:
     """What a comparison's network adds in one pass over a loader."""
@@ -322,31 +344,3 @@ def _named(part: Part, name: str) -> tuple[State, list[Step]]:
         groups = [Minibatches(**{**it, "layers": tuple(label(it["layers"]))}) for it in step["groups"]]
         steps.append(Step(**{**step, "groups": groups, "dtypes": label(step["dtypes"])}))
     return state, steps
-
-
-def _compared(parts: Mapping[str, Part], step: int) -> CKAResult:
-    """The result of several networks, as if they had run together.
-
-    Args:
-        parts: that of each network by name. The settings are those of the first.
-        step: for the settings of the result.
-
-    Raises:
-        OptionError: the networks were measured with different options.
-        SampleCountError: they were measured on different numbers of samples, or other positions.
-        NonFiniteError: a layer has NaN or infinity. `.partial` has the result of all others.
-    """
-    ours = parts[NOW]["settings"]
-    for name, part in parts.items():
-        for option in ours.keys() - {"layers", "forward"}:
-            if part["settings"].get(option) != ours[option]:
-                raise OptionError(
-                    f"{name!r} was measured with {option}={part['settings'].get(option)!r}, and {NOW!r} with "
-                    f"{ours[option]!r}: go on with the options of the run that wrote the checkpoint"
-                )
-    refuse_other_positions({name: part.get("places") for name, part in parts.items()})
-    named = {name: _named(part, name) for name, part in parts.items()}
-    states = {name: its for name, (its, _) in named.items()}
-    steps = {name: its for name, (_, its) in named.items()}
-    types = {name: part["type"] for name, part in parts.items()}
-    return finished(State.joined(states, steps, keep=False), types, {**ours, "step": step})
