@@ -22,9 +22,8 @@ from cka_hooks.recording.layers import Layers
 from cka_hooks.recording.padding import MaskOption
 from cka_hooks.results.result import CKAResult
 from cka_hooks.run.checkpoint import Keeper, path_of_rank
-from cka_hooks.run.comparison import Comparison
-from cka_hooks.run.entries import identities_of, named_models
-from cka_hooks.run.identity import of_loader, of_option
+from cka_hooks.run.comparison import Comparison, named_models
+from cka_hooks.run.identity import of_loader, of_model, of_option, of_rows
 from cka_hooks.run.in_turn import added_up_in_turn
 from cka_hooks.run.loop import Loop
 from cka_hooks.run.precomputed import Precomputed, SampleIds
@@ -204,7 +203,10 @@ def _together(
             )
         path = path_of_rank(checkpoint, ranks)
         identity = {
-            "models": identities_of(comparison.entries),
+            "models": {
+                name: of_rows(it.arrays, it.sample_ids) if isinstance(it, Precomputed) else of_model(it)
+                for name, it in comparison.entries.items()
+            },
             "loader": of_loader(loader),
             **{field: of_option(option) for field, option in vars(options).items()},
             "minibatch": comparison.settings["minibatch"],

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sa
 
 import cka_hooks
 from cka_hooks import BatchError, OptionError, Precomputed, SampleCountError
-from cka_hooks.run import feature_files
+from cka_hooks.run.precomputed import write_features
 
 pytestmark = pytest.mark.filterwarnings("ignore:one sample decides", "ignore:.* left out")
 
@@ -480,7 +480,7 @@ def h5(path: Path, arrays: dict[str, Tensor], ids: Any) -> None:
 
 WRITERS: dict[str, Callable[[Path, dict[str, Tensor], Any], None]] = {
     ".npz": npz,
-    ".safetensors": feature_files.write,
+    ".safetensors": write_features,
     ".h5": h5,
 }
 

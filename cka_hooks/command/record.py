@@ -16,8 +16,7 @@ from cka_hooks.command.shared import check_output, output_words, say, whole
 from cka_hooks.errors import OptionError, warn
 from cka_hooks.progress import progress_bar
 from cka_hooks.recording.recorder import LayerRecorder
-from cka_hooks.run import feature_files
-from cka_hooks.run.precomputed import Identifier, ids_of, without_ids
+from cka_hooks.run.precomputed import Identifier, ids_of, without_ids, write_features
 
 _SAMPLES = 4
 
@@ -117,7 +116,7 @@ def _record(arguments: argparse.Namespace) -> int:
         warn(f"{layer!r} did not run for every sample, and is left out")
         del arrays[layer]
     out.parent.mkdir(parents=True, exist_ok=True)
-    feature_files.write(out, arrays, ids[:bound] or None)
+    write_features(out, arrays, ids[:bound] or None)
     how = f"identified as {ids[0]!r}, ..." if ids else "in the order of the loader, without identifiers"
     say(f"{out}  {len(arrays)} layers, {samples} samples, {how}")
     return 0

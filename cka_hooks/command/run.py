@@ -18,7 +18,7 @@ from cka_hooks.compare import compare
 from cka_hooks.errors import NonFiniteError, OptionError, warn
 from cka_hooks.hsic import Estimator
 from cka_hooks.options import Options
-from cka_hooks.run.feature_files import is_feature_file
+from cka_hooks.run.precomputed import is_feature_file
 from cka_hooks.similarity.kernels import KERNELS
 from cka_hooks.views.formats import files_of_a_run
 

@@ -21,8 +21,7 @@ from cka_hooks.recording.guest import Snapshot, is_sharded
 from cka_hooks.recording.layers import Layers, check_model
 from cka_hooks.recording.padding import MaskOption
 from cka_hooks.results.result import CKAResult
-from cka_hooks.run.comparison import Comparison
-from cka_hooks.run.entries import named_models, per_model
+from cka_hooks.run.comparison import Comparison, named_models, per_model
 from cka_hooks.run.in_turn import Replayed, refuse_other_positions
 from cka_hooks.run.precomputed import SampleIds
 from cka_hooks.run.replay import Randomness

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -10,19 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cka_hooks.errors import LayerError, OptionError
+from cka_hooks.errors import LayerError, ModelError, OptionError
 from cka_hooks.features import Reduction
 from cka_hooks.hsic import Estimator
 from cka_hooks.names import labelled
 from cka_hooks.options import Options, whole
 from cka_hooks.recording import batches
 from cka_hooks.recording.guest import RandomStream, untouched
-from cka_hooks.recording.layers import Layers, check_model
+from cka_hooks.recording.layers import Layers, check_model, refuse_weights, select_layers, unwrap
 from cka_hooks.recording.padding import MaskOption
 from cka_hooks.recording.positions import positions_of
 from cka_hooks.recording.recorder import LayerRecorder, nothing_ran
 from cka_hooks.results.result import CKAResult
-from cka_hooks.run.entries import layers_of, named_models, per_model, types_of
 from cka_hooks.run.joined import JoiningAccumulator
 from cka_hooks.run.precomputed import Identifier, Precomputed, SampleIds, is_features, without_ids
 from cka_hooks.run.seen import Seen, finished
@@ -93,7 +93,10 @@ class Comparison:
         self._options = Options.of(locals())
         self.entries = named_models(model)
         self.models = {name: check_model(it) for name, it in self.entries.items() if not is_features(it)}
-        self.types = types_of(self.entries)
+        self.types = {
+            name: type(unwrap(it) if isinstance(it, nn.Module) else it).__qualname__
+            for name, it in self.entries.items()
+        }
         self.steps: list[Step | None] | None = None
         self.positions = positions_of(per, positions, self._options.seed)
         given = {name: it for name, it in self.entries.items() if isinstance(it, Precomputed)}
@@ -105,19 +108,14 @@ class Comparison:
                 raise OptionError(f'{next(iter(given))!r} has a row for each sample: compare it with per="sample"')
         chosen = layers_of(self.models, layers)
         self._forwards = per_model(forward, self.models, "forward")
+        shared = {"per": per, "positions": self.positions, **self._options.of_recorder()}
         self._recorders: dict[str, LayerRecorder] = {}
         for name, one in self.models.items():
-            self._recorders[name] = LayerRecorder(
-                one,
-                chosen[name],
-                consumer=_Labelled(name, self._accumulator),
-                forward=self._forwards[name],
-                per=per,
-                positions=self.positions,
-                **self._options.of_recorder(),
+            self._recorders[name] = recorder = LayerRecorder(
+                one, chosen[name], _Labelled(name, self._accumulator), forward=self._forwards[name], **shared
             )
             # Two names may stand for the same model, or for models that share a part.
-            self._recorders[name].only_in_passes = True
+            recorder.only_in_passes = True
         self.chosen = {name: recorder.chosen for name, recorder in self._recorders.items()}
         self._random = RandomStream()
         self._guests = ExitStack()
@@ -325,3 +323,68 @@ class _Labelled:
     def slot(self, layer: str) -> Callable[[Tensor], None] | None:
         """A function of one layer's features, see :meth:`CKAAccumulator.slot`."""
         return self._accumulator.slot(labelled(self._name, layer))
+
+
+# The mapping that `compare` takes, and the options for each of its entries
+
+
+def named_models(model: Any) -> dict[str, Any]:
+    """The models by name, "" for a single one. Arrays in the mapping become `Precomputed`.
+
+    Raises:
+        OptionError: the mapping is empty, a name is not text, or features have no name.
+        ModelError: an entry is a ``state_dict``, or text.
+    """
+    if not isinstance(model, Mapping):
+        if is_features(model):
+            raise OptionError("precomputed features need a name: pass a mapping, such as {'V4': array}")
+        return {"": model}
+    if not model:
+        raise OptionError("the mapping of models is empty: name at least one model")
+    for name in model:
+        if not isinstance(name, str) or not name:
+            raise OptionError(f"the name of a model is {name!r}: names are text, such as {{'epoch {name}': model}}")
+    refuse_weights(model)
+    found: dict[str, Any] = {}
+    for name, it in model.items():
+        if isinstance(it, str | os.PathLike):
+            raise ModelError(f"{name!r} is {it!r}: expected an nn.Module, or features, Precomputed.load({it!r})")
+        try:
+            found[name] = Precomputed(it) if is_features(it) and not isinstance(it, Precomputed) else it
+        except OptionError as error:
+            raise OptionError(f"{name!r}: {error}") from error
+    return found
+
+
+def per_model(option: Any, models: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An option for each model, given once for all or as a mapping from model name."""
+    if not isinstance(option, Mapping):
+        return dict.fromkeys(models, option)
+    unknown = [key for key in option if key not in models]
+    if unknown:
+        raise OptionError(f"{name}= names the models {unknown}, and the models are {list(models)}")
+    return {key: option.get(key) for key in models}
+
+
+def layers_of(models: Mapping[str, nn.Module], layers: Any) -> dict[str, Any]:
+    """The choice of layers for each model.
+
+    Of one list for several models, each entry has to match in at least one of them, and each model needs a match.
+    """
+    if len(models) < 2 or layers is None or isinstance(layers, Mapping | str | type) or callable(layers):
+        return per_model(layers, models, "layers")
+    chosen: dict[str, list[Any]] = {name: [] for name in models}
+    for entry in layers:
+        failures: list[LayerError] = []
+        for name, model in models.items():
+            try:
+                select_layers(model, [entry])
+                chosen[name].append(entry)
+            except LayerError as error:
+                failures.append(error)
+        if len(failures) == len(models):
+            raise failures[0]
+    for name, entries in chosen.items():
+        if not entries:
+            raise LayerError(f"none of layers={list(layers)!r} matches a layer of the model {name!r}")
+    return chosen

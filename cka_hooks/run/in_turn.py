@@ -17,9 +17,8 @@ from cka_hooks.options import Options
 from cka_hooks.recording.layers import check_model
 from cka_hooks.run import replay
 from cka_hooks.run.checkpoint import Keeper
-from cka_hooks.run.comparison import Comparison
+from cka_hooks.run.comparison import Comparison, per_model
 from cka_hooks.run.drawn import Drawn
-from cka_hooks.run.entries import per_model
 from cka_hooks.run.loop import DONE, Loop
 from cka_hooks.run.precomputed import Precomputed
 from cka_hooks.run.ranks import Ranks
