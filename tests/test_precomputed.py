@@ -385,7 +385,7 @@ def test_samples_that_a_collate_function_drops_are_noticed() -> None:
 
 def test_identifiers_that_are_missing_or_there_twice() -> None:
     array = features(5)
-    with pytest.raises(SampleCountError, match=r"'V4': has no row for .* of the 12 samples of a batch: 'image"):
+    with pytest.raises(SampleCountError, match=r"'V4' has no row for .* of the 12 samples: 'image"):
         compare({"V4": Precomputed(array[:40], sample_ids=NAMES[:40])}, named(shuffle=False), sample_ids="id")
     given = Precomputed(array, sample_ids=list(map(str, range(SAMPLES))))
     with pytest.raises(SampleCountError, match=r": 0, 1, 2, 3, 4 and 7 more; its sample_ids look like '0'"):
@@ -494,8 +494,8 @@ def test_files(tmp_path: Path, suffix: str, ids: Any) -> None:
     found = Precomputed.load(path)
     assert found.sample_ids == ids
     assert {name: tuple(array.shape) for name, array in found.arrays.items()} == {"it": (60, 4), "v1": (60, 3)}
-    assert all(torch.equal(got, arrays[name][5:9]) for name, got in found.features(range(5, 9)))
-    assert all(torch.equal(got, arrays[name][[7, 2, 3, 59]]) for name, got in found.features([7, 2, 3, 59]))
+    assert all(torch.equal(got, arrays[name][5:9]) for name, got in found.features(range(5, 9), ""))
+    assert all(torch.equal(got, arrays[name][[7, 2, 3, 59]]) for name, got in found.features([7, 2, 3, 59], ""))
     one = Precomputed.load(f"{path}::v1")
     assert (list(one.arrays), one.sample_ids) == ([""], ids)
     with pytest.raises(OptionError, match=r"no array 'V1': the closest are 'v1'"):
@@ -516,8 +516,8 @@ def test_a_npy_file_and_one_tensor_of_a_safetensors_file(tmp_path: Path) -> None
     )
     found = Precomputed.load(tmp_path / "v4.safetensors")
     assert found.sample_ids == list(range(SAMPLES))
-    ((layer, rows),) = found.features(range(3))
-    assert (layer, rows.dtype) == ("", torch.bfloat16)
+    ((layer, rows),) = found.features(range(3), "x")
+    assert (layer, rows.dtype) == ("x", torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", ["x.npy", "x.npz", "x.safetensors"])

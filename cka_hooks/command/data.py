@@ -185,7 +185,7 @@ def features_of(spec: str, loader: Iterable[Any], key: str | int | None, model: 
                 f"{spec} has {given.samples} rows and the data set {total} samples: expected a row for each, or "
                 "identifiers"
             )
-        given = given.ordered(drawn.indices if given.sample_ids is None else given.rows_of(drawn.sample_ids))
+        given = given.ordered(drawn.indices if given.sample_ids is None else given.rows_of(drawn.sample_ids, spec))
     name = array or Path(file).stem
     return {name if name != model else f"{name} features": given}
 

@@ -188,9 +188,8 @@ def small_batches(loader: Iterable[Any]) -> int | None:
         True
     """
     size = getattr(loader, "batch_size", None)
-    sizes = [size] if isinstance(size, int) else None
     if isinstance(loader, Sequence):
-        sizes = [sample_count(batch) or MIN_SAMPLES for batch in loader]
-    if sizes is None:
+        size = max((sample_count(batch) or MIN_SAMPLES for batch in loader), default=0)
+    if not isinstance(size, int):
         return _TRIED
-    return 1 if max(sizes, default=0) < MIN_SAMPLES else None
+    return 1 if size < MIN_SAMPLES else None

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from cka_hooks.arrays import as_features
 from cka_hooks.errors import BatchError, OptionError, SampleCountError, imported
 from cka_hooks.files import replace_file
-from cka_hooks.names import closest
+from cka_hooks.names import closest, labelled
 from cka_hooks.recording.batches import fields_of
 
 Identifier: TypeAlias = int | str
@@ -129,8 +129,8 @@ class Precomputed:
         """The same rows in another order, without identifiers. The rows are not read."""
         return Precomputed({layer: _Ordered(array, order) for layer, array in self.arrays.items()})
 
-    def rows_of(self, samples: Sequence[Identifier]) -> list[int]:
-        """The row of each sample.
+    def rows_of(self, samples: Sequence[Identifier], name: str) -> list[int]:
+        """The row of each sample. Errors call these features by a name.
 
         Raises:
             SampleCountError: a sample has no row.
@@ -138,15 +138,16 @@ class Precomputed:
         missing = [identifier for identifier in samples if identifier not in self._row]
         if missing:
             raise SampleCountError(
-                f"has no row for {len(missing)} of the {len(samples)} samples of a batch: {first(missing)}; its "
+                f"{name!r} has no row for {len(missing)} of the {len(samples)} samples: {first(missing)}; its "
                 f"sample_ids look like {next(iter(self._row), None)!r}"
             )
         return [self._row[identifier] for identifier in samples]
 
-    def features(self, rows: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
-        """Some rows of each array: pairs of layer ("" for one without a name) and features (n, ...)."""
+    def features(self, rows: Sequence[int], name: str) -> Iterator[tuple[str, Tensor]]:
+        """Some rows of each array: pairs of label, ``name/layer``, and features (n, ...)."""
         for layer, array in self.arrays.items():
-            yield layer, as_features(gathered(array, rows), layer or "precomputed features", counts=True)
+            label = labelled(name, layer)
+            yield label, as_features(gathered(array, rows), label, counts=True)
 
 
 class _Ordered:

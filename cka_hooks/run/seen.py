@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from cka_hooks.errors import BatchError, OptionError, SampleCountError, warn
-from cka_hooks.names import labelled
 from cka_hooks.recording import batches
 from cka_hooks.results.result import CKAResult
 from cka_hooks.run import replay
@@ -152,11 +151,7 @@ class Seen:
             raise BatchError(f"the loader brought samples twice in one pass: {first(twice)}; let each come once")
         rows = range(self.row, self.row + samples)
         for name, one in self._entries.items():
-            try:
-                for layer, features in one.features(rows if name in self._in_order else one.rows_of(ids)):
-                    yield labelled(name, layer), features
-            except (SampleCountError, OptionError) as error:
-                raise type(error)(f"{name!r}: {error}") from error
+            yield from one.features(rows if name in self._in_order else one.rows_of(ids, name), name)
 
     def step(self, state: State) -> None:
         """The batch was added: count it, its identifiers, its classes, and pairs of neighbours in one class."""
