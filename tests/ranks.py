@@ -362,6 +362,8 @@ def check_checkpoints_of_ranks() -> None:
     # Finished: nobody reads a batch.
     again = cka_hooks.compare(model(), Whole(), checkpoint=path, **QUIET)
     torch.testing.assert_close(again.matrix, ours.matrix, rtol=0, atol=0)
+    with pytest.raises(cka_hooks.CheckpointError, match="another number of ranks"):
+        cka_hooks.compare(model(), Whole(), checkpoint=path, distributed=False, **QUIET)
 
 
 def main() -> None:

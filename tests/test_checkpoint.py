@@ -97,6 +97,59 @@ def test_resumed_again_and_again_is_equal(tmp_path: Path, kind: str, epochs: int
     equal(again, whole)
 
 
+class Stateful:
+    """A loader that knows where it is, as torchdata's does."""
+
+    def __init__(self) -> None:
+        self.at, self.read = 0, 0
+
+    def __iter__(self):
+        while self.at < 12:
+            self.at, self.read = self.at + 1, self.read + 1
+            # Augmented: what it draws has to go on, too.
+            yield tensors()[(self.at - 1) * 8 : self.at * 8] + torch.rand(())
+        self.at = 0
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+def test_a_loader_that_knows_where_it_is_reads_nothing_twice(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    whole, _ = run(None, Stateful())
+    torch.manual_seed(0)
+    with pytest.raises(Stop):
+        run(tmp_path / "run.ckpt", Stateful(), stop_at=5)
+    torch.manual_seed(7)
+    loader = Stateful()
+    equal(run(tmp_path / "run.ckpt", loader)[0], whole)
+    assert loader.read == 8
+
+
+def test_a_wrapper_whose_loader_has_no_state(tmp_path: Path) -> None:
+    class Wrapper:
+        def __init__(self, **options):
+            self.loader = DataLoader(tensors(), batch_size=8, **options)
+            self.sampler = self.loader.sampler
+
+        def __iter__(self):
+            return iter(self.loader)
+
+        def state_dict(self):
+            raise AttributeError("the loader has no state")
+
+        load_state_dict = state_dict
+
+    with pytest.raises(Stop):
+        run(tmp_path / "run.ckpt", Wrapper(), stop_at=4)
+    equal(run(tmp_path / "run.ckpt", Wrapper())[0], run(None, Wrapper())[0])
+    with pytest.raises(cka_hooks.OptionError, match="seeded generator"):
+        run(tmp_path / "other.ckpt", Wrapper(shuffle=True))
+
+
 @pytest.mark.parametrize("options", [
     {"max_samples": 50}, {"max_samples": 50, "epochs": 2}, {"minibatch": 4}, {"keep_minibatches": True},
     {"permutations": 20}, {"estimator": "biased"}, {"kernel": "rbf"}, {"tolerance": 0.05}, {"layers": ["0", "2"]},

@@ -122,7 +122,7 @@ class Padding:
 
     @property
     def _has_zeros(self) -> bool:
-        """Whether a mask has zeros. One on an accelerator is read in the first pass only, if it matters: that waits."""
+        """Whether a mask has zeros. Reading one on an accelerator waits: only in the first pass."""
         if self._zeros is None:
             seen = (mask for mask in self._found.values() if self._is_first or mask.device.type == "cpu")
             self._zeros = any(not bool((mask != 0).all()) for mask in seen)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import glob
 import hashlib
 import json
 import logging
@@ -20,7 +22,7 @@ from cka_hooks.errors import CheckpointError, OptionError, warn
 from cka_hooks.files import remove_unfinished
 from cka_hooks.options import above_zero, difference
 from cka_hooks.run import replay
-from cka_hooks.run.checkpoint_file import FileLock, read, refused, write
+from cka_hooks.run.checkpoint_file import FileLock, is_plain, read, refused, write
 from cka_hooks.run.drawn import Drawn
 from cka_hooks.run.ranks import Ranks
 
@@ -48,6 +50,7 @@ class Keeper:
     def __init__(self, path: Path | None, every: float, loader: Iterable[Any], settings: Mapping[str, Any]) -> None:
         self.finished = False
         self.drawn = loader if isinstance(loader, Drawn) else Drawn(loader)
+        self._loader = loader
         self._path = path
         self._settings = json.loads(json.dumps(settings))
         # Where the pass was interrupted, and where it is now.
@@ -58,14 +61,18 @@ class Keeper:
         self._next_save = time.monotonic() + self._every
         if path is None:
             return
-        if replay.shuffles_unseeded(loader):
+        if not hasattr(loader, "load_state_dict"):
+            self._check_order()
+        self._randomness = replay.Randomness(loader)
+        self._lock = FileLock(path)
+        remove_unfinished(path)
+
+    def _check_order(self) -> None:
+        if replay.shuffles_unseeded(self._loader):
             raise OptionError(
                 "checkpoint= needs a loader that can be iterated again, and this one shuffles without a seeded "
                 "generator: DataLoader(..., shuffle=True, generator=torch.Generator().manual_seed(0))"
             )
-        self._randomness = replay.Randomness(loader)
-        self._lock = FileLock(path)
-        remove_unfinished(path)
 
     def resume(self, restore: Callable[[dict[str, Any]], int], *, progress: bool) -> None:
         """Hand the saved state of the run, if there is one, to `restore`, which returns how many samples it has.
@@ -102,11 +109,17 @@ class Keeper:
             return iter(self.drawn)
         # The fingerprint is one of all batches: every one that is repeated has to be the same as before.
         place = self._interrupted or {"start": self._randomness.state(), "batches": 0, "fingerprint": ""}
+        found, loader = "", place.get("loader")
         with refused(self._path):
             place = {"start": place["start"], "batches": int(place["batches"]), "fingerprint": place["fingerprint"]}
             self._randomness.restore(place["start"])
-        stream, found = iter(self.drawn), ""
-        for batch in islice(stream, place["batches"]):
+            if loader is not None:
+                self._loader.load_state_dict(loader["state"])  # type: ignore[attr-defined]
+            stream = iter(self.drawn)
+            if loader is not None:
+                self._randomness.restore(loader["now"])
+                found = place["fingerprint"]
+        for batch in () if loader is not None else islice(stream, place["batches"]):
             found = _chained(found, batch)
         if found != place["fingerprint"]:
             raise CheckpointError(
@@ -126,8 +139,18 @@ class Keeper:
 
     def seen(self) -> None:
         """Note that a batch is in the sums."""
-        if self._place is not None:
-            self._place = {**self._place, "batches": self._place["batches"] + 1, "fingerprint": self._chained}
+        if self._place is None:
+            return
+        self._place = {**self._place, "batches": self._place["batches"] + 1, "fingerprint": self._chained}
+        try:
+            # Where a `StatefulDataLoader` is. Once it has gone on, it no longer knows.
+            state = copy.deepcopy(self._loader.state_dict())  # type: ignore[attr-defined]
+        except (AttributeError, NotImplementedError):
+            # A wrapper may pass these methods on to a loader that does not have them.
+            self._check_order()
+            return
+        if is_plain(state):
+            self._place["loader"] = {"state": state, "now": self._randomness.state()}
 
     def save_if_due(self, state: Callable[[], dict[str, Any]]) -> None:
         """Save if it is time to."""
@@ -175,13 +198,22 @@ def path_of_rank(given: str | os.PathLike[str], ranks: Ranks | None) -> Path:
     """The file of one rank.
 
     Raises:
+        CheckpointError: there are files of a run on another number of ranks.
         OptionError: it is not the path of a file.
     """
     try:
         path = Path(given)
-        return path.with_name(path.name if ranks is None else f"{path.name}.rank{ranks.rank}-of-{ranks.size}")
+        names = [path.name] if ranks is None else [f"{path.name}.rank{i}-of-{ranks.size}" for i in range(ranks.size)]
+        own = [path.with_name(name) for name in names]
     except (TypeError, ValueError):
         raise OptionError(f"checkpoint={given!r}: expected the path of a file") from None
+    for other in (path, *path.parent.glob(f"{glob.escape(path.name)}.rank*-of-*")):
+        if other not in own and other.exists():
+            raise CheckpointError(
+                f"{other} is the checkpoint of a run on another number of ranks, and this one is on {len(own)}: "
+                "start as many, name another file with checkpoint=, or delete it"
+            )
+    return own[0 if ranks is None else ranks.rank]
 
 
 @contextmanager

@@ -101,6 +101,15 @@ def read(path: Path) -> Any:
         return whole["content"]
 
 
+def is_plain(value: Any) -> bool:
+    """Whether the file would give a value back as it was."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and is_plain(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, str | int | float | Tensor)
+
+
 def _digest(text: str, tensors: dict[str, Tensor]) -> str:
     hasher = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
