@@ -130,7 +130,7 @@ def test_what_load_would_refuse_as_too_large_is_not_written(tmp_path, monkeypatc
         WHOLE.save(tmp_path / "cka.json")
     WHOLE.save(tmp_path / "cka.json", minibatches=False)
     monkeypatch.setattr(resultfile, "MAX_BYTES", 100)
-    with pytest.raises(ResultFileError, match="larger than 100 bytes"):
+    with pytest.raises(ResultFileError, match="not a file of at most 100 bytes"):
         CKAResult.load(tmp_path / "cka.json")
 
 

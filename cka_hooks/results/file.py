@@ -20,7 +20,6 @@ import hashlib
 import json
 import math
 import os
-import stat
 from typing import Any
 
 import numpy as np
@@ -81,11 +80,8 @@ def read_result(path: PathLike) -> CKAResult:
 
 def _content(path: PathLike) -> bytes:
     # Check before opening: opening a pipe would wait for somebody to write into it.
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("it is not a file")
-    if status.st_size > MAX_BYTES:
-        raise ValueError(f"it is larger than {MAX_BYTES:,} bytes")
+    if os.stat(path).st_size > MAX_BYTES or not os.path.isfile(path):
+        raise ValueError(f"it is not a file of at most {MAX_BYTES:,} bytes")
     with open(path, "rb") as file:
         content = file.read()
     if content.count(b",") > _MAX_COMMAS:
