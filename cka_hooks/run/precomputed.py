@@ -177,7 +177,9 @@ def gathered(array: Any, rows: Sequence[int]) -> Any:
         return array[np.array(rows)]
     if hasattr(array, "oindex"):  # zarr: each chunk is read once
         return array.oindex[np.array(rows)]
-    return torch.cat([as_features(array[row : row + 1], "a row", counts=True) for row in rows])
+    # In ascending order, since files keep the last chunk that they read.
+    found = torch.cat([as_features(array[row : row + 1], "a row", counts=True) for row in sorted(rows)])
+    return found[torch.tensor(rows, device=found.device).argsort().argsort()]
 
 
 def ids_of(batch: Any, key: SampleIds) -> list[Identifier]:
