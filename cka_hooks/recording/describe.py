@@ -122,10 +122,9 @@ def _why(selection: Selection, tap: Tap, taps: Mapping[int, Tap]) -> str:
             "(nn.DataParallel runs its replicas in threads: call model.module)"
         )
     above = [other for other in taps.values() if other.ran and any(it is tap.module for it in other.module.modules())]
-    names = [other.selections[0].name for other in above if other.selections[0].name != ROOT]
-    parent, _, own = selection.name.rpartition(".")
-    if own == "out_proj" and isinstance(tap.module, NonDynamicallyQuantizableLinear):
-        names.append(parent)
-    if not names:
-        return "did not run in the forward pass"
-    return f"did not run: {max(names, key=len)!r} did its work without calling it"
+    names = [other.selections[0].name for other in above]
+    if isinstance(tap.module, NonDynamicallyQuantizableLinear):
+        # The `out_proj` of an `nn.MultiheadAttention`.
+        names.append(selection.name.rpartition(".")[0])
+    name = max((name for name in names if name != ROOT), key=len, default="")
+    return f"did not run: {name!r} did its work without calling it" if name else "did not run in the forward pass"

@@ -29,6 +29,8 @@ MaskOption = MaskOf | Mapping[str, MaskOf | None] | None
 Source = str | MaskOf
 # Makes a mask of so many positions from one of others.
 Frames = Callable[[int, Tensor], Tensor]
+# The name of a model, the numbers of positions in its layers, and what makes a mask of these.
+Way = tuple[str, tuple[int, ...], Frames | None]
 
 MASK, DECODER_MASK, LABELS = "attention_mask", "decoder_attention_mask", "labels"
 # The value of labels that losses leave out.
@@ -172,12 +174,8 @@ class Padding:
         # If two parts of the batch may be what the mask describes, neither is known to be.
         return found[0] if len(found := whole or broken) == 1 else {}
 
-    def _ways(self, *lengths: int) -> Iterator[tuple[str, tuple[int, ...], Frames | None]]:
-        """What a layer may have of so many positions: these, or the frames that a speech model makes of them.
-
-        Yields:
-            The name of the model, the numbers of positions in its layers, and what makes a mask of these.
-        """
+    def _ways(self, *lengths: int) -> Iterator[Way]:
+        """What a layer may have of so many positions: these, or the frames that a speech model makes of them."""
         yield ROOT, lengths, None
         for name, module in self._speech.items():
             for how in ({"add_adapter": False}, {"add_adapter": True}, {}):
@@ -273,9 +271,7 @@ def _fields(batch: Any, form: batches.Form) -> tuple[str, dict[str, Any]]:
     return "batch[-1]", batches.fields_of(last) or {}
 
 
-def _followed(
-    label: str, before: Glance, after: Glance, ways: list[tuple[str, tuple[int, ...], Frames | None]]
-) -> _Fit:
+def _followed(label: str, before: Glance, after: Glance, ways: list[Way]) -> _Fit:
     sizes = list(zip(before.shape, after.shape, strict=False))
     for name, wanted, frames in ways:
         dims = tuple(dim for dim, size in enumerate(sizes) if size == wanted)
