@@ -100,7 +100,7 @@ class Launches:
         hsic, numbers, parts, *sums = tensors
         hsic.copy_(hsic.tril() + hsic.tril(-1).mT)
         layers = tuple(map(str, range(len(parts))))
-        names = ("moments", "null", "spread", "size", "differ", "bad", "peak")
+        names = ("moments", "null", "spread", "size", "differ", "seen", "bad", "peak")
         state = State(layers, **dict(zip(names, sums, strict=True)), minibatches=minibatches, samples=positions)
         group = Minibatches(layers, parts, numbers, parts)
         added = {name: DECLARED[name].of(group, hsic) for name in names}

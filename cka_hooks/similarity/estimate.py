@@ -88,10 +88,10 @@ def largest_stderr(state: State) -> float:
 
 
 def irregular(state: State) -> dict[str, str]:
-    """Layers that did not run in every minibatch, each with how often it did."""
+    """Layers that did not run in every minibatch, each with how often it did, from a state on the CPU."""
     return {
-        layer: f"ran in {count} of {state.minibatches} minibatches"
-        for layer, count in state.seen.items()
+        layer: f"ran in {count:.0f} of {state.minibatches} minibatches"
+        for layer, count in zip(state.layers, state.seen.tolist(), strict=True)
         if count != state.minibatches
     }
 

@@ -95,6 +95,11 @@ def _sum_of(number: int) -> Callable[[Minibatches, Tensor], Tensor]:
     return lambda it, _: it.numbers[..., number].sum(1)
 
 
+def _seen(minibatches: Minibatches, _: Tensor) -> Tensor:
+    layers, m = minibatches.parts.shape[:2]
+    return minibatches.parts.new_full((layers,), m)
+
+
 def _bad(minibatches: Minibatches, _: Tensor) -> Tensor:
     finite = minibatches.numbers[..., FINITE]
     numbers = torch.arange(finite.shape[1], dtype=finite.dtype, device=finite.device)
@@ -123,13 +128,13 @@ class State:
         spread: (L,) sum of the traces of the centred linear Gram matrices.
         size: (L,) sum of the traces of the linear Gram matrices.
         differ: (L,) number of first minibatches in which some feature differed by more than rounding can explain.
+        seen: (L,) number of minibatches in which the layer ran.
         bad: (L,) number of the first minibatch in which the layer was not finite, infinity if there is none.
         peak: (2, L) the largest part of the sum of h_ii that one sample has, and that sample's position in the run.
         kept: (m, L, L) the h_ij of every minibatch, if they are kept.
         null: (2, L, L) variance and third central moment of the sum of h_ij under random permutation of the samples,
             over the first pass; see :mod:`cka_hooks.null`. Unbiased estimates only.
         permuted: (B, L, L) the sum of h_ij with permuted samples, B times, over the first pass.
-        seen: label -> number of minibatches in which the layer ran.
         dtypes: label -> the dtype of the activation, such as "float32".
         shapes: label -> the shape of one sample of the activation.
         sample_axes: label -> how the dimension with its samples is known.
@@ -156,12 +161,12 @@ class State:
     spread: Tensor = _tensor(Combine.SUM, _sum_of(SPREAD), axes=1)
     size: Tensor = _tensor(Combine.SUM, _sum_of(SIZE), axes=1)
     differ: Tensor = _tensor(Combine.SUM, _sum_of(DIFFER), axes=1)
+    seen: Tensor = _tensor(Combine.SUM, _seen, axes=1)
     bad: Tensor = _tensor(Combine.FIRST, _bad, axes=1, fill=math.inf, after="minibatches")
     peak: Tensor = _tensor(Combine.LARGEST, _peak, lead=(2,), axes=1, after="positions")
     null: Tensor = _tensor(Combine.SUM, _null, lead=(2,), axes=2)
     permuted: Tensor = _tensor(Combine.SUM, lead=(0,), axes=2)
     kept: list[Tensor] = _tensor(Combine.CONCATENATED, axes=2)
-    seen: dict[str, int] = _value(Combine.SUM, dict, of_layers=True)
     dtypes: dict[str, str] = _value(Combine.FIRST, dict, of_layers=True, items=str)
     shapes: dict[str, list[int]] = _value(Combine.FIRST, dict, of_layers=True, items=list)
     sample_axes: dict[str, str] = _value(Combine.FIRST, dict, of_layers=True, items=str)
@@ -223,7 +228,7 @@ class State:
     def _counts(self, group: Minibatches) -> dict[str, Any]:
         """What minibatches add to the fields that are not tensors."""
         m, n = group.parts.shape[1:]
-        counts: dict[str, Any] = {"minibatches": m, "samples": m * n, "seen": dict.fromkeys(group.layers, m)}
+        counts = {"minibatches": m, "samples": m * n}
         return counts | {"first_minibatches": m, "first_samples": m * n} if self.passes == 1 else counts
 
     def _add_in_place(self, groups: list[Minibatches], keep: bool) -> bool:
@@ -241,7 +246,7 @@ class State:
         self._cover(layers, room.device)
         if self.layers != layers or self.moments.device != room.device:
             return False
-        sums = self.moments, self.null, self.spread, self.size, self.differ, self.bad, self.peak
+        sums = self.moments, self.null, self.spread, self.size, self.differ, self.seen, self.bad, self.peak
         for group, hsic in zip(groups, hsics, strict=True):
             weights = null_weights(group.parts.shape[-1]) if self.passes == 1 else (0.0,) * 4
             if not fused.add_up((hsic, group.numbers, group.parts, *sums), weights, self.minibatches, self.positions):

@@ -260,7 +260,7 @@ def _add_twice(total, at, value, needed, also_at, other_value, also_needed):
 
 @triton.jit(do_not_specialize=["minibatches", "positions", "layers", "m", "n", "variance", "of_t", "of_both", "of_s"])
 def add_hsic(
-    HSIC, NUMBERS, PARTS, MOMENTS, NULL, SPREAD, SIZE, DIFFER, BAD, PEAK,
+    HSIC, NUMBERS, PARTS, MOMENTS, NULL, SPREAD, SIZE, DIFFER, SEEN, BAD, PEAK,
     minibatches: tl.int64, positions: tl.int64, layers, m, n,
     variance: tl.float64, of_t: tl.float64, of_both: tl.float64, of_s: tl.float64,
     N: tl.constexpr, BLOCK: tl.constexpr,
@@ -323,6 +323,7 @@ def add_hsic(
         _add(SPREAD + i, spread, is_i)
         _add(SIZE + i, size, is_i)
         _add(DIFFER + i, differ, is_i)
+        _add(SEEN + i, m, is_i)
         tl.store(BAD + i, bad, mask=is_i)
         peak = tl.load(PEAK + i, mask=is_i, other=0.0)
         place = tl.load(PEAK + layers + i, mask=is_i, other=0.0)
