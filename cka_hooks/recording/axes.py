@@ -123,7 +123,7 @@ class SampleDimension:
             self._inputs.setdefault(label, tensor.shape[1])
             show(label, tensor, False)
 
-    def confirm(self, probe: Probe, shape: tuple[int, ...], *, always: bool) -> None:
+    def confirm(self, probe: Probe, shape: tuple[int, ...]) -> None:
         """Find out with a probe what nothing names; see :meth:`cka_hooks.recording.probe.Probe.sample_dimensions`.
 
         Args:
@@ -133,7 +133,7 @@ class SampleDimension:
             BatchError: a module with ``batch_first=False`` gets its samples in dimension 0, so either the loader or
                 the module is not what its user thinks.
         """
-        self.found, problem = probe.sample_dimensions(always=always)
+        self.found, problem = probe.sample_dimensions()
         # If the model cannot run on the whole batch, it may run on the next one.
         self.is_settled = problem is None
         for label, second in self._inputs.items():
@@ -163,9 +163,7 @@ def _plain_rank(rank: int | None, module: nn.Module) -> int | None:
         return reduce(_plain_rank, module.children(), after)
     if isinstance(module, nn.Flatten):
         return rank - (module.end_dim % rank - module.start_dim) if module.start_dim > 0 else None
-    if kind is nn.Embedding:
-        return rank + 1
     # What has its number of dimensions in its name also takes one sample without a batch.
     spatial = re.search(r"(\d)d$", kind.__name__)
-    fits = not spatial or rank == int(spatial[1]) + 2 or (rank == 2 and kind is nn.BatchNorm1d)
+    fits = not spatial or rank == int(spatial[1]) + 2
     return rank if torch_file(module) in _KEEPING and fits and kind is not nn.GLU else None

@@ -109,22 +109,19 @@ class LongWay:
         """Whether nothing says which dimensions hold the samples or what a mask describes."""
         return not self.dimension.is_settled or (self._reduces and self._padding.needs_probe)
 
-    def confirm(self, probe: Probe, given: Given, *, always: bool) -> None:
-        """Find that out with a probe; see :meth:`SampleDimension.confirm`."""
+    def confirm(self, probe: Probe, shape: tuple[int, ...]) -> None:
+        """Find that out with a probe of a batch of this shape; see :meth:`SampleDimension.confirm`."""
         if not self.dimension.is_settled:
-            self.dimension.confirm(probe, given.shape, always=always)
+            self.dimension.confirm(probe, shape)
         if self._reduces:
-            self._padding.confirm(probe, given.shape[0])
+            self._padding.confirm(probe, shape[0])
 
     def restart(self) -> None:
         """Begin a forward pass."""
         self._channels.restart()
         is_due = self._keeps and self._padding.is_due
+        # Activations take routes unless something in this pass needs a closer look.
         self._has_routes = self._now.show is None and self._limit is None and not is_due
-        self._let_routes()
-
-    def _let_routes(self) -> None:
-        """Let activations take routes, unless something in this pass needs a closer look."""
         self._now.samples = (self.dimension.samples or None) if self._has_routes else None
 
     def follow(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -175,7 +172,8 @@ class LongWay:
         route.product = None if slot is None else slot(label)
         route.open(activation)
         # A dimension that is given for the batch as well says how many samples there are.
-        self._let_routes()
+        if self._has_routes:
+            self._now.samples = self.dimension.samples or None
         self.hand_over(route, activation)
 
     def hand_over(self, route: Route, activation: Tensor) -> None:

@@ -91,6 +91,7 @@ class Probe:
         snapshot: snapshot of the model.
         batch: the first batch.
         samples: number of samples in it.
+        always: make every pass, even if it is not needed. Ranks that make each pass together must do so.
 
     Attributes:
         few: a few samples of the batch.
@@ -98,8 +99,8 @@ class Probe:
         first: the pass over them.
     """
 
-    def __init__(self, run: Run, snapshot: Snapshot, batch: Any, samples: int) -> None:
-        self._run, self._snapshot, self._batch, self._samples = run, snapshot, batch, samples
+    def __init__(self, run: Run, snapshot: Snapshot, batch: Any, samples: int, always: bool) -> None:
+        self._run, self._snapshot, self._batch, self._samples, self._always = run, snapshot, batch, samples, always
         count = min(samples, FEW)
         self.chosen = [samples * i // count for i in range(count)]
         self.few = cut(batch, samples, self.chosen)
@@ -117,11 +118,8 @@ class Probe:
             self._snapshot.restore()
         return look
 
-    def sample_dimensions(self, *, always: bool = False) -> tuple[dict[str, int | str | None], str | None]:
+    def sample_dimensions(self) -> tuple[dict[str, int | str | None], str | None]:
         """Find the dimension with the samples of every layer that runs.
-
-        Args:
-            always: make every pass, even if it is not needed. Ranks that make each pass together must do so.
 
         Returns:
             For each label, the dimension with the samples, None if there is none, or why it is not known; and why the
@@ -135,7 +133,7 @@ class Probe:
         drew = first.drew or second.drew
         labels = {**first.seen, **second.seen}
         found = {label: _by_size(label, first, second, order) for label in labels}
-        if samples == 1 or not (always or drew or problem or OPEN in found.values()):
+        if samples == 1 or not (self._always or drew or problem or OPEN in found.values()):
             return {label: _unknown(problem) if dim == OPEN else dim for label, dim in found.items()}, None
         several = min(samples, _SLICES)
         looked_at = [(samples - 1) * i // (several - 1) for i in range(several)]

@@ -108,14 +108,9 @@ class LayerRecorder:
         detach: bool = True,
     ) -> None:
         self.model = check_model(model)
-        if forward is not None and not callable(forward):
-            raise OptionError(
-                f"forward={forward!r:.200} cannot be called: expected a function of a model and a batch"
-            )
-        if consumer is not None and not callable(consumer):
-            raise OptionError(
-                f"consumer={consumer!r:.99} cannot be called: expected a function of a label and a tensor"
-            )
+        for name, function in {"forward(model, batch)": forward, "consumer(label, activation)": consumer}.items():
+            if function is not None and not callable(function):
+                raise OptionError(f"{function!r:.200} cannot be called: expected a function {name}")
         self._forward = forward
         self._names = named_layers(model)
         self._now = Pass()
@@ -299,8 +294,9 @@ class LayerRecorder:
             # Tensors cut out of a batch are not part of its graph.
             with torch.no_grad():
                 snapshot = guest.Snapshot(guest.runnable(self.model))
-                probe = Probe(partial(self._show, given.call), snapshot, given.parts, given.shape[0])
-                self._way.confirm(probe, given, always=guest.is_sharded(self.model))
+                is_sharded = guest.is_sharded(self.model)
+                probe = Probe(partial(self._show, given.call), snapshot, given.parts, given.shape[0], is_sharded)
+                self._way.confirm(probe, given.shape)
 
     def _show(self, call: Callable[[Any], Any], batch: Any, take: Take) -> None:
         """Run a pass that hands nothing over: a probe sees the layers' outputs."""
