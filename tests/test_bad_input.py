@@ -42,7 +42,7 @@ class Counting(SmallNet):
         ([], cka_hooks.LayerError, "empty"),
         (3, cka_hooks.OptionError, "expected a name, a glob"),
         ([3], cka_hooks.OptionError, "expected a name, a glob"),
-        (int, cka_hooks.OptionError, "<class 'int'> of type type: expected"),
+        (int, cka_hooks.OptionError, "<class 'int'>: expected"),
     ],
 )
 def test_layers_that_match_nothing_fail_before_any_forward_pass(

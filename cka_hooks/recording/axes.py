@@ -103,8 +103,6 @@ class SampleDimension:
             why = f": {first // samples} windows, heads or beams of each are folded into dimension 0 ({several})"
         elif first == 1:
             why = ": it is the same for all samples"
-        elif dim is not None:
-            why = f": the samples were confirmed in dimension {dim}"
         else:
             why = f". If it has several entries of each sample, such as nodes of graphs: {several}"
         raise NotRecordable(f"no dimension of {shape} has size {samples}, the batch size{why}")

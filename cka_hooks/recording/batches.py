@@ -377,20 +377,16 @@ def _about_tensors(error: Exception, model: nn.Module, batch: Any) -> str | None
     if "meta" in str(error) and any(p.is_meta for p in model.parameters()):
         return "some of its parameters are on the meta device and have no values: load its weights first"
     if re.search("device", str(error)) and re.search("same device|different from|xpected", str(error)):
-        return (
-            f"something is elsewhere: move the whole model, and tensors that its forward makes, to {weights.device}"
-        )
+        return f"something is elsewhere: move the whole model, and what its forward makes, to {weights.device}"
     first = next(outputs.tensors_in(with_tensors(batch)), weights)
     if first.dtype is weights.dtype or not re.search("type|Byte|Long|Double|Half", str(error)):
         return None
     have, want = (str(tensor.dtype).removeprefix("torch.") for tensor in (first, weights))
-    if isinstance(batch, tuple | list) and first.ndim == 1 and not first.is_floating_point():
-        return (
-            f"its input, {have} of shape {tuple(first.shape)}, may be the index of the samples: pass "
-            "forward=lambda model, batch: model(batch[1])"
-        )
     scaled = " / 255" if first.dtype is torch.uint8 else ""
-    return f"the batch is {have} and the model {want}: convert it in the loader, with .to(torch.{want}){scaled}"
+    return (
+        f"the batch is {have} {tuple(first.shape)} and the model {want}: convert it in the loader, with "
+        f".to(torch.{want}){scaled}, or if it is an index, pass forward=lambda model, batch: model(batch[1])"
+    )
 
 
 def _about_kind(error: Exception, batch: Any) -> str | None:
@@ -400,7 +396,7 @@ def _about_kind(error: Exception, batch: Any) -> str | None:
     value = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(error, TypeError | AttributeError) or isinstance(value, Tensor | Mapping):
         return None
-    what, part = f"a {type(value).__module__}.{type(value).__qualname__}, not a tensor", "..."
-    if isinstance(value, tuple | list):
-        what, part = f"a {type(value).__name__} of {len(value)}, which may be views of the samples", "batch[0][0]"
-    return f"its input is {what}: pass forward=lambda model, batch: model({part}) to say which part it takes"
+    what = f"its input is a {type(value).__module__}.{type(value).__qualname__}, not a tensor"
+    return (
+        f"{what}: pass forward=lambda model, batch: model(...) to say which part it takes, such as one of two views"
+    )

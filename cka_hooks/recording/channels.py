@@ -116,8 +116,7 @@ class Channels:
             more = f" and {len(self._guessed) - 5} more" if len(self._guessed) > 5 else ""
             warn(
                 f"nothing says which dimension has the channels of {some}{more}: images are taken as (n, C, ...) and "
-                "tokens as (n, T, C). channel_dim= names it, for all layers (channel_dim=1) or some of them "
-                "(channel_dim={'stages.*': 1})"
+                "tokens as (n, T, C). channel_dim= names it, such as channel_dim=1 or channel_dim={'stages.*': 1}"
             )
 
 

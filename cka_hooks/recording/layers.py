@@ -206,10 +206,7 @@ def _chosen_by(entry: Any, candidates: dict[str, nn.Module]) -> list[Selection]:
     if callable(entry) and not isinstance(entry, type):
         keep = _predicate(entry)
         return [Selection(name, module) for name, module in candidates.items() if keep(name, module)]
-    raise OptionError(
-        f"layers has {entry!r} of type {type(entry).__qualname__}: expected a name, a glob, a module type or a "
-        "predicate"
-    )
+    raise OptionError(f"layers has {entry!r}: expected a name, a glob, a module type or a predicate")
 
 
 def _predicate(entry: Callable[..., bool]) -> Callable[[str, nn.Module], bool]:
@@ -243,7 +240,4 @@ def _no_match(entry: Any, candidates: dict[str, nn.Module]) -> str:
         what = getattr(entry, "__qualname__", repr(entry))
         return f"no module matches {what}: the model has modules of the types {', '.join(kinds[:12])}"
     close = ", ".join(map(repr, closest(entry, [name for name in candidates if name != ROOT]))) or "none"
-    return (
-        f"no layer matches {entry!r}: the closest names are {close}; `named_modules()` lists all of them, `*` stops "
-        "at dots and `**` crosses them"
-    )
+    return f"no layer matches {entry!r}: the closest names are {close}; `*` stops at dots and `**` crosses them"

@@ -24,8 +24,6 @@ from cka_hooks.recording.positions import Positions
 from cka_hooks.recording.probe import Probe
 from cka_hooks.recording.routes import Consumer, Pass, Route, slots_of
 
-# The reduction of an activation whose positions are samples.
-POSITION = "position"
 Features = Reduction | str | Mapping[str, Reduction | str]
 
 
@@ -88,7 +86,7 @@ class LongWay:
 
     def _reduction_of(self, name: str) -> Reduction | str:
         reduction: Reduction | str = self._features.of(name, "flatten")
-        return POSITION if self._positions is not None and reduction == "flatten" else reduction
+        return "position" if self._positions is not None and reduction == "flatten" else reduction
 
     def _is_free(self, route: Route) -> bool:
         """Whether the output goes as it is to a function that may make any number of samples of it."""
@@ -225,8 +223,8 @@ class LongWay:
         samples = self.dimension.samples
         if self._limit is not None and (samples is None or self._limit < samples):
             raise BatchError(
-                f"only {self._limit} samples of a batch of {samples} count, and what the features callable returns "
-                'cannot be cut: with per="position", let max_samples= be a multiple of the batch size'
+                f"only {self._limit} of {samples} samples count, and rows of the features callable cannot be cut: "
+                "let max_samples= be a multiple of the batch size"
             )
         return rows_of(route.reduction, activation)
 

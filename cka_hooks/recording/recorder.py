@@ -151,7 +151,7 @@ class LayerRecorder:
         if self.consumer is None:
             raise OptionError(
                 "this LayerRecorder has nothing to hand activations to: pass consumer=, such as "
-                "CKAAccumulator().observe, or call stream(loader) or describe(batch) without `with`"
+                "CKAAccumulator().observe. stream(loader) and describe(batch) need neither it nor `with`"
             )
         depth = self._entered
         try:

@@ -229,10 +229,9 @@ class Tap:
         """Record inputs before the module runs, since it may work in place."""
         if not self._now.concerns():
             return
-        given = (args, kwargs)
         for route in self._routes_of(self.calls + 1)[1]:
-            if not route(given, self._now):
-                self._long_way.go(route, given)
+            if not route((args, kwargs), self._now):
+                self._long_way.go(route, (args, kwargs))
 
     def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Record what the module returned."""
