@@ -109,7 +109,9 @@ class Page:
         return self.run("return document.getElementById(arguments[0]).textContent", name)
 
     def texts(self, selector):
-        return self.run("return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)", selector)
+        return self.run(
+            "return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent.toWellFormed())", selector
+        )
 
     def element(self, name):
         return self.browser.find_element("id", name)

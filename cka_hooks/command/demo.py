@@ -19,7 +19,7 @@ from cka_hooks.compare import compare
 from cka_hooks.errors import MissingExtraError
 from cka_hooks.progress import progress_bar
 from cka_hooks.results.result import CKAResult
-from cka_hooks.views.formats import files_of_a_run
+from cka_hooks.views.formats import FILES
 
 BLOCKS = "layer*.?"
 HELD_OUT = 599
@@ -39,7 +39,7 @@ def demo_words(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    check_output(arguments, arguments.out, files_of_a_run().values())
+    check_output(arguments, arguments.out, FILES.values())
     demo(arguments.out, epochs=arguments.epochs, progress=not arguments.quiet)
     return 0
 

@@ -20,7 +20,7 @@ from cka_hooks.hsic import Estimator
 from cka_hooks.options import Options
 from cka_hooks.run.precomputed import is_feature_file
 from cka_hooks.similarity.kernels import KERNELS
-from cka_hooks.views.formats import files_of_a_run
+from cka_hooks.views.formats import FILES
 
 SAMPLES, MINIBATCH = 2048, 32
 # The arguments of the command, for the result's file.
@@ -73,7 +73,7 @@ def _gone(_: str) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    check_output(arguments, arguments.out, files_of_a_run().values())
+    check_output(arguments, arguments.out, FILES.values())
     vars(arguments).setdefault("samples", SAMPLES if arguments.tolerance is None else None)
     if arguments.minibatch is None and arguments.per == "sample":
         arguments.minibatch = MINIBATCH

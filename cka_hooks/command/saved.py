@@ -28,10 +28,8 @@ def show(parser: argparse.ArgumentParser) -> None:
     add("result", type=Path, metavar="cka.json")
     add("--between", nargs=2, metavar=("A", "B"), help="only model A against model B")
     add("--layers", nargs="+", metavar="L", help="only these labels, or globs of labels")
-    formats = ", ".join(one.suffixes[0] for one in FORMATS)
-    add(
-        "--out", type=Path, metavar="FILE", help=f"write this file, in the format of its suffix: {formats} and others"
-    )
+    formats = f"write this file, in the format of its suffix: {', '.join(FORMATS)}"
+    add("--out", type=Path, metavar="FILE", help=formats)
     add("--values", action="store_true", help="write the values into the cells of the picture")
     add("--stderr", action="store_true", help="draw standard errors instead of CKA")
     add("--profile", action="store_true", help="draw the CKA of each layer with the next one instead")

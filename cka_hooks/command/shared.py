@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from cka_hooks.errors import OptionError
 from cka_hooks.names import printable
 from cka_hooks.results.result import CKAResult
-from cka_hooks.views.formats import export_all, files_of_a_run
+from cka_hooks.views.formats import FILES, export_all
 
 # The seed of a second model is one more, and torch takes 64 bits.
 MOST = 2**63 - 1
@@ -50,7 +50,7 @@ def whole(least: int) -> Callable[[str], int]:
 
 def output_words(parser: Any, default: str | None) -> None:
     """Add ``--out``, a folder by default or else a required file, ``--overwrite`` and ``--quiet``."""
-    names, kind = ", ".join(files_of_a_run().values()), "DIR" if default else "FILE"
+    names, kind = ", ".join(FILES.values()), "DIR" if default else "FILE"
     what = f"folder for {names}; default: {default}" if default else "the file to write"
     parser.add_argument("--out", type=Path, default=default, required=not default, metavar=kind, help=what)
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote there")
@@ -84,7 +84,7 @@ def write_all(result: CKAResult, out: Path, *, printed: bool = True) -> dict[str
     """
     paths, failed = export_all(result, out)
     for name, reason in failed.items():
-        say(f"cka-hooks: could not write the {name} ({files_of_a_run()[name]}): {reason}", file=sys.stderr)
+        say(f"cka-hooks: could not write the {name} ({FILES[name]}): {reason}", file=sys.stderr)
     if printed:
         say("\n".join(["", result.summary(), "", *(f"{name:<10}{path}" for name, path in paths.items())]))
     return {name: str(path) for name, path in paths.items()}

@@ -431,9 +431,9 @@ class CKAResult:
             ...     print(open(f"{folder}/cka.csv").readline())
             layer,conv1,conv2,fc
         """
-        from cka_hooks.views.formats import format_of
+        from cka_hooks.views.formats import export
 
-        format_of(path).write(self, path)
+        export(self, path)
 
     def to_dataframe(self, *, tidy: bool = False) -> pandas.DataFrame:
         """The matrix as a pandas DataFrame, index ``rows`` and columns ``columns``.

@@ -12,9 +12,9 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from cka_hooks.errors import MissingExtraError, OptionError, imported
+from cka_hooks.errors import MissingExtraError, OptionError
 from cka_hooks.files import PathLike, replace_file
-from cka_hooks.views.labels import Side, Span, runs, shortened
+from cka_hooks.views.labels import Side, runs, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,20 +109,16 @@ class Canvas:
         """
         if self.path is not None:
             suffix = os.path.splitext(os.fspath(self.path))[1].lower().lstrip(".")
-            formats = self.figure.canvas.get_supported_filetypes()
-            if suffix not in formats:
-                raise OptionError(
-                    f"{os.fspath(self.path)} does not end in the suffix of a picture format: use one of "
-                    f"{', '.join('.' + name for name in sorted(formats))}"
-                )
-            replace_file(self.path, lambda file: self.figure.savefig(file, format=suffix))
+            try:
+                replace_file(self.path, lambda file: self.figure.savefig(file, format=suffix))
+            except ValueError as error:  # a suffix that is not a picture format
+                raise OptionError(f"{os.fspath(self.path)} cannot be drawn: {error}") from error
         return self.figure, self.axes
 
 
 def _new_axes(shown: bool, figsize: Size) -> Axes:
     """Axes in the middle of a figure, which is one of ``pyplot`` only if it is to be shown."""
     try:
-        imported("matplotlib", "plotting needs matplotlib, which is not installed", '"cka-hooks[plot]"')
         if shown:
             from matplotlib import pyplot
 
@@ -133,12 +129,10 @@ def _new_axes(shown: bool, figsize: Size) -> Axes:
 
             figure = Figure(figsize=figsize, dpi=200)
             FigureCanvasAgg(figure)  # measures texts quickly; vector formats are still written as such
-    except MissingExtraError:
-        raise
-    except Exception as error:  # a matplotlibrc or a backend that does not work here
+    except Exception as error:  # matplotlib may not be installed, or refuse its matplotlibrc or backend
         raise MissingExtraError(
-            f"matplotlib cannot make a figure here ({error}): choose another backend with MPLBACKEND or "
-            "matplotlib.use, or give a path to write the picture to"
+            f'plotting needs matplotlib, which does not work here ({error}): pip install "cka-hooks[plot]", choose '
+            "another backend with MPLBACKEND, or give a path to write the picture to"
         ) from error
     figure.set_layout_engine("none")
     return figure.add_axes((0.25, 0.25, 0.5, 0.5))
@@ -154,9 +148,7 @@ def inches(axes: Axes) -> Size:
 def write_side(axes: Axes, axis: Axis, side: Side) -> None:
     """Write along one axis thinned labels, in the room that it has now, and beyond them the names of the models."""
     horizontal = axis is axes.xaxis
-    direction, dpi = ("width" if horizontal else "height"), axes.figure.dpi
-    axes.apply_aspect()
-    room = getattr(axes.get_window_extent(), direction) / dpi / len(side.names)
+    room, dpi = inches(axes)[0 if horizontal else 1] / len(side.names), axes.figure.dpi
     spans = side.thinned(PITCH / room)
     texts = [" → ".join(map(shortened, span.name.split(" → "))) for span in spans]
     flat = all(len(text) * FONT * 0.65 / 72 <= room for text in texts) and len(spans) == len(side.names)
@@ -169,7 +161,7 @@ def write_side(axes: Axes, axis: Axis, side: Side) -> None:
     box = axes.get_window_extent()
     labels = axis.get_tightbbox() or box
     away = (box.y0 - labels.y0 if horizontal else box.x0 - labels.x0) * 72 / dpi
-    models = [Span(*run) for run in runs(side.models)]
+    models = list(runs(side.models))
     style = {"fontsize": FONT + 2, "fontweight": "bold", "parse_math": False}
     axis.remove_overlapping_locs = False
     # Along their layers if all names fit, otherwise across, and only where there are layers enough for a line.
@@ -178,8 +170,8 @@ def write_side(axes: Axes, axis: Axis, side: Side) -> None:
     for rotation, names in zip((0, 90) if horizontal else (90, 0), (along, across), strict=True):
         axis.set_ticks([model.middle for model in models], names, minor=True, rotation=rotation, **style)
         axis.set_tick_params(which="minor", length=0, pad=away + 5)
-        extents = [getattr(text.get_window_extent(), direction) / dpi for text in axis.get_ticklabels(minor=True)]
-        if all(extent <= model.length * room for extent, model in zip(extents, models, strict=True)):
+        extents = [text.get_window_extent().size[0 if horizontal else 1] for text in axis.get_ticklabels(minor=True)]
+        if all(extent / dpi <= model.length * room for extent, model in zip(extents, models, strict=True)):
             break
 
 

@@ -17,7 +17,6 @@ from cka_hooks.views.labels import Side, runs, title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colorbar import Colorbar
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
@@ -86,13 +85,12 @@ def heatmap(
         aspect="equal" if ax is not None and max(rows, columns) <= 3 * min(rows, columns) else "auto",
     )
     what = "standard error of CKA" if by_error else "CKA"
-    bar = _colourbar(canvas, image, shown)
-    bar.set_label(
-        f"{what}, colours from {low:.4g} to {high:.4g}" if "data" in (vmin, vmax) else what, fontsize=FONT + 1
-    )
-    legend = _mark_missing(axes, shown)
-    if not by_error:
-        legend += _mark_unrelated(axes, unrelated(result), image.cmap(0.0))
+    label = f"{what}, colours from {low:.4g} to {high:.4g}" if "data" in (vmin, vmax) else what
+    _colourbar(canvas, image, shown, label)
+    legend = [] if by_error else _mark_unrelated(axes, unrelated(result), image.cmap(0.0))
+    if np.isnan(shown).any():
+        axes.patch.set(facecolor=MISSING, edgecolor="0.6", hatch="////", linewidth=0, label="undefined")
+        legend.append(axes.patch)
     sides = Side.of(result, result.rows), Side.of(result, result.columns)
     for side, line in zip(sides, (axes.axhline, axes.axvline), strict=True):
         for place in side.section_lines():
@@ -127,10 +125,10 @@ def _ends(vmin: End, vmax: End, shown: Floats, by_error: bool) -> tuple[float, f
     defined = shown[np.isfinite(shown)]
     lowest, highest = (defined.min(), defined.max()) if defined.size else (0.0, 1.0)
     if lowest == highest:
-        lowest -= 0.01
+        lowest, highest = lowest - 0.01, highest + 0.01
     fitting = MaxNLocator(10).tick_values(lowest, highest)
-    largest = MaxNLocator(5).tick_values(0, highest or 0.01)[-1] if by_error else 1.0
     low = 0.0 if vmin is None else fitting[0] if vmin == "data" else vmin
+    largest = fitting[-1] if by_error else 1.0
     high = largest if vmax is None else fitting[-1] if vmax == "data" else vmax
     try:
         if -math.inf < low < high < math.inf:
@@ -153,7 +151,7 @@ def _colours(cmap: str | Colormap | None, default: str) -> Colormap:
         raise OptionError(f"cmap is {cmap!r}: expected the name of a colour map, such as {default!r}") from error
 
 
-def _colourbar(canvas: Canvas, image: AxesImage, shown: Floats) -> Colorbar:
+def _colourbar(canvas: Canvas, image: AxesImage, shown: Floats, label: str) -> None:
     width, height = inches(canvas.axes)
     # Given axes lose some of their width. Otherwise the distance is fixed, whatever the labels elsewhere need.
     place: dict[str, Any] = {"ax": canvas.axes, "fraction": 0.05, "pad": 0.03}
@@ -165,21 +163,10 @@ def _colourbar(canvas: Canvas, image: AxesImage, shown: Floats) -> Colorbar:
     beyond = bool((shown < low - slack).any()) + 2 * bool((shown > high + slack).any())
     bar = canvas.figure.colorbar(image, extend=("neither", "min", "max", "both")[beyond], **place)
     bar.ax.tick_params(labelsize=FONT)
-    return bar
+    bar.set_label(label, fontsize=FONT + 1)
 
 
 # ---- cells ----------------------------------------------------------------------------------------
-
-
-def _mark_missing(axes: Axes, shown: Floats) -> list[Any]:
-    """Hatch the background, which shows where there is no value. Return the legend's entries for it."""
-    from matplotlib.patches import Patch
-
-    style: dict[str, Any] = {"facecolor": MISSING, "edgecolor": "0.6", "hatch": "////", "linewidth": 0.0}
-    if not np.isnan(shown).any():
-        return []
-    axes.patch.set(**style)
-    return [Patch(label="undefined", **style)]
 
 
 def _mark_unrelated(axes: Axes, found: npt.NDArray[np.bool_], colour: Any) -> list[Any]:

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, pairwise
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from cka_hooks.names import printable
 from cka_hooks.results.result import CKAResult
-
-T = TypeVar("T")
 
 
 class Side(NamedTuple):
@@ -56,15 +54,13 @@ class Side(NamedTuple):
         return _spaced(spans, gap)
 
     def section_lines(self) -> list[float]:
-        """Where to draw lines between the few large parts of each model; nowhere in a small or busy matrix.
+        """Where to draw lines between the few large parts of each model.
 
         Example:
             >>> labels = ["conv1", *(f"layer{i}.{j}" for i in (1, 2) for j in range(4))]
             >>> Side([""] * 9, labels, labels).section_lines()
             [0.5, 4.5]
         """
-        if len(self.names) <= 8 or len(set(self.models)) > 4:
-            return []
         lines = []
         for divisions in self._divisions():
             size = sum(span.length for span in divisions[0])
@@ -92,17 +88,17 @@ class Side(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Consecutive layers whose labels have a common beginning.
+    """Consecutive positions with something in common.
 
     Attributes:
-        start: position of the first layer.
-        stop: one past the last layer.
-        name: the common beginning; the whole label for a single layer.
+        start: the first position.
+        stop: one past the last position.
+        name: what they have in common, such as the beginning of their labels.
     """
 
     start: int
     stop: int
-    name: str
+    name: Any
 
     @property
     def middle(self) -> float:
@@ -111,20 +107,20 @@ class Span(NamedTuple):
 
     @property
     def length(self) -> int:
-        """The number of layers."""
+        """The number of positions."""
         return self.stop - self.start
 
 
-def runs(values: Iterable[T], start: int = 0) -> Iterator[tuple[int, int, T]]:
-    """Runs of equal values: the position of the first, counted from `start`, one past the last, and the value.
+def runs(values: Iterable[Any], start: int = 0) -> Iterator[Span]:
+    """Runs of equal values, by which they are named. The first position is `start`.
 
     Example:
         >>> list(runs("aab"))
-        [(0, 2, 'a'), (2, 3, 'b')]
+        [Span(start=0, stop=2, name='a'), Span(start=2, stop=3, name='b')]
     """
     for value, run in groupby(values):
         stop = start + len(list(run))
-        yield start, stop, value
+        yield Span(start, stop, value)
         start = stop
 
 
