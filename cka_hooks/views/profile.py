@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    Floats = npt.NDArray[np.float64]
+    Ints = npt.NDArray[np.intp]
 
 
 def profile(
@@ -54,12 +54,12 @@ def profile(
     lines = _steps(result) if result.square else [_best_matches(result)]
     if not lines:
         raise OptionError("a profile needs at least two layers of one model, or one row and one column")
-    most = max(len(line.values) for line in lines)
+    most = max(len(line.side.names) for line in lines)
     canvas = Canvas(path, ax, figsize, (min(SIDE, max(3.2, most * PITCH * 1.05)), 2.6))
     axes = canvas.axes
     # Depth is the only thing that layers of different networks have in common on this axis.
     shared = all(line.side == lines[0].side for line in lines)
-    handles = _draw(axes, lines, shared)
+    handles = _draw(axes, result, lines, shared)
     what = "CKA with the layer before" if result.square else "CKA with the best match"
     axes.set_ylabel(what, fontsize=FONT + 1)
     if not shared:
@@ -72,58 +72,54 @@ def profile(
 
 
 class _Line(NamedTuple):
-    """A line of a profile: its name, its layers, values, and half widths of their 95 % intervals."""
+    """A line of a profile: its name, its layers, and the rows and the columns of its entries in the matrix."""
 
     name: str
     side: Side
-    values: Floats
-    half: Floats
+    entries: tuple[Ints, Ints]
 
 
 def _steps(result: CKAResult) -> list[_Line]:
-    half = np.nan_to_num((result.interval()[1] - result.matrix).numpy())
     lines = []
     for model, pairs in steps(result).items():
         if pairs:
             before, after = np.array(pairs).T
             labels = [result.layer_of(result.rows[i]) for i in after]
-            side = Side([""] * len(labels), labels, labels)
-            lines.append(_Line(model, side, result.matrix.numpy()[before, after], half[before, after]))
+            lines.append(_Line(model, Side([""] * len(labels), labels, labels), (before, after)))
     return lines
 
 
 def _best_matches(result: CKAResult) -> _Line:
     values = result.matrix.numpy()
     best = np.argmax(np.where(np.isnan(values), -np.inf, values), axis=1)
-    at = np.arange(len(best)), best
-    rows, columns = Side.of(result, result.rows), Side.of(result, result.columns)
-    matches = ["" if np.isnan(values[i, j]) else f" → {columns.names[j]}" for i, j in enumerate(best)]
-    texts = [name + match for name, match in zip(rows.names, matches, strict=True)]
-    half = np.nan_to_num((result.interval()[1] - result.matrix).numpy()[at])
-    return _Line("", Side([""] * len(best), rows.names, texts), values[at], half)
+    names, columns = Side.of(result, result.rows).names, Side.of(result, result.columns).names
+    texts = [
+        name if np.isnan(values[i, j]) else f"{name} → {columns[j]}"
+        for i, (name, j) in enumerate(zip(names, best, strict=True))
+    ]
+    return _Line("", Side([""] * len(best), names, texts), (np.arange(len(best)), best))
 
 
-def _draw(axes: Axes, lines: list[_Line], shared: bool) -> list[Any]:
-    """Draw lines with their intervals, grey where they are undefined. Return the legend's entries."""
+def _draw(axes: Axes, result: CKAResult, lines: list[_Line], shared: bool) -> list[Any]:
+    """Draw lines with their 95 % intervals, grey where they are undefined. Return the legend's entries."""
     from matplotlib import colormaps
-    from matplotlib.patches import Patch
 
+    halves = np.nan_to_num((result.interval()[1] - result.matrix).numpy())
     # Ten colours are distinguishable. More models are usually checkpoints, which have an order.
     few = len(lines) <= 10
     colours = colormaps["tab10" if few else "viridis"](range(10) if few else np.linspace(0, 0.95, len(lines)))
     handles: list[Any] = []
+    undefined: list[Any] = []
     for line, colour in zip(lines, map(tuple, colours), strict=False):
-        count = len(line.values)
+        values, half, count = result.matrix.numpy()[line.entries], halves[line.entries], len(line.side.names)
         at = np.arange(count) if shared else np.linspace(0, 1, count)
         step = 1 if shared else 1 / max(count - 1, 1)
         size = min(3.5, 200 / count)
-        handles += axes.plot(at, line.values, "o-", markersize=size, linewidth=1.0, label=line.name, color=colour)
-        axes.errorbar(at, line.values, line.half, fmt="none", ecolor=colour, elinewidth=1.0, capsize=0.6 * size)
-        for place in at[np.isnan(line.values)]:
-            axes.axvspan(place - step / 2, place + step / 2, color=MISSING, lw=0, zorder=0)
-    handles = handles if len(handles) > 1 else []
-    if any(np.isnan(line.values).any() for line in lines):
-        handles.append(Patch(facecolor=MISSING, label="undefined"))
+        handles += axes.plot(at, values, "o-", markersize=size, linewidth=1.0, label=line.name, color=colour)
+        axes.errorbar(at, values, half, fmt="none", ecolor=colour, elinewidth=1.0, capsize=0.6 * size)
+        for place in at[np.isnan(values)]:
+            ends = place - step / 2, place + step / 2
+            undefined = [axes.axvspan(*ends, color=MISSING, lw=0, zorder=0, label="undefined")]
     axes.set_xlim((-0.5, count - 0.5) if shared else (-0.02, 1.02))
     # The fixed scale of the heatmap, extended only if an interval reaches beyond it.
     axes.set_ymargin(0)
@@ -132,4 +128,4 @@ def _draw(axes: Axes, lines: list[_Line], shared: bool) -> list[Any]:
     axes.grid(axis="y", color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=FONT)
-    return handles
+    return (handles if len(handles) > 1 else []) + undefined
