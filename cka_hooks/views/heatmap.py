@@ -198,14 +198,12 @@ def _write_values(axes: Axes, image: AxesImage, result: CKAResult, *, stderr: bo
             "choose fewer layers with result.select(...), or larger axes"
         )
         return
-    errors, hatched = result.stderr.numpy(), unrelated(result)
-    for (i, j), value in np.ndenumerate(result.matrix.numpy()):
-        if math.isnan(value):
-            continue
-        text = f"{value:.2f}"
+    values, errors, hatched = result.matrix.numpy(), result.stderr.numpy(), unrelated(result)
+    for i, j in np.argwhere(np.isfinite(values)):
+        text = f"{values[i, j]:.2f}"
         if stderr and not math.isnan(errors[i, j]):
             text += f"\n±{errors[i, j]:.2g}"
-        cell = image.cmap(image.norm(value))
+        cell = image.cmap(image.norm(values[i, j]))
         bright = np.dot(cell[:3], (0.299, 0.587, 0.114)) > 0.5
         number = axes.text(j, i, text, ha="center", va="center", fontsize=6, color="black" if bright else "white")
         if hatched[i, j]:

@@ -105,12 +105,11 @@ def _draw(axes: Axes, result: CKAResult, lines: list[_Line], shared: bool) -> li
     from matplotlib import colormaps
 
     halves = np.nan_to_num((result.interval()[1] - result.matrix).numpy())
-    # Ten colours are distinguishable. More models are usually checkpoints, which have an order.
-    few = len(lines) <= 10
-    colours = colormaps["tab10" if few else "viridis"](range(10) if few else np.linspace(0, 0.95, len(lines)))
     handles: list[Any] = []
     undefined: list[Any] = []
-    for line, colour in zip(lines, map(tuple, colours), strict=False):
+    for n, line in enumerate(lines):
+        # Ten colours are distinguishable. More models are usually checkpoints, which have an order.
+        colour = colormaps["tab10"](n) if len(lines) <= 10 else colormaps["viridis"](0.95 * n / len(lines))
         values, half, count = result.matrix.numpy()[line.entries], halves[line.entries], len(line.side.names)
         at = np.arange(count) if shared else np.linspace(0, 1, count)
         step = 1 if shared else 1 / max(count - 1, 1)
