@@ -124,11 +124,9 @@ def _new_axes(shown: bool, figsize: Size) -> Axes:
 
             figure = pyplot.figure(figsize=figsize)
         else:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
+            import matplotlib.figure
 
-            figure = Figure(figsize=figsize, dpi=200)
-            FigureCanvasAgg(figure)  # measures texts quickly; vector formats are still written as such
+            figure = matplotlib.figure.Figure(figsize=figsize, dpi=200)
     except Exception as error:  # matplotlib may not be installed, or refuse its matplotlibrc or backend
         raise MissingExtraError(
             f'plotting needs matplotlib, which does not work here ({error}): pip install "cka-hooks[plot]", choose '
