@@ -131,7 +131,7 @@ def test_pictures_that_cannot_be_drawn_lose_nothing_and_leave_the_exit_code(nets
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", broken)
     assert run(nets, tmp_path / "out") == 0
-    assert "could not write the heatmap (cka.png): no such backend" in capsys.readouterr().err
+    assert "cka.png cannot be drawn: no such backend" in capsys.readouterr().err
     assert CKAResult.load(tmp_path / "out" / "cka.json").samples == 64
     assert (tmp_path / "out" / "cka.html").exists()
     assert run(nets, tmp_path / "bad", model="bad") == 1
