@@ -34,31 +34,29 @@ def exactly(device: torch.device, function: Callable[P, T], *args: P.args, **kwa
     """
     kind = device.type
     switch = _switch("cuda" if kind == "cuda" else "mkldnn", "matmul")
+    product = partial(function, *args, **kwargs)
     with _switching:
         autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        before = None if switch.get() in _EXACT else _own(switch)
-        if autocast or before is not None:
-
-            def put_back() -> None:
-                if autocast:
-                    torch.set_autocast_enabled(kind, True)
-                if before is not None:
-                    switch.set(before)
-
-            # Between functions written in C, the enclosing `try` catches Ctrl-C. It may also come in the first
-            # instant of a Python function, before that has restored a switch: hence twice.
+        lowered = switch.get() not in _EXACT
+        if autocast or lowered:
+            # What switches is written in C. Ctrl-C comes before or after that, so that `try` catches it.
             try:
-                if before is not None:
-                    switch.set(switch.exact)
                 if autocast:
                     torch.set_autocast_enabled(kind, False)
-                return function(*args, **kwargs)
+                return _with_exact(switch, product) if lowered else product()
             finally:
-                try:
-                    put_back()
-                finally:
-                    put_back()
-    return function(*args, **kwargs)
+                if autocast:
+                    torch.set_autocast_enabled(kind, True)
+    return product()
+
+
+def _with_exact(switch: _Switch, function: Callable[[], T]) -> T:
+    before = _own(switch)
+    try:
+        switch.set(switch.exact)
+        return function()
+    finally:
+        switch.set(before)
 
 
 class _Switch(NamedTuple):
@@ -96,17 +94,7 @@ def _own(switch: _Switch) -> str:
     if switch.parent is None:
         return value
     parent = _switch(*switch.parent)
-    if parent.get() != value:
-        return value
-    before = _own(parent)
-    try:
-        parent.set(parent.exact)
-        return value if switch.get() == value else "none"
-    finally:
-        try:
-            parent.set(before)
-        finally:
-            parent.set(before)
+    return value if parent.get() != value or _with_exact(parent, switch.get) == value else "none"
 
 
 def without_gradients() -> AbstractContextManager[None]:
