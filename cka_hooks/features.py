@@ -81,10 +81,8 @@ def feature_rows(
         last = torch.where(kept.flatten(1), number, 0).amax(1)
         return positions.take_along_dim(last[:, None, None], 1)
     if not -positions.shape[1] <= position < positions.shape[1]:
-        raise OptionError(
-            f"features={features!r} asks for a position that an activation of shape {tuple(activation.shape)} "
-            f"with {positions.shape[1]} positions does not have"
-        )
+        shape = tuple(activation.shape)
+        raise OptionError(f"features={features!r}: an activation of shape {shape} has {positions.shape[1]} positions")
     return positions[:, position].unsqueeze(1)
 
 
@@ -137,10 +135,8 @@ def _channel_dim(channels: Layout | int | None, activation: Tensor, batch_dim: i
     rank, samples = activation.ndim, batch_dim % activation.ndim
     if isinstance(channels, int):
         if not -rank <= channels < rank or channels % rank == samples:
-            raise OptionError(
-                f"dimension {channels} has no channels: an activation of shape {tuple(activation.shape)} has its "
-                f"samples in dimension {samples}, and its channels in another one"
-            )
+            shape = tuple(activation.shape)
+            raise OptionError(f"channel_dim={channels}: {shape} has samples in dimension {samples}; name another one")
         return channels % rank
     others = [dim for dim in range(rank) if dim != samples]
     return others[-1 if (channels or ("last" if rank == 3 else "first")) == "last" else 0]

@@ -248,7 +248,7 @@ def test_sequences_first() -> None:
 
 def test_dimensions_that_have_no_channels() -> None:
     for wrong in (0, 4, -5):
-        with pytest.raises(cka_hooks.OptionError, match=f"dimension {wrong} has no channels"):
+        with pytest.raises(cka_hooks.OptionError, match=f"channel_dim={wrong}: .* name another one"):
             cka_hooks.compare(Blocks(), images(), features="mean", channel_dim=wrong, progress=False)
     with pytest.raises(cka_hooks.OptionError, match="channel_dim= has the layer pattern 'none'"):
         cka_hooks.compare(Blocks(), images(), features="mean", channel_dim={"none": 1}, progress=False)

@@ -95,7 +95,7 @@ def test_no_reduction(features: Any) -> None:
 
 
 def test_errors_of_single_activations() -> None:
-    with pytest.raises(cka_hooks.OptionError, match=r"a position .* with 7 positions does not have"):
+    with pytest.raises(cka_hooks.OptionError, match=r"features=.* has 7 positions"):
         feature_rows(TOKENS, "token:7")
     with pytest.raises(cka_hooks.BatchError, match=r"turned \(6, 7, 5\) into \(5,\)"):
         feature_rows(TOKENS, lambda x: x.mean((0, 1)))

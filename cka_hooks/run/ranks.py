@@ -54,10 +54,7 @@ class Ranks:
             return None
         if not dist.is_available() or not dist.is_initialized():
             if distributed or group is not None:
-                raise OptionError(
-                    "distributed=True needs a process group: start the script with torchrun and call "
-                    "torch.distributed.init_process_group() before compare()"
-                )
+                raise OptionError("distributed=True needs torchrun and torch.distributed.init_process_group()")
             if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
                 warn(
                     "torchrun started this process, and no process group is initialised: every rank gets a result of "
