@@ -48,14 +48,11 @@ def as_features(value: Any, name: str, *, counts: bool = False) -> Tensor:
 
 def _of_array(value: Any, name: str) -> Tensor:
     interfaces = ("__cuda_array_interface__", "__dlpack__", "__array__", "__array_interface__")
-    if isinstance(value, type) or not any(hasattr(value, interface) for interface in interfaces):
-        raise OptionError(
-            f"{name} is {type(value).__name__}: expected a floating-point tensor or array (n, ...); "
-            "torch.tensor(...) makes one from numbers"
-        )
     if np.ma.is_masked(value):
         raise OptionError(f"{name} has masked entries: leave their samples out, or fill them with .filled(...)")
     try:
+        if isinstance(value, type) or not any(hasattr(value, interface) for interface in interfaces):
+            raise TypeError("it is no array")
         if not isinstance(value, np.ndarray) and hasattr(value, "__cuda_array_interface__"):
             return torch.as_tensor(value)
         if not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__"):

@@ -158,15 +158,13 @@ def compare(
         options = Options.of(arguments)
         if options.epochs > 1 and isinstance(loader, Iterator):
             raise OptionError(
-                f"epochs={epochs} needs a loader that can be iterated {epochs} times, and this one is an iterator: "
-                "pass a DataLoader or a list of batches"
+                f"epochs={epochs} needs a loader to iterate again: pass a DataLoader or a list of batches"
             )
         if all(isinstance(it, nn.Module | Precomputed) for it in models.values()):
             ran = _together(models, loader, options, ranks, checkpoint, checkpoint_every, progress)
         elif checkpoint is not None or options.tolerance is not None:
             raise OptionError(
-                "checkpoint= and tolerance= need all models at once, and functions build them one after another: "
-                "leave these out, or pass the models themselves"
+                "checkpoint= and tolerance= need all models at once: pass the models, not functions that build them"
             )
         else:
             ran = added_up_in_turn(models, loader, options, ranks, progress=progress)
@@ -198,8 +196,7 @@ def _together(
     if checkpoint is not None:
         if any(is_sharded(model) for model in comparison.models.values()):
             raise OptionError(
-                "checkpoint= does not work with a model whose ranks run each forward pass together (FSDP, tensor "
-                "parallel): they would have to be stopped between the same two batches. Leave it out"
+                "checkpoint= does not work with models whose ranks run each forward pass together, such as FSDP"
             )
         path = path_of_rank(checkpoint, ranks)
         identity = {

@@ -11,14 +11,10 @@ from typing import Any
 from cka_hooks.errors import OptionError
 from cka_hooks.hsic import MIN_SAMPLES
 
-# Whole numbers with the least that they can be, and numbers above 0 with what they are.
+# Whole numbers with the least that they can be, and numbers above 0.
 _OF_SAMPLES = ("positions", "minibatch", "join_batches", "max_samples")
 _WHOLE = {**dict.fromkeys(_OF_SAMPLES, MIN_SAMPLES), "seed": 0, "epochs": 1, "permutations": 0}
-_ABOVE_ZERO = {
-    "bandwidth": "a multiple of the median distance",
-    "sigma": "in the units of the features",
-    "tolerance": "a standard error",
-}
+_ABOVE_ZERO = ("bandwidth", "sigma", "tolerance")
 
 
 @dataclass(frozen=True)
@@ -72,8 +68,8 @@ class Options:
             object.__setattr__(self, name, getattr(Options, name) if number is None else number)
         for name in ("batch_dim", "channel_dim"):
             object.__setattr__(self, name, dimensions(name, getattr(self, name)))
-        for name, what in _ABOVE_ZERO.items():
-            object.__setattr__(self, name, above_zero(name, getattr(self, name), what))
+        for name in _ABOVE_ZERO:
+            object.__setattr__(self, name, above_zero(name, getattr(self, name)))
         needed = {"estimator": "unbiased", "per": "sample", "epochs": 1} if self.permutations else {}
         for name, value in needed.items():
             if getattr(self, name) != value:
@@ -122,8 +118,7 @@ def whole(name: str, value: Any, least: int, most: float = math.inf) -> Any:
         number = None
     if number is None or isinstance(value, bool) or not least <= number <= most:
         bounds = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
-        why = ", which an HSIC estimate needs" if least == MIN_SAMPLES and most == math.inf else ""
-        raise OptionError(f"{name}={value!r}: expected a whole number {bounds}{why}")
+        raise OptionError(f"{name}={value!r}: expected a whole number {bounds}")
     return number
 
 
@@ -138,7 +133,7 @@ def dimensions(name: str, value: Any) -> Any:
     return whole(name, value, -64, 63)
 
 
-def above_zero(name: str, value: Any, what: str) -> float | None:
+def above_zero(name: str, value: Any) -> float | None:
     """Convert a finite number above 0 of any type, or None.
 
     Raises:
@@ -151,7 +146,7 @@ def above_zero(name: str, value: Any, what: str) -> float | None:
     except (TypeError, ValueError, RuntimeError):
         number = math.nan
     if not 0 < number < math.inf:
-        raise OptionError(f"{name}={value!r}: expected a number above 0, {what}")
+        raise OptionError(f"{name}={value!r}: expected a number above 0")
     return number
 
 

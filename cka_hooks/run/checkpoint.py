@@ -57,7 +57,7 @@ class Keeper:
         self._interrupted: dict[str, Any] | None = None
         self._place: dict[str, Any] | None = None
         self._chained = ""
-        self._every = above_zero("checkpoint_every", every, "a number of seconds") or 0.0
+        self._every = above_zero("checkpoint_every", every) or 0.0
         self._next_save = time.monotonic() + self._every
         if path is None:
             return
@@ -70,8 +70,8 @@ class Keeper:
     def _check_order(self) -> None:
         if replay.shuffles_unseeded(self._loader):
             raise OptionError(
-                "checkpoint= needs a loader that can be iterated again, and this one shuffles without a seeded "
-                "generator: DataLoader(..., shuffle=True, generator=torch.Generator().manual_seed(0))"
+                "checkpoint= needs an order that can be repeated: DataLoader(..., shuffle=True, "
+                "generator=torch.Generator().manual_seed(0))"
             )
 
     def resume(self, restore: Callable[[dict[str, Any]], int], *, progress: bool) -> None:
