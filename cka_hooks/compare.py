@@ -30,7 +30,6 @@ from cka_hooks.run.precomputed import Precomputed, SampleIds
 from cka_hooks.run.ranks import Ranks
 from cka_hooks.run.seen import finished
 from cka_hooks.similarity.estimate import largest_stderr
-from cka_hooks.similarity.state import State
 
 
 def compare(
@@ -161,14 +160,22 @@ def compare(
                 f"epochs={epochs} needs a loader to iterate again: pass a DataLoader or a list of batches"
             )
         if all(isinstance(it, nn.Module | Precomputed) for it in models.values()):
-            ran = _together(models, loader, options, ranks, checkpoint, checkpoint_every, progress)
+            comparison = Comparison.of(models, options)
+            comparison.seen.check(loader)
+            if ranks is not None:
+                ranks.agree({"models": comparison.types, "chosen": comparison.chosen, **options.spelled()})
+            path, identity = None, {}
+            if checkpoint is not None:
+                path, identity = path_of_rank(checkpoint, ranks), _identity(comparison, options, loader)
+            keeper = Keeper(path, checkpoint_every, loader, identity)
+            state = Loop(comparison, loader, options, keeper, ranks, alone=ranks is None).run(progress=progress)
+            types, settings = comparison.types, comparison.settings
         elif checkpoint is not None or options.tolerance is not None:
             raise OptionError(
                 "checkpoint= and tolerance= need all models at once: pass the models, not functions that build them"
             )
         else:
-            ran = added_up_in_turn(models, loader, options, ranks, progress=progress)
-    state, types, settings = ran
+            state, types, settings = added_up_in_turn(models, loader, options, ranks, progress=progress)
     settings |= options.spelled("tolerance", "max_samples", "epochs")
     if options.tolerance is not None:
         settings["tolerance_reached"] = state.stopped is not None or largest_stderr(state) < options.tolerance
@@ -178,38 +185,19 @@ def compare(
     return finished(state, types, settings)
 
 
-def _together(
-    models: Mapping[str, nn.Module | Precomputed],
-    loader: Iterable[Any],
-    options: Options,
-    ranks: Ranks | None,
-    checkpoint: str | os.PathLike[str] | None,
-    checkpoint_every: float,
-    progress: bool,
-) -> tuple[State, dict[str, str], dict[str, Any]]:
-    """Run each batch through every model before the next batch."""
-    comparison = Comparison.of(models, options)
-    comparison.seen.check(loader)
-    if ranks is not None:
-        ranks.agree({"models": comparison.types, "chosen": comparison.chosen, **options.spelled()})
-    path, identity = None, {}
-    if checkpoint is not None:
-        if any(is_sharded(model) for model in comparison.models.values()):
-            raise OptionError(
-                "checkpoint= does not work with models whose ranks run each forward pass together, such as FSDP"
-            )
-        path = path_of_rank(checkpoint, ranks)
-        identity = {
-            "models": {
-                name: of_rows(it.arrays, it.sample_ids) if isinstance(it, Precomputed) else of_model(it)
-                for name, it in comparison.entries.items()
-            },
-            "loader": of_loader(loader),
-            **{field: of_option(option) for field, option in vars(options).items()},
-            "minibatch": comparison.settings["minibatch"],
-            "chosen": comparison.chosen,
-        }
-    keeper = Keeper(path, checkpoint_every, loader, identity)
-    loop = Loop(comparison, loader, options, keeper, ranks, alone=ranks is None)
-    state = loop.run(progress=progress)
-    return state, comparison.types, comparison.settings
+def _identity(comparison: Comparison, options: Options, loader: Iterable[Any]) -> dict[str, Any]:
+    """What has to be the same to continue a run."""
+    if any(is_sharded(model) for model in comparison.models.values()):
+        raise OptionError(
+            "checkpoint= does not work with models whose ranks run each forward pass together, such as FSDP"
+        )
+    return {
+        "models": {
+            name: of_rows(it.arrays, it.sample_ids) if isinstance(it, Precomputed) else of_model(it)
+            for name, it in comparison.entries.items()
+        },
+        "loader": of_loader(loader),
+        **{field: of_option(option) for field, option in vars(options).items()},
+        "minibatch": comparison.settings["minibatch"],
+        "chosen": comparison.chosen,
+    }

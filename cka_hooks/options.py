@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
@@ -21,8 +22,6 @@ _ABOVE_ZERO = ("bandwidth", "sigma", "tolerance")
 class Options:
     """The options that a comparison's numbers depend on; :func:`cka_hooks.compare` explains all of them.
 
-    The first group is for :class:`cka_hooks.CKAAccumulator`. Only a run over a loader needs the second.
-
     Raises:
         OptionError: an option has an invalid value.
     """
@@ -38,7 +37,6 @@ class Options:
     positions: int | None = None
     keep_minibatches: bool = False
     permutations: int = 0
-
     layers: Any = None
     batch_dim: Any = None
     channel_dim: Any = None
@@ -84,20 +82,9 @@ class Options:
         """The options among the arguments of a call, given as its ``locals()`` in the first line."""
         return cls(**{field.name: arguments[field.name] for field in fields(cls) if field.name in arguments})
 
-    def of_comparison(self) -> dict[str, Any]:
-        """The arguments of :class:`cka_hooks.Comparison` among them."""
-        bounds = ("tolerance", "max_samples", "epochs")
-        return {name: value for name, value in vars(self).items() if name not in bounds}
-
-    def of_accumulator(self) -> dict[str, Any]:
-        """The arguments of :class:`cka_hooks.CKAAccumulator` among them, for features that are already reduced."""
-        names = ("kernel", "bandwidth", "sigma", "estimator", "seed", "per", "keep_minibatches", "permutations")
-        size = self.join_batches if self.minibatch is None else self.minibatch
-        return {**{name: getattr(self, name) for name in names}, "minibatch": size}
-
-    def of_recorder(self) -> dict[str, Any]:
-        """The arguments of :class:`cka_hooks.LayerRecorder` among them that are the same for every model."""
-        return {name: getattr(self, name) for name in ("features", "batch_dim", "channel_dim", "mask")}
+    def arguments_of(self, function: Callable[..., Any]) -> dict[str, Any]:
+        """The options that a function or class takes, by name."""
+        return {name: vars(self)[name] for name in inspect.signature(function).parameters if name in vars(self)}
 
     def spelled(self, *names: str) -> dict[str, Any]:
         """These options, or all of them, as a result's settings have them: plain JSON values."""

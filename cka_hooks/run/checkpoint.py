@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from cka_hooks.files import remove_unfinished
 from cka_hooks.options import above_zero, difference
 from cka_hooks.run import replay
 from cka_hooks.run.checkpoint_file import FileLock, is_plain, read, refused, write
-from cka_hooks.run.drawn import Drawn
 from cka_hooks.run.ranks import Ranks
 
 _log = logging.getLogger("cka_hooks")
@@ -49,14 +47,13 @@ class Keeper:
 
     def __init__(self, path: Path | None, every: float, loader: Iterable[Any], settings: Mapping[str, Any]) -> None:
         self.finished = False
-        self.drawn = loader if isinstance(loader, Drawn) else Drawn(loader)
-        self._loader = loader
+        self.drawn = loader if isinstance(loader, replay.Drawn) else replay.Drawn(loader)
+        self._loader: Any = loader
         self._path = path
         self._settings = json.loads(json.dumps(settings))
         # Where the pass was interrupted, and where it is now.
         self._interrupted: dict[str, Any] | None = None
         self._place: dict[str, Any] | None = None
-        self._chained = ""
         self._every = above_zero("checkpoint_every", every) or 0.0
         self._next_save = time.monotonic() + self._every
         if path is None:
@@ -107,20 +104,20 @@ class Keeper:
         """
         if self._path is None:
             return iter(self.drawn)
-        # The fingerprint is one of all batches: every one that is repeated has to be the same as before.
-        place = self._interrupted or {"start": self._randomness.state(), "batches": 0, "fingerprint": ""}
-        found, loader = "", place.get("loader")
         with refused(self._path):
-            place = {"start": place["start"], "batches": int(place["batches"]), "fingerprint": place["fingerprint"]}
+            # The fingerprint is one of all batches: every one that is repeated has to be the same as before.
+            place = self._interrupted or {"start": self._randomness.state(), "batches": 0, "fingerprint": ""}
+            batches, found = int(place["batches"]), ""
             self._randomness.restore(place["start"])
-            if loader is not None:
-                self._loader.load_state_dict(loader["state"])  # type: ignore[attr-defined]
+            knows = place.get("loader") is not None
+            if knows:
+                self._loader.load_state_dict(place["loader"])
             stream = iter(self.drawn)
-            if loader is not None:
-                self._randomness.restore(loader["now"])
-                found = place["fingerprint"]
-        for batch in () if loader is not None else islice(stream, place["batches"]):
-            found = _chained(found, batch)
+            if knows:
+                self._randomness.restore(place["now"])
+                batches, found = 0, place["fingerprint"]
+        for _, batch in zip(range(batches), stream, strict=False):
+            found = _chained(found, replay.fingerprint(batch))
         if found != place["fingerprint"]:
             raise CheckpointError(
                 f"{self._path} cannot be resumed: the first {place['batches']} batches of the loader are not as "
@@ -128,29 +125,23 @@ class Keeper:
                 "start from the beginning"
             )
         self._interrupted, self._place = None, place
-        return self._watched(stream)
+        return stream
 
-    def _watched(self, stream: Iterator[Any]) -> Iterator[Any]:
-        for batch in stream:
-            assert self._place is not None
-            # Before the model gets the batch, which may change it in place.
-            self._chained = _chained(self._place["fingerprint"], batch)
-            yield batch
-
-    def seen(self) -> None:
-        """Note that a batch is in the sums."""
+    def seen(self, fingerprint: str) -> None:
+        """Note that a batch is in the sums, by its fingerprint."""
         if self._place is None:
             return
-        self._place = {**self._place, "batches": self._place["batches"] + 1, "fingerprint": self._chained}
+        chained = _chained(self._place["fingerprint"], fingerprint)
+        self._place = {"start": self._place["start"], "batches": self._place["batches"] + 1, "fingerprint": chained}
         try:
             # Where a `StatefulDataLoader` is. Once it has gone on, it no longer knows.
-            state = copy.deepcopy(self._loader.state_dict())  # type: ignore[attr-defined]
+            state = copy.deepcopy(self._loader.state_dict())
         except (AttributeError, NotImplementedError):
             # A wrapper may pass these methods on to a loader that does not have them.
             self._check_order()
             return
         if is_plain(state):
-            self._place["loader"] = {"state": state, "now": self._randomness.state()}
+            self._place |= {"loader": state, "now": self._randomness.state()}
 
     def save_if_due(self, state: Callable[[], dict[str, Any]]) -> None:
         """Save if it is time to."""
@@ -233,6 +224,6 @@ def undisturbed() -> Iterator[None]:
             before(*arrived[0])
 
 
-def _chained(before: str, batch: Any) -> str:
+def _chained(before: str, fingerprint: str) -> str:
     """The fingerprint of one more batch and all before it."""
-    return hashlib.blake2b(f"{before} {replay.fingerprint(batch)}".encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(f"{before} {fingerprint}".encode(), digest_size=16).hexdigest()

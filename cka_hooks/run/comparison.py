@@ -23,6 +23,7 @@ from cka_hooks.recording.padding import MaskOption
 from cka_hooks.recording.positions import positions_of
 from cka_hooks.recording.recorder import LayerRecorder, nothing_ran
 from cka_hooks.results.result import CKAResult
+from cka_hooks.run import replay
 from cka_hooks.run.joined import JoiningAccumulator
 from cka_hooks.run.precomputed import Identifier, Precomputed, SampleIds, is_features, without_ids
 from cka_hooks.run.seen import Seen, finished
@@ -101,19 +102,22 @@ class Comparison:
         self.positions = positions_of(per, positions, self._options.seed)
         given = {name: it for name, it in self.entries.items() if isinstance(it, Precomputed)}
         self.seen = Seen(given, self._options.sample_ids, self.positions is not None)
-        self._accumulator = JoiningAccumulator(self._options.join_batches, **self._options.of_accumulator())
+        # Recorders reduce features.
+        own = self._options.arguments_of(CKAAccumulator) | {"features": "flatten"}
+        if own["minibatch"] is None:
+            own["minibatch"] = self._options.join_batches
+        self._accumulator = JoiningAccumulator(self._options.join_batches, **own)
         if self.positions is not None:
             self.positions.is_shared = True
             if given:
                 raise OptionError(f'{next(iter(given))!r} has a row for each sample: compare it with per="sample"')
         chosen = layers_of(self.models, layers)
         self._forwards = per_model(forward, self.models, "forward")
-        shared = {"per": per, "positions": self.positions, **self._options.of_recorder()}
+        shared = self._options.arguments_of(LayerRecorder) | {"positions": self.positions}
         self._recorders: dict[str, LayerRecorder] = {}
         for name, one in self.models.items():
-            self._recorders[name] = recorder = LayerRecorder(
-                one, chosen[name], _Labelled(name, self._accumulator), forward=self._forwards[name], **shared
-            )
+            own = shared | {"layers": chosen[name], "forward": self._forwards[name]}
+            self._recorders[name] = recorder = LayerRecorder(one, consumer=_Labelled(name, self._accumulator), **own)
             # Two names may stand for the same model, or for models that share a part.
             recorder.only_in_passes = True
         self.chosen = {name: recorder.chosen for name, recorder in self._recorders.items()}
@@ -125,7 +129,7 @@ class Comparison:
     @classmethod
     def of(cls, models: Mapping[str, Any], options: Options) -> Comparison:
         """A comparison of models by name, "" for one without."""
-        return cls(models.get("", models), **options.of_comparison())
+        return cls(models.get("", models), **options.arguments_of(cls))
 
     def __enter__(self) -> Comparison:
         try:
@@ -184,6 +188,7 @@ class Comparison:
         """
         if not self._within:
             raise OptionError("call update() inside the block: with Comparison(...) as comparison: ...")
+        self.seen.fingerprint = replay.fingerprint(batch)
         if batches.is_empty(batch):
             self._accumulator.state.empty += 1
             return False
@@ -265,7 +270,7 @@ class Comparison:
     @property
     def settings(self) -> dict[str, Any]:
         """Provenance as a result has it: plain JSON values."""
-        own = self._options.spelled(*self._options.of_comparison())
+        own = self._options.spelled(*self._options.arguments_of(Comparison))
         return {**own, "minibatch": self._accumulator.settings["minibatch"]}
 
     def compute(self) -> CKAResult:

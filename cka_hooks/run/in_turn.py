@@ -18,7 +18,6 @@ from cka_hooks.recording.layers import check_model
 from cka_hooks.run import replay
 from cka_hooks.run.checkpoint import Keeper
 from cka_hooks.run.comparison import Comparison, per_model
-from cka_hooks.run.drawn import Drawn
 from cka_hooks.run.loop import DONE, Loop
 from cka_hooks.run.precomputed import Precomputed
 from cka_hooks.run.ranks import Ranks
@@ -122,7 +121,7 @@ def _check(name: str, given: Any) -> None:
             ) from None
 
 
-class Replayed(Drawn):
+class Replayed(replay.Drawn):
     """A loader that is iterated once for each model, and has to bring the same batches each time.
 
     Attributes:

@@ -131,7 +131,7 @@ class Loop:
             with undisturbed():
                 if something:
                     comparison.step()
-                self.keeper.seen()
+                self.keeper.seen(seen.fingerprint)
             self._bar.update(seen.row - before)
             if seen.batches == small_after and not comparison.state.minibatches:
                 raise too_few(comparison.state)

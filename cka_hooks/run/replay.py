@@ -1,9 +1,12 @@
-"""Go over a loader again: the same batches in the same order, with proof that they are the same."""
+"""What a loader brings: its order, whether that can be repeated, and which samples of its data set a batch has."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import random
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,17 +14,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
+    DataLoader,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    Subset,
     SubsetRandomSampler,
     WeightedRandomSampler,
+    default_collate,
 )
 from torch.utils.data.distributed import DistributedSampler
 
+from cka_hooks.errors import OptionError
 from cka_hooks.recording.batches import sample_count, with_tensors
 from cka_hooks.recording.guest import random_state
 from cka_hooks.recording.outputs import tensors_in
+from cka_hooks.run.precomputed import Identifier, identifiers
 
 _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 _IN_ORDER = (SequentialSampler, BatchSampler, range, type(None))
@@ -159,3 +167,67 @@ def _some(tensor: Tensor) -> Tensor:
     some = rows[:, :: max(1, rows.shape[1] // _LOOKED_AT)]
     some = some.to(torch.float64) if some.is_floating_point() else some
     return some.resolve_conj().resolve_neg().contiguous()
+
+
+class Drawn:
+    """A loader that tells which samples the last batch has.
+
+    Only of a plain ``DataLoader`` over a data set with indices, if its workers do not persist and its collation keeps
+    all samples in their order.
+
+    Attributes:
+        ids: their indices in the data set, behind any ``Subset``, or what its `sample_ids` has there; None where
+            nothing surely tells.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+        self.ids: list[Identifier] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        drawn: deque[list[Any]] = deque()
+        loader = self._loader
+        if _keeps_order(loader):
+            # A copy has the same data, samplers and generators, and the user's loader stays as it is.
+            loader = copy.copy(loader)
+            vars(loader)["batch_sampler"] = _noted(loader.batch_sampler, drawn)
+        return self._told(iter(loader), drawn)
+
+    def _told(self, stream: Iterator[Any], drawn: deque[list[Any]]) -> Iterator[Any]:
+        for batch in stream:
+            self.ids = self._ids_of(drawn.popleft()) if drawn else None
+            yield batch
+
+    def _ids_of(self, drawn: list[Any]) -> list[Identifier] | None:
+        dataset: Any = self._loader.dataset
+        try:
+            found: Any = identifiers(drawn, "a sampler")
+            while type(dataset) is Subset:
+                found, dataset = [dataset.indices[index] for index in found], dataset.dataset
+            names = getattr(dataset, "sample_ids", None)
+            return identifiers(found if names is None else [names[index] for index in found], "sample_ids")
+        except (OptionError, LookupError, TypeError):
+            return None
+
+
+def _noted(sampler: Iterable[Any], drawn: deque[list[Any]]) -> Iterator[Any]:
+    """What a batch sampler draws, noted long before workers bring it."""
+    for indices in sampler:
+        drawn.append(list(indices))
+        yield indices
+
+
+def _keeps_order(loader: Any) -> bool:
+    """Whether a loader brings what its batch sampler draws, all samples of it, in that order.
+
+    Workers that persist are those of the user's loader and ask its own sampler.
+    """
+    collate = getattr(loader, "collate_fn", None)
+    return (
+        type(loader) is DataLoader
+        and loader.batch_sampler is not None
+        and not loader.persistent_workers
+        and not isinstance(loader.dataset, IterableDataset)
+        and getattr(loader, "in_order", True)
+        and (collate is default_collate or str(getattr(collate, "__module__", "")).startswith("transformers.data."))
+    )

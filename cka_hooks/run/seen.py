@@ -36,6 +36,7 @@ class Seen:
 
     Attributes:
         batches: number of batches that were added.
+        fingerprint: of the batch at hand, before the models got it, which may change it in place.
         row: number of samples of this pass that were added, or wait to be joined.
 
     Raises:
@@ -54,6 +55,7 @@ class Seen:
         self._key = None if of_positions else sample_ids
         self._lengths: set[int] | None = None
         self.batches = 0
+        self.fingerprint = ""
         self.start_pass()
 
     def start_pass(self) -> None:
@@ -113,18 +115,17 @@ class Seen:
         samples = batches.sample_count(batch) or 0
         self._now = samples if limit is None else min(samples, limit)
         self._ids_now = (list(drawn or ()) if self._key is None else ids_of(batch, self._key))[:limit]
-        fingerprint = replay.fingerprint(batch)
-        if fingerprint.startswith("?"):
+        if self.fingerprint.startswith("?"):
             return
-        state.first_batches = state.first_batches or [fingerprint]
-        if fingerprint in self._fingerprints and state.repeats is None:
+        state.first_batches = state.first_batches or [self.fingerprint]
+        if self.fingerprint in self._fingerprints and state.repeats is None:
             state.repeats = (
                 "a batch came twice in one pass over the data, and its samples count twice: with an IterableDataset "
                 "and several workers, each worker has to yield its own part (torch.utils.data.get_worker_info())"
             )
         # If workers yield the same samples, or data start over, the first batches show it.
         if len(self._fingerprints) < _REMEMBERED:
-            self._fingerprints.add(fingerprint)
+            self._fingerprints.add(self.fingerprint)
 
     def features(self, samples: int) -> Iterator[tuple[str, Tensor]]:
         """The precomputed features of the batch: pairs of label and features.
