@@ -156,17 +156,14 @@ def compare(
         check_loader(loader)
         options = Options.of(arguments)
         if options.epochs > 1 and isinstance(loader, Iterator):
-            raise OptionError(
-                f"epochs={epochs} needs a loader to iterate again: pass a DataLoader or a list of batches"
-            )
+            raise OptionError(f"epochs={epochs} needs a DataLoader or a list of batches, which an iterator is not")
         if all(isinstance(it, nn.Module | Precomputed) for it in models.values()):
             comparison = Comparison.of(models, options)
             comparison.seen.check(loader)
             if ranks is not None:
                 ranks.agree({"models": comparison.types, "chosen": comparison.chosen, **options.spelled()})
-            path, identity = None, {}
-            if checkpoint is not None:
-                path, identity = path_of_rank(checkpoint, ranks), _identity(comparison, options, loader)
+            path = None if checkpoint is None else path_of_rank(checkpoint, ranks)
+            identity = {} if path is None else _identity(comparison, options, loader)
             keeper = Keeper(path, checkpoint_every, loader, identity)
             state = Loop(comparison, loader, options, keeper, ranks, alone=ranks is None).run(progress=progress)
             types, settings = comparison.types, comparison.settings
@@ -188,9 +185,7 @@ def compare(
 def _identity(comparison: Comparison, options: Options, loader: Iterable[Any]) -> dict[str, Any]:
     """What has to be the same to continue a run."""
     if any(is_sharded(model) for model in comparison.models.values()):
-        raise OptionError(
-            "checkpoint= does not work with models whose ranks run each forward pass together, such as FSDP"
-        )
+        raise OptionError("checkpoint= does not work with models that several ranks run together, such as FSDP")
     return {
         "models": {
             name: of_rows(it.arrays, it.sample_ids) if isinstance(it, Precomputed) else of_model(it)

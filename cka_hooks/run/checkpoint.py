@@ -41,7 +41,7 @@ class Keeper:
         finished: whether the file has the whole run.
 
     Raises:
-        OptionError: the loader's order cannot be repeated, the file cannot be written, or `every` is not positive.
+        OptionError: the loader's order cannot be repeated, the file cannot be written, or an argument is invalid.
         CheckpointError: another run uses the file.
     """
 
@@ -90,8 +90,7 @@ class Keeper:
                 )
             samples = restore(content["run"])
             self.finished, self._interrupted = bool(content["finished"]), content["place"]
-        what = "is finished: its saved result" if self.finished else "continues from there"
-        note = f"{self._path} has {samples} samples and {what}"
+        note = f"{self._path} has {samples} samples and {'is finished' if self.finished else 'continues from there'}"
         _log.info(note)
         if progress:
             print(f"cka: {note}", file=sys.stderr)

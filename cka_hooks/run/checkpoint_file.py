@@ -141,7 +141,7 @@ class FileLock:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
+            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
             raise CheckpointError(
                 f"{path} is in use by {holder}: wait for that run, stop it, or name another file with checkpoint="
@@ -152,8 +152,7 @@ class FileLock:
         self._descriptor = descriptor
         # On a full disk, the file stays empty.
         with suppress(OSError):
-            os.truncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".ljust(200).encode())
 
     def release(self) -> None:
         """Let others have the file."""

@@ -54,7 +54,8 @@ class Loop:
         collective = any(is_sharded(model) for model in self.comparison.models.values())
         share = self.options.max_samples
         if self.ranks is not None and share is not None:
-            share = self.ranks.share(share, equal=collective)
+            of_rank = len(range(self.ranks.rank, share, self.ranks.size))
+            share = -(-share // self.ranks.size) if collective else of_rank
         bounds = [bound for bound in (share, replay.own_samples(self.loader)) if bound is not None]
         # How many samples of a pass count at most, and after how many it ends. If a model's ranks work together in
         # each forward pass, all of them have to make all of these passes.

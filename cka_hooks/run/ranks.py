@@ -83,10 +83,6 @@ class Ranks:
             # The others are already gone, and the user should see the error of this rank.
             pass
 
-    def share(self, samples: int, *, equal: bool) -> int:
-        """This rank's part of `samples`. If it has to be `equal` on every rank, it is rounded up."""
-        return -(-samples // self.size) if equal else len(range(self.rank, samples, self.size))
-
     def called(self) -> bool:
         """Whether a rank has failed and waits for this one. Looks at most once a second.
 

@@ -156,17 +156,15 @@ def fingerprint(batch: Any) -> str:
         hasher.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
         is_plain = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_quantized
         if is_plain and tensor.device.type == "cpu" and tensor.numel():
-            hasher.update(_some(tensor).numpy().tobytes())
+            hasher.update(_some(tensor).numpy(force=True).tobytes())
             is_seen = True
     return ("" if is_seen else "?") + hasher.hexdigest()
 
 
 def _some(tensor: Tensor) -> Tensor:
-    rows = tensor.detach()
-    rows = rows.reshape(len(rows), -1) if rows.ndim else rows.reshape(1, 1)
+    rows = tensor.reshape(len(tensor), -1) if tensor.ndim else tensor.reshape(1, 1)
     some = rows[:, :: max(1, rows.shape[1] // _LOOKED_AT)]
-    some = some.to(torch.float64) if some.is_floating_point() else some
-    return some.resolve_conj().resolve_neg().contiguous()
+    return some.to(torch.float64) if some.is_floating_point() else some
 
 
 class Drawn:
