@@ -168,7 +168,7 @@ def test_several_models_without_names(several: Callable[[Any], Any]) -> None:
 
 def test_an_iterator_has_one_pass() -> None:
     model = Counting()
-    with pytest.raises(cka_hooks.OptionError, match=r"epochs=2 needs a loader .* this one is an iterator"):
+    with pytest.raises(cka_hooks.OptionError, match=r"epochs=2 needs a DataLoader or a list of batches"):
         compare(model, iter(image_batches()), epochs=2, progress=False)
     assert model.passes == 0
 

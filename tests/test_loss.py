@@ -205,7 +205,7 @@ def test_minimising_it_makes_features_alike() -> None:
         (torch.ones(5, 2), torch.ones(6, 2), {}, cka_hooks.SampleCountError, r"\[5, 6\]"),
         (torch.ones(3, 2), torch.ones(3, 2), {}, cka_hooks.TooFewSamplesError, "at least 4"),
         (torch.ones(5, 2).long(), torch.ones(5, 2), {}, cka_hooks.OptionError, "x is .*int64"),
-        (torch.ones(5, 2), [1.0] * 5, {}, cka_hooks.OptionError, "y is list"),
+        (torch.ones(5, 2), [1.0] * 5, {}, cka_hooks.OptionError, "y, builtins.list, cannot be taken as a tensor"),
         (torch.ones(5, 2), torch.ones(5, 2), {"sigma": 1.0}, cka_hooks.OptionError, "belongs to kernel='rbf'"),
         (torch.ones(5, 2), torch.ones(5, 2), {"estimator": "x"}, cka_hooks.OptionError, "'biased'"),
     ],
