@@ -67,8 +67,8 @@ class Keeper:
     def _check_order(self) -> None:
         if replay.shuffles_unseeded(self._loader):
             raise OptionError(
-                "checkpoint= needs an order that can be repeated: DataLoader(..., shuffle=True, "
-                "generator=torch.Generator().manual_seed(0))"
+                "checkpoint= needs an order that can be repeated, and this loader shuffles without a seed: "
+                "DataLoader(..., shuffle=True, generator=torch.Generator().manual_seed(0))"
             )
 
     def resume(self, restore: Callable[[dict[str, Any]], int], *, progress: bool) -> None:
