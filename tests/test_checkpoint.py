@@ -146,7 +146,7 @@ def test_a_wrapper_whose_loader_has_no_state(tmp_path: Path) -> None:
     with pytest.raises(Stop):
         run(tmp_path / "run.ckpt", Wrapper(), stop_at=4)
     equal(run(tmp_path / "run.ckpt", Wrapper())[0], run(None, Wrapper())[0])
-    with pytest.raises(cka_hooks.OptionError, match="seeded generator"):
+    with pytest.raises(cka_hooks.OptionError, match="shuffles without a seed"):
         run(tmp_path / "other.ckpt", Wrapper(shuffle=True))
 
 
