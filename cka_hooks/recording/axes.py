@@ -163,5 +163,5 @@ def _plain_rank(rank: int | None, module: nn.Module) -> int | None:
         return rank - (module.end_dim % rank - module.start_dim) if module.start_dim > 0 else None
     # What has its number of dimensions in its name also takes one sample without a batch.
     spatial = re.search(r"(\d)d$", kind.__name__)
-    fits = not spatial or rank == int(spatial[1]) + 2
+    fits = not spatial or rank == int(spatial[1]) + 2 or (rank == 2 and kind is nn.BatchNorm1d)
     return rank if torch_file(module) in _KEEPING and fits and kind is not nn.GLU else None

@@ -352,10 +352,8 @@ def call(
             inspect.signature(model.forward).bind(*args, **kwargs)
         except TypeError as error:
             given = ", ".join((*(type(a).__name__ for a in args), *(f"{k}=" for k in kwargs)))
-            raise BatchError(
-                f"{kind} cannot be called with {which} of ({given}): {error}. Pass forward=lambda model, batch: "
-                "model(...) to say how"
-            ) from error
+            how = f"{error}. Pass forward=lambda model, batch: model(...) to say how"
+            raise BatchError(f"{kind} cannot be called with {which} of ({given}): {how}") from error
         except ValueError:
             pass
     try:

@@ -32,13 +32,13 @@ class LongWay:
 
     Args:
         names: the model's modules.
-        now: the forward pass.
         chosen: names of the modules that are layers.
         positions: chooses the positions that are samples; None if samples are those of the batch.
         options: how to reduce activations, and what the user says about their dimensions and padding.
         detach: whether to detach activations from their graph.
 
     Attributes:
+        now: the forward pass.
         consumer: where activations are handed to.
         dimension: knows which dimension holds the samples.
         followed: modules that :meth:`follow` has to see when they run.
@@ -53,13 +53,12 @@ class LongWay:
     def __init__(
         self,
         names: Mapping[str, nn.Module],
-        now: Pass,
         chosen: list[str],
         positions: Positions | None,
         options: Options,
         detach: bool,
     ) -> None:
-        self._now, self._positions, self._detaches = now, positions, detach
+        self.now, self._positions, self._detaches = Pass(), positions, detach
         self._features = PerLayer(options.features, names, "features")
         for reduction in self._features.values:
             check_reduction(reduction)
@@ -119,15 +118,15 @@ class LongWay:
         self._channels.restart()
         is_due = self._keeps and self._padding.is_due
         # Activations take routes unless something in this pass needs a closer look.
-        self._has_routes = self._now.show is None and self._limit is None and not is_due
-        self._now.samples = (self.dimension.samples or None) if self._has_routes else None
+        self._has_routes = self.now.show is None and self._limit is None and not is_due
+        self.now.samples = (self.dimension.samples or None) if self._has_routes else None
 
     def follow(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook of a module that shows where channels or samples are."""
-        if self._now.concerns():
+        if self.now.concerns():
             self._channels.pass_through(module, args, output)
-            if self._now.show is not None:
-                self.dimension.look(module, args, self._now.show)
+            if self.now.show is not None:
+                self.dimension.look(module, args, self.now.show)
 
     def warn(self) -> None:
         """At the end of a pass, warn about guesses and about padding that counts as data, once in all passes."""
@@ -146,19 +145,19 @@ class LongWay:
         try:
             activation = route.activation(given)
             _refuse_vmap(activation)
-            if self._now.show is not None:
+            if self.now.show is not None:
                 is_first = route.is_input or activation is next(tensors_in(given), None)
                 second = self.dimension.is_second(route.selection.module, is_first_output=is_first)
-                self._now.show(label, activation, second)
+                self.now.show(label, activation, second)
                 return
             route.reduction = self._reduction_of(name)
             route.axis = 0 if self._is_free(route) else self.dimension.of(name, label, tuple(activation.shape))
         except NotRecordable as reason:
             route.dtype = None
-            if self._now.show is None and route.selection.named:
+            if self.now.show is None and route.selection.named:
                 kind = type(route.selection.module).__name__
                 raise LayerError(f"layer {label!r} ({kind}) cannot be recorded: {reason}") from None
-            if self._now.show is None:
+            if self.now.show is None:
                 self.left_out.setdefault(label, str(reason))
             return
         self.left_out.pop(label, None)
@@ -171,7 +170,7 @@ class LongWay:
         route.open(activation)
         # A dimension that is given for the batch as well says how many samples there are.
         if self._has_routes:
-            self._now.samples = self.dimension.samples or None
+            self.now.samples = self.dimension.samples or None
         self.hand_over(route, activation)
 
     def hand_over(self, route: Route, activation: Tensor) -> None:

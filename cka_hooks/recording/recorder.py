@@ -27,7 +27,7 @@ from cka_hooks.recording.long_way import Features, LongWay
 from cka_hooks.recording.padding import MaskOption
 from cka_hooks.recording.positions import Positions, positions_of
 from cka_hooks.recording.probe import Probe, Take
-from cka_hooks.recording.routes import Consumer, Pass, taps_of
+from cka_hooks.recording.routes import Consumer, taps_of
 
 
 class LayerRecorder:
@@ -113,13 +113,13 @@ class LayerRecorder:
                 raise OptionError(f"{function!r:.200} cannot be called: expected a function {name}")
         self._forward = forward
         self._names = named_layers(model)
-        self._now = Pass()
         self._by_default = layers is None
         selections = select_layers(model, layers)
         self.chosen = [selection.name for selection in selections]
         options = Options(features=features, batch_dim=batch_dim, channel_dim=channel_dim, mask=mask)
-        self._way = LongWay(self._names, self._now, self.chosen, positions_of(per, positions, seed), options, detach)
-        self._taps = taps_of(selections, self._now, self._way, only_leaves=layers is None)
+        self._way = LongWay(self._names, self.chosen, positions_of(per, positions, seed), options, detach)
+        self._now = self._way.now
+        self._taps = taps_of(selections, self._way, only_leaves=layers is None)
         self.consumer = consumer
         self._entered, self._managed, self._started = 0, False, False
         self._form: batches.Form | None = None

@@ -179,7 +179,6 @@ class Tap:
     Args:
         module: the module.
         selections: the choices that it belongs to.
-        now: the forward pass.
         long_way: takes the activations for which no route is open.
 
     Attributes:
@@ -189,15 +188,14 @@ class Tap:
         below: taps of modules inside this one. If one of them ran, this module is not a layer.
     """
 
-    def __init__(self, module: nn.Module, selections: Iterable[Selection], now: Pass, long_way: LongWay) -> None:
+    def __init__(self, module: nn.Module, selections: Iterable[Selection], long_way: LongWay) -> None:
         self.module = module
         self.selections = sorted(selections, key=lambda selection: selection.named)
         self.calls = 0
         self.ran = False
         self.elsewhere = False
         self.below: list[Tap] = []
-        self._now = now
-        self._long_way = long_way
+        self._long_way, self._now = long_way, long_way.now
         self._routes: dict[int, tuple[list[Route], list[Route]]] = {}
         self._hooks: list[tuple[dict[int, Any], Any]] = []
 
@@ -262,7 +260,7 @@ class Tap:
         return self._routes[call]
 
 
-def taps_of(selections: Iterable[Selection], now: Pass, long_way: LongWay, *, only_leaves: bool) -> dict[int, Tap]:
+def taps_of(selections: Iterable[Selection], long_way: LongWay, *, only_leaves: bool) -> dict[int, Tap]:
     """A tap for each chosen module, by the id of the module; see :class:`Tap`.
 
     Args:
@@ -271,7 +269,7 @@ def taps_of(selections: Iterable[Selection], now: Pass, long_way: LongWay, *, on
     chosen: dict[int, list[Selection]] = defaultdict(list)
     for selection in selections:
         chosen[id(selection.module)].append(selection)
-    taps = {key: Tap(some[0].module, some, now, long_way) for key, some in chosen.items()}
+    taps = {key: Tap(some[0].module, some, long_way) for key, some in chosen.items()}
     for tap in taps.values() if only_leaves else ():
         parts = map(id, tap.module.modules())
         tap.below = [taps[part] for part in parts if part in taps and taps[part] is not tap]
