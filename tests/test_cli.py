@@ -119,6 +119,16 @@ def test_a_data_set_is_drawn_from_at_random_and_the_same_way_for_the_same_seed(n
     assert not torch.equal(a.matrix, c.matrix)
 
 
+@pytest.mark.parametrize("data", ["data", "stream"])
+def test_the_plan_takes_no_sample_from_the_run(nets, tmp_path, data, capsys):
+    assert run(nets, tmp_path / "planned", data=data) == 0
+    assert ("3 layers, 0 to 2: about 00:0" in capsys.readouterr().out) == (data == "data")
+    assert run(nets, tmp_path / "quiet", "--quiet", data=data) == 0
+    planned, quiet = (CKAResult.load(tmp_path / name / "cka.json") for name in ("planned", "quiet"))
+    assert planned.samples == quiet.samples == 64
+    assert torch.equal(planned.matrix, quiet.matrix)
+
+
 def test_a_stream_that_draws_from_numpy_brings_each_batch_once(nets, tmp_path, capsys):
     assert run(nets, tmp_path, data="drawn") == 0
     assert "came twice" not in capsys.readouterr().err

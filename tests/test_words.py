@@ -34,7 +34,7 @@ def test_size_and_largest_error():
         "3 layers, 640 samples in 20 minibatches; largest standard error 0.020."
     )
     two = result_of({"a": ["x", "y"], "b": ["x", "y", "z"]})
-    assert summary(two).startswith("5 layers of 2 models, 640 samples")
+    assert summary(two).startswith("5 layers of 2 models (a: 2, b: 3), 640 samples")
     assert summary(two.between("a", "b")).startswith("2 layers against 3,")
     assert "over 4 passes" in summary(dataclasses.replace(two, passes=4))
     one = dataclasses.replace(two.select("a/x"), samples=1, minibatches=1, degrees_of_freedom=0)
@@ -142,7 +142,7 @@ def test_ten_models_are_summed_up_in_few_lines():
     )
     assert len(text.splitlines()) <= 8
     assert len(text) < 1500
-    assert text.startswith("280 layers of 10 models, 640 samples")
+    assert text.startswith("280 layers of 10 models (epoch 0: 28, ")
     assert "; and 42 more." in text
     assert "; and 7 more." in text
 
@@ -161,3 +161,11 @@ def test_the_largest_change_is_not_between_parallel_branches():
     }
     text = summary(with_values(labels, pairs))
     assert "to the next at block.relu -> block2.branch3x3_1, CKA 0.500" in text
+
+
+def test_blocks_are_alike_throughout_and_not_only_step_by_step():
+    labels = list("abcdef")
+    near = {(x, y): 0.97 for x in "abc" for y in "abc" if x < y}
+    chain = {("c", "d"): 0.96, ("d", "e"): 0.96, ("e", "f"): 0.96, ("d", "f"): 0.5}
+    result = with_values(labels, near | chain)
+    assert "Runs of near-identical layers (CKA above 0.95 with each other): a to c (3 layers)." in summary(result)

@@ -5,20 +5,26 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
+import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from tqdm import tqdm
 
 from cka_hooks.command.data import data_words, described, features_of, loader_of
 from cka_hooks.command.models import LoadedModel, load_model, model_words
 from cka_hooks.command.shared import check_output, output_words, say, write_all
 from cka_hooks.compare import compare
-from cka_hooks.errors import NonFiniteError, OptionError, warn
+from cka_hooks.errors import CKAError, CKAWarning, NonFiniteError, OptionError, warn
 from cka_hooks.hsic import Estimator
 from cka_hooks.options import Options
+from cka_hooks.recording.batches import sample_count
 from cka_hooks.run.precomputed import is_feature_file
+from cka_hooks.run.replay import Randomness, lengths
 from cka_hooks.similarity.kernels import KERNELS
 from cka_hooks.views.formats import FILES
 
@@ -86,7 +92,8 @@ def _run(arguments: argparse.Namespace) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     if not arguments.quiet:
         what = f"{' and '.join(entries)} on {arguments.device}, {described(arguments.data, loader)}"
-        say(what, file=sys.stderr if arguments.json else sys.stdout)
+        models = {one.name: entries[one.name] for one in loaded}
+        say(what + _plan(models, loader, options), file=sys.stderr if arguments.json else sys.stdout)
     torch.manual_seed(arguments.seed)
     failure = None
     try:
@@ -118,6 +125,34 @@ def _run(arguments: argparse.Namespace) -> int:
         report |= {"complete": not failure, "files": paths, "summary": result.summary().splitlines()}
         print(json.dumps({**report, "largest_stderr": largest, "tolerance_reached": reached}, indent=2))
     return 1 if failure else 0
+
+
+def _plan(models: dict[str, Any], loader: Any, options: Options) -> str:
+    """Which layers are compared and how long that will take, from a trial on one batch; the loader is as before."""
+    if isinstance(loader, Iterator):
+        return ""
+    given = models if len(models) > 1 else next(iter(models.values()))
+    random = Randomness(loader)
+    before = random.state()
+    try:
+        batch = next(iter(loader))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CKAWarning)
+            # The first call of a kernel takes longer than all others.
+            for _ in range(2):
+                started = time.perf_counter()
+                trial = compare(given, [batch], **options.of_comparison(), progress=False)
+                seconds = time.perf_counter() - started
+    except (CKAError, StopIteration):
+        # The run says what is wrong.
+        return ""
+    finally:
+        random.restore(before)
+    total = min(max(lengths(loader) or {0}), options.max_samples or sys.maxsize)
+    about = "at most" if options.tolerance else "about"
+    left = tqdm.format_interval(seconds * total / (sample_count(batch) or 1))
+    cost = f"{about} {left} for {total:,} samples" if total else "the loader does not say how many samples it has"
+    return f"\n{len(trial.layers)} layers, {trial.layers[0]} to {trial.layers[-1]}: {cost}"
 
 
 def _models(arguments: argparse.Namespace) -> list[LoadedModel]:

@@ -17,6 +17,8 @@ from cka_hooks.names import printable
 from cka_hooks.results.order import by_model, steps
 from cka_hooks.results.result import CKAResult
 
+#: Consecutive layers whose CKA with each other is above this are near-identical.
+NEAR = 0.95
 #: Pairs this close to 1 are the same representation up to rotation and scale: a flatten, a dropout in eval mode.
 SAME = 1 - 1e-6
 #: Name a layer in which one sample has more than this share of its HSIC.
@@ -36,7 +38,7 @@ def summary(result: CKAResult) -> str:
         Most alike: conv1 and conv2, CKA 0.900 (standard error 0.020).
         Changes most from one layer to the next at conv2 -> fc, CKA 0.600 (standard error 0.020).
     """
-    parts = (_size, _most_alike, _largest_changes, _same_depth, _unrelated, _left_out)
+    parts = (_size, _most_alike, _largest_changes, _near_identical, _same_depth, _unrelated, _left_out)
     return "\n".join(printable(line) for part in parts for line in part(result))
 
 
@@ -62,7 +64,8 @@ def _size(result: CKAResult) -> Iterator[str]:
     if not result.square:
         count = f"{count} against {len(result.columns)}"
     elif len(result.models) > 1:
-        count += f" of {len(result.models)} models"
+        each = listing([f"{name}: {len(rows)}" for name, rows in by_model(result, result.rows).items()])
+        count += f" of {len(result.models)} models ({each})"
     line = f"{count}, {_count(result.samples, 'sample')} in {_count(result.minibatches, 'minibatch', 'es')}"
     if result.passes > 1:
         line += f" over {result.passes} passes"
@@ -104,6 +107,26 @@ def _largest_changes(result: CKAResult) -> Iterator[str]:
             found.append((known[before, after], f"{where}{_of(model)}, {_value(result, before, after)}"))
     if found:
         yield f"Changes most from one layer to the next at {listing([words for _, words in sorted(found)], '; ')}."
+
+
+def _near_identical(result: CKAResult) -> Iterator[str]:
+    """Runs of 3 or more consecutive layers of a model, all of whose pairs have CKA above `NEAR`."""
+    values, found = result.matrix.numpy(), []
+    for model, rows in by_model(result, result.rows).items() if result.square else ():
+        runs: list[list[int]] = [[]]
+        for row in rows:
+            # With all of the run and not only the last one, because similarity fades over many small steps.
+            if not (values[row, runs[-1]] > NEAR).all():
+                runs.append([])
+            if not math.isnan(values[row, row]):
+                runs[-1].append(row)
+        for run in runs:
+            if len(run) > 2:
+                first, last = (result.layer_of(result.rows[row]) for row in (run[0], run[-1]))
+                found.append((-len(run), f"{first} to {last} ({len(run)} layers){_of(model)}"))
+    if found:
+        listed = listing([words for _, words in sorted(found, key=lambda run: run[0])])
+        yield f"Runs of near-identical layers (CKA above {NEAR} with each other): {listed}."
 
 
 def _same_depth(result: CKAResult) -> Iterator[str]:
