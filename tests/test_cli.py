@@ -52,6 +52,9 @@ def data():
 def dataset():
     return torch.utils.data.TensorDataset(torch.randn(100, 6, generator=torch.Generator().manual_seed(0)))
 
+def stream():
+    return (torch.randn(16, 6, generator=torch.Generator().manual_seed(i)) for i in range(4))
+
 def drawn():
     import numpy
     return (torch.from_numpy(numpy.random.randn(16, 6).astype("f4")) for _ in range(4))

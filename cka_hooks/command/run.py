@@ -23,6 +23,7 @@ from cka_hooks.errors import CKAError, CKAWarning, NonFiniteError, OptionError, 
 from cka_hooks.hsic import Estimator
 from cka_hooks.options import Options
 from cka_hooks.recording.batches import sample_count
+from cka_hooks.run.comparison import Comparison
 from cka_hooks.run.precomputed import is_feature_file
 from cka_hooks.run.replay import Randomness, lengths
 from cka_hooks.similarity.kernels import KERNELS
@@ -131,18 +132,19 @@ def _plan(models: dict[str, Any], loader: Any, options: Options) -> str:
     """Which layers are compared and how long that will take, from a trial on one batch; the loader is as before."""
     if isinstance(loader, Iterator):
         return ""
-    given = models if len(models) > 1 else next(iter(models.values()))
     random = Randomness(loader)
     before = random.state()
     try:
         batch = next(iter(loader))
-        with warnings.catch_warnings():
+        comparison = Comparison.of(models if len(models) > 1 else {"": next(iter(models.values()))}, options)
+        with warnings.catch_warnings(), comparison:
             warnings.simplefilter("ignore", CKAWarning)
-            # The first call of a kernel takes longer than all others.
+            # The first batch takes longer than all others.
             for _ in range(2):
                 started = time.perf_counter()
-                trial = compare(given, [batch], **options.of_comparison(), progress=False)
+                comparison.update(batch)
                 seconds = time.perf_counter() - started
+            layers = comparison.compute().layers
     except (CKAError, StopIteration):
         # The run says what is wrong.
         return ""
@@ -152,7 +154,7 @@ def _plan(models: dict[str, Any], loader: Any, options: Options) -> str:
     about = "at most" if options.tolerance else "about"
     left = tqdm.format_interval(seconds * total / (sample_count(batch) or 1))
     cost = f"{about} {left} for {total:,} samples" if total else "the loader does not say how many samples it has"
-    return f"\n{len(trial.layers)} layers, {trial.layers[0]} to {trial.layers[-1]}: {cost}"
+    return f"\n{len(layers)} layers, {layers[0]} to {layers[-1]}: {cost}"
 
 
 def _models(arguments: argparse.Namespace) -> list[LoadedModel]:

@@ -367,7 +367,7 @@ class State:
         count = len(self.layers)
         for name in CONCATENATED:
             fields[name] = torch.cat([*fields[name], self.moments.new_empty(0, count, count)])
-        return copy.deepcopy(fields)
+        return {name: it.clone() if isinstance(it, Tensor) else copy.deepcopy(it) for name, it in fields.items()}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> State:
