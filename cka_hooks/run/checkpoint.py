@@ -41,8 +41,7 @@ class Keeper:
         finished: whether the file has the whole run.
 
     Raises:
-        OptionError: the loader's order cannot be repeated, the file cannot be written, or an argument is invalid.
-        CheckpointError: another run uses the file.
+        OptionError: the loader's order cannot be repeated, or an argument is invalid.
     """
 
     def __init__(self, path: Path | None, every: float, loader: Iterable[Any], settings: Mapping[str, Any]) -> None:
@@ -54,6 +53,7 @@ class Keeper:
         # Where the pass was interrupted, and where it is now.
         self._interrupted: dict[str, Any] | None = None
         self._place: dict[str, Any] | None = None
+        self._lock: FileLock | None = None
         self._every = above_zero("checkpoint_every", every) or 0.0
         self._next_save = time.monotonic() + self._every
         if path is None:
@@ -61,8 +61,6 @@ class Keeper:
         if not hasattr(loader, "load_state_dict"):
             self._check_order()
         self._randomness = replay.Randomness(loader)
-        self._lock = FileLock(path)
-        remove_unfinished(path)
 
     def _check_order(self) -> None:
         if replay.shuffles_unseeded(self._loader):
@@ -75,10 +73,17 @@ class Keeper:
         """Hand the saved state of the run, if there is one, to `restore`, which returns how many samples it has.
 
         Raises:
-            CheckpointError: the file is not a checkpoint, or belongs to another run.
+            CheckpointError: the file is not a checkpoint, or another run uses it, or it belongs to one.
+            OptionError: the file cannot be written.
             OSError: the file cannot be read.
         """
-        if self._path is None or not self._path.exists():
+        if self._path is None:
+            return
+        # In the run that ends with `done`, so that Ctrl-C never leaves the file held.
+        with undisturbed():
+            self._lock = FileLock(self._path)
+        remove_unfinished(self._path)
+        if not self._path.exists():
             return
         content = read(self._path)
         with refused(self._path):
@@ -180,7 +185,7 @@ class Keeper:
 
     def done(self) -> None:
         """Let others have the file."""
-        if self._path is not None:
+        if self._lock is not None:
             self._lock.release()
 
 
