@@ -59,7 +59,7 @@ class Description:
         cells = [_HEADER, *(_cells(row) for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         # Where the table is too wide, long names lose their beginning, which many layers share.
-        widths[0] = max(12, min(widths[0], WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1)))
+        widths[0] = min(widths[0], max(12, WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1)))
         cells.insert(1, tuple("-" * width for width in widths))
         lines = ["  ".join(map(_fitted, line, widths, "<<>>>>")) for line in cells]
         lines.append(f"{len(self.rows)} layers, {_short(self.features)} features per sample, {self.samples} samples")

@@ -191,13 +191,12 @@ def _by_order(label: str, whole: Look, turned: Look, problem: str | None) -> int
     if before is None or after is None:
         return _unknown(problem)
     alike = _alike(before, after, range(len(whole.positions)))
-    fitting, sure = list(alike), [dim for dim in alike if alike[dim]]
-    if len(sure) == 1:
-        return sure[0]
-    if problem and fitting:
+    sure = [dim for dim in alike if alike[dim]]
+    if len(sure) == 1 or not alike:
+        return next(iter(sure), None)
+    if problem:
         return _unknown(problem)
-    which = f"{sure or 'none'} of the dimensions {fitting} with the batch's size"
-    return f"{which} followed the samples when their order changed" if fitting else None
+    return f"of {list(alike)}, dimensions {sure} followed the samples when their order changed, where one should"
 
 
 def _alike(before: Glance, after: Glance, order: Sequence[int]) -> dict[int, bool | None]:
