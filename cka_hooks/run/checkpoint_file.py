@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -128,36 +129,38 @@ class FileLock:
 
     def __init__(self, path: Path) -> None:
         self._path = path.with_name(f".{path.name[:100]}.lock")
-        self._descriptor: int | None = None
+        # When nothing refers to it any more, it closes, which ends the lock: after Ctrl-C, too.
+        self._file: FileIO | None = None
         if fcntl is None:
             return
         try:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            file = FileIO(self._path, "a+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
         except (OSError, ValueError) as error:
             if path.exists():
                 # What was saved can be read, if not written.
                 return
             raise OptionError(f"checkpoint={str(path)!r} cannot be written: {error}") from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
-            os.close(descriptor)
+            holder = os.pread(file.fileno(), 200, 0).decode(errors="replace") or "another process"
+            file.close()
             raise CheckpointError(
                 f"{path} is in use by {holder}: wait for that run, stop it, or name another file with checkpoint="
             ) from error
         except OSError:
             # Some file systems have no locks.
             pass
-        self._descriptor = descriptor
+        self._file = file
         # On a full disk, the file stays empty.
         with suppress(OSError):
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".ljust(200).encode())
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
 
     def release(self) -> None:
         """Let others have the file."""
-        if self._descriptor is not None:
+        if self._file is not None:
             with suppress(OSError):
                 self._path.unlink(missing_ok=True)
-            os.close(self._descriptor)
-            self._descriptor = None
+            self._file.close()
+            self._file = None
