@@ -60,12 +60,12 @@ def added_up_in_turn(
     for name, model in _built(models):
         own = replace(options, layers=layers[name], forward=forwards[name], permutations=0)
         comparison = Comparison.of({name: model}, own)
-        comparison.steps = steps[name] = []
+        others = sum(len(state.layers) for state in states.values())
+        comparison.steps = steps[name] = _Steps(options.permutations, others)
         comparison.seen.check(loader)
         keeper = Keeper(None, 1.0, replayed.rewind(name), {})
         loop = Loop(comparison, loader, own, keeper, None, alone=ranks is None)
         states[name] = loop.run(progress=progress, name=name).to("cpu")
-        check_permutations(options.permutations, sum(len(state.layers) for state in states.values()))
         places[name] = comparison.positions and comparison.positions.digest
         refuse_other_positions(places)
         types |= comparison.types
@@ -75,6 +75,20 @@ def added_up_in_turn(
     kept = {"permutations": options.permutations, "seed": options.seed}
     state = State.joined(states, steps, keep=options.keep_minibatches, **kept)
     return state if ranks is None else ranks.meet(state, phase=DONE)[0], types, settings
+
+
+class _Steps(list[Step | None]):
+    """Steps of a model, of which there must not be too many layers beside those of earlier models."""
+
+    def __init__(self, permutations: int, others: int) -> None:
+        super().__init__()
+        self._permutations, self._others = permutations, others
+
+    def append(self, step: Step | None) -> None:
+        """Append a step, or raise :class:`OptionError`."""
+        for group in step.groups if step else ():
+            check_permutations(self._permutations, self._others + len(group.layers))
+        super().append(step)
 
 
 def refuse_other_positions(places: Mapping[str, int | None]) -> None:
