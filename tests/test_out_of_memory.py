@@ -112,12 +112,11 @@ def test_while_adding_up_nothing_is_added(monkeypatch: pytest.MonkeyPatch, where
 def test_in_compare(monkeypatch: pytest.MonkeyPatch) -> None:
     net = model()
 
-    def plain(*_):
+    def exhausted(*_):
         raise ERRORS[0]
 
-    monkeypatch.setattr(gram, "plain", plain)
-    monkeypatch.setattr(gram, "shifted", plain)
-    monkeypatch.setattr(native, "grams", plain)
+    monkeypatch.setattr(gram, "shifted", exhausted)
+    monkeypatch.setattr(native, "grams", exhausted)
     with pytest.raises(cka_hooks.OutOfMemoryError, match="layer '0'"):
         cka_hooks.compare(net, batches(), progress=False)
     assert not any(module._forward_hooks for module in net.modules())
