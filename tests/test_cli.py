@@ -217,7 +217,6 @@ def test_a_torchvision_data_set(tmp_path, capsys):
     ("words", "message"),
     [
         (["--layers", "9"], "no layer matches '9'"),
-        (["--device", "nowhere"], "device string: nowhere (--debug shows where)"),
         (["--weights", "gone.pt"], "could not load gone.pt into Sequential ([Errno 2] No such file"),
         (["--weights", "IMAGENET1K_V1"], "expected what torch.save(model.state_dict(), path) writes"),
         (["--against-weights", "a.pt"], "name that model with --against"),

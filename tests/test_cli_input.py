@@ -299,6 +299,7 @@ def test_an_odd_file_of_weights_is_our_error(tmp_path):
         (["--samples", "many"], "expected a whole number from 1"),
         (["--workers", "-1"], "expected a whole number from 0"),
         (["--batch-size", "2.5"], "expected a whole number from 1"),
+        (["--device", "nowhere"], "nowhere cannot be used ("),
         (["--minibatch", "many"], "invalid int value: 'many'"),
     ],
 )

@@ -6,6 +6,7 @@ import argparse
 import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -98,7 +99,16 @@ def _count_or_all(word: str) -> int | None:
 
 
 def _device(word: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if word == "auto" else word
+    if word == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        # Also fails if the device is not there.
+        return str(torch.empty(0, device=word).device)
+    except (RuntimeError, AssertionError) as error:
+        why = shorten(str(error), 120)
+        raise argparse.ArgumentTypeError(
+            f"{word} cannot be used ({why}): expected auto, cpu, cuda:1 or mps"
+        ) from None
 
 
 def loader_of(arguments: argparse.Namespace, transform: Transform | None) -> Iterable[Any]:
