@@ -852,3 +852,30 @@ def test_two_tensors_are_two_batches() -> None:
     loader = tuple(data(N, 3, count=2))
     assert cka_hooks.compare(Residual(), loader, progress=False).minibatches == 2
     assert cka_hooks.compare(Residual(), DataLoader(torch.cat(loader), N), progress=False).minibatches == 2
+
+
+def test_a_module_with_batch_first_false_is_checked_if_it_is_called_by_keyword() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.attention = nn.Linear(5, 8), nn.MultiheadAttention(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            return self.attention(query=x, key=x, value=x)[0]
+
+    with pytest.raises(cka_hooks.BatchError, match="batch_first=False reads it as 10"):
+        cka_hooks.compare(Net(), [torch.randn(12, 10, 5)], progress=False)
+
+
+def test_a_layer_that_returns_one_number_a_sample_is_a_layer() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.flat = nn.Linear(5, 8), nn.Linear(8, 1), nn.Flatten(0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.flat(self.b(self.a(x)))
+
+    result = cka_hooks.compare(Net(), [torch.randn(16, 5)], progress=False)
+    assert (result.layers, result.skipped) == (("a", "b", "flat"), {})

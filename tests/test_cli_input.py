@@ -313,7 +313,7 @@ def test_a_number_out_of_range_is_a_usage_error(nets, tmp_path, capsys, words, m
 @pytest.mark.parametrize("words", [["--tolerance", "inf"], ["--tolerance", "nan"], ["--samples", "3"]])
 def test_options_are_refused_before_anything_is_loaded(nets, tmp_path, capsys, words):
     assert run(nets, tmp_path / "out", *words, model="missing") == 2
-    assert f"={words[1]}: expected a" in capsys.readouterr().err
+    assert f"{words[0]} {words[1]}: expected a" in capsys.readouterr().err
     CKAResult.example().save(tmp_path / "cka.json")
     assert main(["diff", str(tmp_path / "cka.json"), str(tmp_path / "cka.json"), "--level", "95"]) == 2
     assert "expected a number between 0 and 1" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -529,3 +530,56 @@ def test_activations_come_without_their_graph_by_default() -> None:
         out = model(inputs()[0])
     assert out.requires_grad
     assert not any(activation.requires_grad for activation in seen.values())
+
+
+def test_a_buffer_that_the_forward_pass_registers_stays() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.built = nn.Linear(5, 8), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.built:
+                self.register_buffer("shift", torch.arange(8.0))
+                self.built = True
+            return self.a(x) + self.shift
+
+    net = Net()
+    cka_hooks.compare(net, [torch.randn(10, 5)], progress=False)
+    assert net(torch.randn(2, 5)).shape == (2, 8)
+    assert len(list(cka_hooks.LayerRecorder(Net()).stream([torch.randn(10, 5)] * 2))) == 2
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+def test_memory_that_is_only_for_reading_is_not_written_to(tmp_path: Path) -> None:
+    np.arange(8, dtype="float32").tofile(tmp_path / "memory")
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(5, 8)
+            self.memory = torch.from_numpy(np.memmap(tmp_path / "memory", dtype="float32", mode="r"))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + self.memory
+
+    assert cka_hooks.compare(Net(), [torch.randn(10, 5)], layers="a", progress=False).layers == ("a",)
+
+
+def test_objects_of_a_batch_are_not_changed_by_the_probe() -> None:
+    class Log:
+        def __init__(self) -> None:
+            self.calls = 0
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(5, 8)
+
+        def forward(self, x: Tensor, log: Log) -> Tensor:
+            log.calls += 1
+            return self.a(x)
+
+    log = Log()
+    cka_hooks.compare(Net(), [{"x": torch.randn(10, 5), "log": log}], progress=False)
+    assert log.calls == 1

@@ -188,7 +188,7 @@ def test_only_small_batches_are_refused_at_once(kind: str) -> None:
         "generator": iter(list(x.split(2))),
     }[kind]
     calls = Always()
-    with pytest.raises(TooFewSamplesError, match=r"join_batches=32, features='mean'"):
+    with pytest.raises(TooFewSamplesError, match=r"join_batches=32 and features='mean'"):
         compare(loader, join_batches=None, forward=calls)
     # The first batch is looked at more than once, to find out where its samples are.
     assert calls.calls <= (8 if kind in ("DataLoader", "list") else 16)

@@ -553,3 +553,34 @@ def test_lengths_cost_nothing_if_no_layer_has_positions(monkeypatch: pytest.Monk
                 raise AssertionError("the long way")
 
             monkeypatch.setattr("cka_hooks.recording.axes.SampleDimension.of", refused)
+
+
+class WithMask(nn.Module):
+    """A layer sees the mask by itself, and two inputs have its positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(5, 8), nn.Linear(3, 8)
+        self.act, self.missing = nn.ReLU(), nn.Linear(1, 8)
+
+    def forward(self, x: Tensor, attention_mask: Tensor, y: Tensor | None = None) -> Tensor:
+        hidden = self.one(x) if y is None else self.one(x) + self.other(y)
+        return self.act(hidden).mean(1) + self.missing(attention_mask.float()[..., None]).mean(1)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_mask_that_a_layer_sees_by_itself_still_belongs_to_the_others(both: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    net, batches = WithMask(), []
+    for _ in range(3):
+        mask = (torch.arange(7) < torch.randint(2, 8, (12, 1), generator=generator)).long()
+        batch = {"x": torch.randn(12, 7, 5, generator=generator), "attention_mask": mask}
+        batches.append({**batch, "y": torch.randn(12, 7, 3, generator=generator)} if both else batch)
+    result = cka_hooks.compare(net, batches, features="mean", layers=["one", "act"], progress=False)
+    by_hand = cka_hooks.CKAAccumulator()
+    for batch in batches:
+        one = net.one(batch["x"])
+        hidden, there = one + net.other(batch["y"]) if both else one, batch["attention_mask"][..., None]
+        pooled = [(it * there).sum(1) / there.sum(1) for it in (one, hidden.relu())]
+        by_hand.update({"one": pooled[0].detach(), "act": pooled[1].detach()})
+    assert result["one", "act"] == pytest.approx(by_hand.compute()["one", "act"], abs=1e-6)

@@ -368,7 +368,7 @@ class Stream(IterableDataset[Any]):
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"), [(SAMPLES - 1, "'V4' has 11 samples"), (SAMPLES + 1, "brought 60 samples")]
+    ("rows", "message"), [(SAMPLES - 1, "brings more samples"), (SAMPLES + 1, "brought 60 samples")]
 )
 def test_a_wrong_number_of_rows_of_a_loader_without_a_length(rows: int, message: str) -> None:
     with pytest.raises(SampleCountError, match=message):
@@ -578,3 +578,18 @@ def test_identifiers_are_kept_in_a_checkpoint_and_over_models_in_turn(tmp_path: 
     assert turn.influence["V4"].identifier == "image17"
     with pytest.raises(BatchError, match="gives 11 identifiers for 12 samples"):
         compare({}, named(), sample_ids=lambda batch: batch["id"][1:], forward=OfInput())
+
+
+def test_rows_that_end_before_the_loader_does_are_said() -> None:
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    batches = (batch for batch in torch.cat([x, x, x]).split(32))
+    with pytest.raises(cka_hooks.SampleCountError, match="64 rows and the loader brings more samples"):
+        cka_hooks.compare({"net": torch.nn.Linear(4, 3), "V": x.numpy()}, batches, progress=False)
+
+
+def test_a_group_of_a_file_is_no_array(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["group/A"], file["other"] = np.zeros((8, 2)), np.zeros((8, 2))
+    with pytest.raises(cka_hooks.OptionError, match="no array 'group'"):
+        cka_hooks.Precomputed.load(f"{tmp_path}/a.h5::group")

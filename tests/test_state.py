@@ -271,3 +271,14 @@ def test_the_null_is_that_of_the_first_pass() -> None:
     biased = CKAAccumulator(estimator="biased")
     biased.update(batches[0])
     assert not bool(biased.state.null[1].any())
+
+
+def test_a_state_of_the_version_that_counted_layers_by_label_is_read() -> None:
+    cka = CKAAccumulator()
+    for batch in torch.randn(3, 2, 16, 4, generator=torch.Generator().manual_seed(0)):
+        cka.update({"a": batch[0], "b": batch[1]})
+    saved = cka.state_dict()
+    saved["state"]["seen"] = {"a": 3, "b": 3}
+    other = CKAAccumulator()
+    other.load_state_dict(saved)
+    assert torch.equal(other.compute().matrix, cka.compute().matrix)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -71,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "\nOriginal Traceback" in message:  # from a loader's worker, with the worker's whole traceback
             message = message.rpartition(f"{kind}: ")[2].strip()
         ours = isinstance(error, CKAError | OSError)
+        if ours:
+            message = _as_options(message, arguments)
         say(f"cka-hooks: {message if ours else f'{kind}: {message} (--debug shows where)'}", file=sys.stderr)
         return BAD_INPUT
 
@@ -87,6 +90,15 @@ def parser() -> argparse.ArgumentParser:
         own.add_argument("--debug", action="store_true", help="show the traceback of an error")
         words(own)
     return top
+
+
+def _as_options(message: str, arguments: argparse.Namespace) -> str:
+    """A message that names arguments of functions, with the names of options in their place."""
+    for name in (*vars(arguments), "max_samples"):
+        option = f"--{name.removeprefix('max_').replace('_', '-')}"
+        message = re.sub(rf"(?<![\w(]){name}=(?=[\w'\".-])", f"{option} ", message)
+        message = re.sub(rf"(?<![\w(]){name}=", option, message)
+    return message
 
 
 def _warn(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:

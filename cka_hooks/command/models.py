@@ -195,6 +195,8 @@ def from_file(spec: str) -> Any:
             f"{spec!r} names nothing that can be loaded: expected torchvision:NAME, timm:NAME or hf:NAME for a "
             "model, a folder of images or torchvision:NAME:FOLDER for data, or file.py:NAME for either"
         )
+    if not Path(file).is_file():
+        raise SpecError(f"no file {file} to find {name!r} in")
     names = vars(_imported(Path(file).resolve()))
     if name not in names:
         raise unknown(file, "object", name, [name for name in names if not name.startswith("_")])

@@ -42,6 +42,8 @@ def _layers(arguments: argparse.Namespace) -> int:
     loaded = load_model(arguments.model, arguments.weights)
     if arguments.data:
         batch = next(iter(loader_of(arguments, loaded.transform)), None)
+        if batch is None:
+            raise SpecError(f"--data {arguments.data} yields no batch: it is empty")
     else:
         batch = _random_batch(loaded, arguments.input)
     say(LayerRecorder(loaded.model, arguments.layers).describe(batch))

@@ -42,7 +42,8 @@ def whole(least: int) -> Callable[[str], int]:
 
     def number(text: str) -> int:
         if not (text.isdecimal() and len(text) < 20 and least <= int(text) <= MOST):
-            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {MOST}, got {text:.40}")
+            most = f" to {MOST}" if text.isdecimal() and len(text) > 18 else ""
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least}{most}, got {text:.40}")
         return int(text)
 
     return number

@@ -112,9 +112,9 @@ class SampleDimension:
         # Hidden states are (layers, n, d) whatever batch_first says. Attention weights are always (n, ...).
         return module in self._second if is_first_output else isinstance(module, nn.RNNBase)
 
-    def look(self, module: nn.Module, args: tuple[Any, ...], show: Take) -> None:
+    def look(self, module: nn.Module, given: Any, show: Take) -> None:
         """Show a probe the input of a module with ``batch_first=False``, too."""
-        tensor = next(tensors_in(args), None)
+        tensor = next(tensors_in(given), None)
         if module in self.sequence_first and tensor is not None and tensor.ndim > 2 and tensor.is_floating_point():
             # No layer has this label.
             label = f"{type(module).__name__} {self.sequence_first[module]!r} with batch_first=False"

@@ -161,6 +161,7 @@ _NO_LOADERS: tuple[tuple[type | UnionType, str | None], ...] = (
     (data.IterableDataset, None),
     (data.Dataset, _DATA_SET.format("dataset, batch_size=64")),
     (Tensor | np.ndarray, _LOADER.format("tensor, batch_size=64") + ", or [tensor] for one batch"),
+    (nn.Module, "a model: the models come first, compare({'a': a, 'b': b}, loader)"),
     (Mapping, _ONE_BATCH),
 )
 
@@ -214,10 +215,12 @@ def mapped(value: Any, change: Callable[[Any, str], Any], key: str = "") -> Any:
         return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
     if (fields := fields_of(value)) is None:
         return value
+    items = {name: mapped(item, change, name) for name, item in fields.items()}
+    if dataclasses.is_dataclass(value):
+        own = {field.name for field in dataclasses.fields(value) if field.init}
+        return dataclasses.replace(value, **{name: item for name, item in items.items() if name in own})  # type: ignore[type-var]
     new = copy.copy(value)
-    for name, item in fields.items():
-        # A dataclass may be frozen, and have no `__dict__`.
-        object.__setattr__(new, name, mapped(item, change, name))
+    vars(new).update(items)
     return new
 
 
@@ -240,7 +243,7 @@ def cut(value: Any, samples: int, index: Sequence[int]) -> Any:
     """Copy a batch of `samples`, keeping the samples that `index` names, in that order.
 
     This cuts tensors and arrays whose dimension 0 has that size, lists with one entry per sample, packed sequences
-    and batches of graphs. Other tensors are copied whole, and everything else stays the same object.
+    and batches of graphs. Everything else is copied whole.
     """
 
     def chosen(item: Any, _: str) -> Any:
@@ -249,8 +252,8 @@ def cut(value: Any, samples: int, index: Sequence[int]) -> Any:
             return torch.nested.as_nested_tensor([parts[i] for i in index], layout=item.layout)
         if isinstance(item, Tensor | np.ndarray) and item.ndim and item.shape[0] == samples:
             return item[list(index)]
-        if isinstance(item, Tensor):
-            return item.clone()
+        if isinstance(item, Tensor | np.ndarray):
+            return item.clone() if isinstance(item, Tensor) else item.copy()
         if isinstance(item, PackedSequence):
             unpacked = unpack_sequence(item)
             return pack_sequence([unpacked[i] for i in index], enforce_sorted=False)
@@ -258,7 +261,14 @@ def cut(value: Any, samples: int, index: Sequence[int]) -> Any:
             return type(item)([copy.deepcopy(item[i]) for i in index])
         if getattr(item, "num_graphs", None) == samples:
             return type(item).from_data_list([item[i] for i in index])
-        return None
+        if isinstance(item, tuple | list) or fields_of(item) is not None:
+            return None
+        try:
+            # The model may write to a cache or a counter.
+            return copy.deepcopy(item)
+        except Exception:
+            # Locks, open files and the like are the same for every part of the batch.
+            return item
 
     return mapped(value, chosen)
 

@@ -7,6 +7,7 @@ undo() finally: undo()``.
 from __future__ import annotations
 
 import dataclasses
+import operator
 import random
 import sys
 import threading
@@ -90,7 +91,11 @@ def remove_hooks(module: nn.Module, *owners: object) -> None:
         (module._forward_hooks, module._forward_hooks_with_kwargs),
         (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
     ):
-        for number in [number for number, hook in hooks.items() if getattr(hook, "__self__", None) in owners]:
+        for number in [
+            number
+            for number, hook in hooks.items()
+            if any(getattr(hook, "__self__", None) is owner for owner in owners)
+        ]:
             hooks.pop(number, None)
             marks.pop(number, None)
 
@@ -98,7 +103,8 @@ def remove_hooks(module: nn.Module, *owners: object) -> None:
 def varies_in_train_mode(module: nn.Module) -> bool:
     """Whether a module's output in train mode depends on chance or on the other samples of the batch."""
     if isinstance(module, _RANDOM) or type(module).__name__ in _RANDOM_BY_NAME:
-        return any((getattr(module, rate, None) or 0) > 0 for rate in _RATES)
+        rates = (getattr(module, name, None) for name in _RATES)
+        return any(isinstance(rate, int | float) and rate > 0 for rate in rates)
     return isinstance(module, nn.modules.batchnorm._BatchNorm | nn.RReLU)
 
 
@@ -133,8 +139,11 @@ class untouched:
             claim(self, self._model)
             for module in self._model.modules():
                 unset = {name: None for name, parameter in module._parameters.items() if parameter is None}
-                self._undo += partial(vars(module).update, training=module.training), *undoing(module._buffers, {})
+                self._undo.append(partial(vars(module).update, training=module.training))
+                # A buffer that the forward pass registers stays, since a flag beside it may say that it is there.
+                self._undo.append(partial(module._buffers.update, dict(module._buffers)))
                 self._undo.append(partial(module._parameters.update, unset))
+                self._undo += [undo for buffer in module._buffers.values() for undo in undoing(buffer, {})]
             for module in self._model.modules():
                 module.training = False
         except BaseException:
@@ -218,9 +227,9 @@ def _write_back(tensor: Tensor, copy: Tensor, version: int) -> None:
         tensor.data = copy.clone()
     elif tensor._version != version:
         tensor.detach().copy_(copy)
-    elif 0 not in tensor.stride():
+    elif 0 not in tensor.stride() and not torch.equal(tensor, copy):
         # A write through `.data` does not count as a version, and neither does this: a graph that holds the tensor
-        # would notice. (Expanded tensors cannot be written to.)
+        # would notice. (Expanded tensors, and memory that is only for reading, cannot be written to.)
         tensor.data.copy_(copy)
 
 
@@ -232,6 +241,8 @@ def _fill(mapping: dict[Any, Any], items: dict[Any, Any]) -> None:
 
 
 def _refill(container: list[Any] | deque[Any] | set[Any], entries: list[Any]) -> None:
+    if len(container) == len(entries) and all(map(operator.is_, container, entries)):
+        return
     container.clear()
     (container.update if isinstance(container, set) else container.extend)(entries)
 

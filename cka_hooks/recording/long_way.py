@@ -121,12 +121,12 @@ class LongWay:
         self._has_routes = self.now.show is None and self._limit is None and not is_due
         self.now.samples = (self.dimension.samples or None) if self._has_routes else None
 
-    def follow(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def follow(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Hook of a module that shows where channels or samples are."""
         if self.now.concerns():
             self._channels.pass_through(module, args, output)
             if self.now.show is not None:
-                self.dimension.look(module, args, self.now.show)
+                self.dimension.look(module, (args, kwargs), self.now.show)
 
     def warn(self) -> None:
         """At the end of a pass, warn about guesses and about padding that counts as data, once in all passes."""

@@ -161,7 +161,7 @@ class Padding:
         few, ways = probe.first.samples, list(self._ways(length, less))
         whole: list[dict[str, _Fit]] = []
         broken: list[dict[str, _Fit]] = []
-        for tries in _tries(probe.few, few, length, source):
+        for tries in _tries(probe.few, few, length, source, self._found[source][probe.chosen]):
             for chosen in tries:
                 look = probe.look(_shortened(probe.few, few, length, less, chosen), few)
                 both = ((label, before, look.seen.get(label)) for label, before in probe.first.seen.items())
@@ -280,25 +280,37 @@ def _followed(label: str, before: Glance, after: Glance, ways: list[Way]) -> _Fi
     return _APART if is_same(before, after) else _OTHER
 
 
-def _tries(batch: Any, samples: int, length: int, source: Source) -> Iterator[list[list[Any]]]:
+def _tries(batch: Any, samples: int, length: int, source: Source, mask: Tensor) -> Iterator[list[list[Any]]]:
     """Lists of items that a mask may describe, the likely ones first. All have as many positions as it.
 
-    Tokens and recordings are (n, T). If the model cannot run with fewer of these, or they decide nothing, the mask
-    belongs to something else of that length.
+    Tokens and recordings are (n, T). If the model cannot run with fewer of these, if they decide nothing, or if the
+    mask alone is one, it belongs to something else of that length.
     """
     tokens: list[Any] = []
     others: list[Any] = []
+    is_alone = True
 
     def look(item: Any, key: str) -> None:
         is_long = isinstance(item, Tensor | np.ndarray) and tuple(item.shape[:2]) == (samples, length)
-        mask = LABELS if key in batches.LABELS else DECODER_MASK if key.startswith("decoder_") else MASK
-        if is_long and (callable(source) or source == mask):
+        own = LABELS if key in batches.LABELS else DECODER_MASK if key.startswith("decoder_") else MASK
+        if is_long and (callable(source) or source == own):
             (tokens if item.ndim == 2 else others).append(item)
+            nonlocal is_alone
+            is_alone = is_alone and (item.ndim > 2 or "mask" in key or _is_alike(item, mask))
 
     batches.mapped(batch, look)
-    if tokens:
+    if tokens and not (is_alone and others):
         yield [tokens]
     yield [[*tokens, one] for one in others]
+    if len(others) > 1:
+        yield [[*tokens, *others]]
+
+
+def _is_alike(item: Any, mask: Tensor) -> bool:
+    """Whether an item is a mask itself or its inverse. Tokens may be 0 at padding, too."""
+    numbers = torch.as_tensor(item, device=mask.device)
+    is_data = mask != 0
+    return len(numbers.unique()) <= 2 and any(torch.equal(one, is_data) for one in (numbers != 0, numbers == 0))
 
 
 def _shortened(batch: Any, samples: int, length: int, less: int, chosen: list[Any]) -> Any:

@@ -78,7 +78,7 @@ class Look:
         index = torch.tensor(self.positions, device=activation.device)
         for dim, size in enumerate(activation.shape):
             if size == self.samples:
-                rows = activation.detach().index_select(dim, index).movedim(dim, 0).flatten(1)
+                rows = activation.detach().index_select(dim, index).movedim(dim, 0).reshape(len(index), -1)
                 slices[dim] = rows[:, :: max(1, rows.numel() // _NUMBERS)].cpu().double()
         self.seen[label] = Glance(tuple(activation.shape), slices, second, torch.finfo(activation.dtype).eps)
 

@@ -160,7 +160,7 @@ class LayerRecorder:
                 unwrap(self.model).register_forward_pre_hook(self._on_start, prepend=True, with_kwargs=True)
                 unwrap(self.model).register_forward_hook(self._on_end)
                 for module in self._way.followed:
-                    module.register_forward_hook(self._way.follow)
+                    module.register_forward_hook(self._way.follow, with_kwargs=True)
                 for tap in self._taps.values():
                     tap.attach()
             self._entered = depth + 1

@@ -314,7 +314,8 @@ class CKAResult:
             if not found:
                 models = ", ".join(map(repr, self.models)) or "unnamed; name them by comparing a mapping of models"
                 raise LayerError(f"no layer of model {name!r} is a {side} of this result: its models are {models}")
-        return self._cut(rows, columns, [label for label in self.skipped if self.model_of(label) in (first, second)])
+        skipped = [label for label in self.skipped if self.model_of(label) in (first, second)]
+        return self._cut(rows, columns, skipped, (first, second))
 
     def select(
         self,
@@ -338,15 +339,19 @@ class CKAResult:
             >>> CKAResult.example().select("conv*").layers
             ('conv1', 'conv2')
         """
-        for_rows, for_columns = (_patterns(layers if choice is None else choice) for choice in (rows, columns))
+        both = _patterns(layers)
+        for_rows, for_columns = (both if choice is None else _patterns(choice) for choice in (rows, columns))
         asked = for_rows + for_columns
         return self._cut(
             _chosen(for_rows, self.rows),
             _chosen(for_columns, self.columns),
             [label for label in self.skipped if not asked or any(matching(p, [label]) for p in asked)],
+            self.models,
         )
 
-    def _cut(self, rows: tuple[str, ...], columns: tuple[str, ...], skipped: list[str]) -> CKAResult:
+    def _cut(
+        self, rows: tuple[str, ...], columns: tuple[str, ...], skipped: list[str], models: tuple[str, ...]
+    ) -> CKAResult:
         kept = dict.fromkeys(rows + columns)
         at = [self.rows.index(row) for row in rows], [self.columns.index(column) for column in columns]
         entries: dict[str, Any] = {
@@ -368,7 +373,7 @@ class CKAResult:
             degenerate={label: why for label, why in self.degenerate.items() if label in kept},
             skipped={label: self.skipped[label] for label in skipped},
             influence={label: value for label, value in self.influence.items() if label in kept},
-            models=tuple(dict.fromkeys(filter(None, map(self.model_of, kept)))),
+            models=tuple(name for name in dict.fromkeys(models) if name in {self.model_of(label) for label in kept}),
             minibatch_hsic=hsic,
         )
 

@@ -54,6 +54,8 @@ class Keeper:
         self._interrupted: dict[str, Any] | None = None
         self._place: dict[str, Any] | None = None
         self._lock: FileLock | None = None
+        # The random states of the caller, if resuming has changed them.
+        self._outer: dict[str, Any] | None = None
         self._every = above_zero("checkpoint_every", every) or 0.0
         self._next_save = time.monotonic() + self._every
         if path is None:
@@ -112,14 +114,14 @@ class Keeper:
             # The fingerprint is one of all batches: every one that is repeated has to be the same as before.
             place = self._interrupted or {"start": self._randomness.state(), "batches": 0, "fingerprint": ""}
             batches, found = int(place["batches"]), ""
+            if self._interrupted and self._outer is None:
+                self._outer = self._randomness.state()
             self._randomness.restore(place["start"])
             knows = place.get("loader") is not None
             if knows:
                 self._loader.load_state_dict(place["loader"])
-            stream = iter(self.drawn)
-            if knows:
-                self._randomness.restore(place["now"])
                 batches, found = 0, place["fingerprint"]
+            stream = iter(self.drawn)
         for _, batch in zip(range(batches), stream, strict=False):
             found = _chained(found, replay.fingerprint(batch))
         if found != place["fingerprint"]:
@@ -128,6 +130,10 @@ class Keeper:
                 "before, since the data, their number, their order or a random augmentation changed. Delete it to "
                 "start from the beginning"
             )
+        if "now" in place:
+            # Models may draw from Python and NumPy, too.
+            with refused(self._path):
+                self._randomness.restore(place["now"])
         self._interrupted, self._place = None, place
         return stream
 
@@ -136,7 +142,12 @@ class Keeper:
         if self._place is None:
             return
         chained = _chained(self._place["fingerprint"], fingerprint)
-        self._place = {"start": self._place["start"], "batches": self._place["batches"] + 1, "fingerprint": chained}
+        self._place = {
+            "start": self._place["start"],
+            "batches": self._place["batches"] + 1,
+            "fingerprint": chained,
+            "now": self._randomness.state(),
+        }
         try:
             # Where a `StatefulDataLoader` is. Once it has gone on, it no longer knows.
             state = copy.deepcopy(self._loader.state_dict())
@@ -145,7 +156,7 @@ class Keeper:
             self._check_order()
             return
         if is_plain(state):
-            self._place |= {"loader": state, "now": self._randomness.state()}
+            self._place["loader"] = state
 
     def save_if_due(self, state: Callable[[], dict[str, Any]]) -> None:
         """Save if it is time to."""
@@ -184,7 +195,10 @@ class Keeper:
             error.add_note(note)
 
     def done(self) -> None:
-        """Let others have the file."""
+        """Let others have the file, and the caller its random states of Python and NumPy."""
+        if self._outer is not None:
+            self._randomness.restore({**self._outer, "generators": self._randomness.state()["generators"]})
+            self._outer = None
         if self._lock is not None:
             self._lock.release()
 
@@ -202,6 +216,10 @@ def path_of_rank(given: str | os.PathLike[str], ranks: Ranks | None) -> Path:
         own = [path.with_name(name) for name in names]
     except (TypeError, ValueError):
         raise OptionError(f"checkpoint={given!r}: expected the path of a file") from None
+    if path.is_dir():
+        raise OptionError(f"checkpoint={str(path)!r}: this is a folder, name a file in it")
+    if not path.absolute().parent.is_dir():
+        raise OptionError(f"checkpoint={str(path)!r}: there is no folder {str(path.parent)!r}")
     for other in (path, *path.parent.glob(f"{glob.escape(path.name)}.rank*-of-*")):
         if other not in own and other.exists():
             raise CheckpointError(

@@ -52,7 +52,10 @@ def refused(path: Path) -> Iterator[None]:
         raise
     except _WRONG as error:
         why = str(error) if isinstance(error, ValueError) else f"its content is invalid ({error!r:.200})"
-        raise CheckpointError(f"{path} cannot be resumed: {why}. Delete it to start from the beginning") from error
+        raise CheckpointError(
+            f"{path} cannot be resumed: {why}. Name another file with checkpoint=, or delete it to start from the "
+            "beginning"
+        ) from error
 
 
 def write(path: Path, content: Any) -> None:

@@ -205,7 +205,8 @@ class Comparison:
                     recorder.run(given, limit=limit or None, number=number)
                     if self._accumulator.observing == before:
                         # Otherwise the result would compare only the other models, as if it had not been asked for.
-                        raise LayerError(f"of the model {name!r} {nothing_ran(recorder.skipped)}")
+                        of = f"of the model {name!r} " if name else ""
+                        raise LayerError(of + nothing_ran(recorder.skipped))
             if limit == 0:
                 self._accumulator.discard()
                 return False

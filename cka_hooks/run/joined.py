@@ -62,7 +62,7 @@ class JoiningAccumulator(CKAAccumulator):
                 f"layer {layer!r} has {rows.shape[1]} features in this batch and {width} in one before, and "
                 "join_batches= joins what has the same features: average them over positions, features='mean'"
             )
-        self._now[layer] = rows
+        self._pending[layer], self._now[layer] = None, rows
 
     def slot(self, layer: str) -> Callable[[Tensor], None] | None:
         """See :meth:`CKAAccumulator.slot`. If features are joined, no product takes an activation at once."""

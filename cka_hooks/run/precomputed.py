@@ -300,7 +300,7 @@ def _hdf5(path: str, name: str) -> tuple[Mapping[str, Any], Any]:
     file = h5py.File(path, "r")
     group = file[name.rpartition("/")[0] or "/"] if name in file else file
     found = {key: item for key, item in group.items() if isinstance(item, h5py.Dataset)}
-    return file if name in file else found, found[_IDS][:] if _IDS in found else None
+    return file if isinstance(file.get(name), h5py.Dataset) else found, found[_IDS][:] if _IDS in found else None
 
 
 _READERS = {".npy": _numpy, ".npz": _numpy, ".safetensors": _safetensors, ".h5": _hdf5, ".hdf5": _hdf5}

@@ -222,7 +222,8 @@ def _keeps_order(loader: Any) -> bool:
     """
     collate = getattr(loader, "collate_fn", None)
     return (
-        type(loader) is DataLoader
+        isinstance(loader, DataLoader)
+        and type(loader).__iter__ is DataLoader.__iter__
         and loader.batch_sampler is not None
         and not loader.persistent_workers
         and not isinstance(loader.dataset, IterableDataset)

@@ -152,6 +152,10 @@ class Seen:
             raise BatchError(f"the loader brought samples twice in one pass: {first(twice)}; let each come once")
         rows = range(self.row, self.row + samples)
         for name, one in self._entries.items():
+            if name in self._in_order and rows.stop > one.samples:
+                raise SampleCountError(
+                    f"{name!r} has {one.samples} rows and the loader brings more samples: {_GIVE_IDS}"
+                )
             yield from one.features(rows if name in self._in_order else one.rows_of(ids, name), name)
 
     def step(self, state: State) -> None:

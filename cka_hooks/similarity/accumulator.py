@@ -233,7 +233,6 @@ class CKAAccumulator:
                 f"layer {layer!r} has {samples} samples and {next(iter(self._pending))!r} has {self._samples} in the "
                 "same batch: CKA compares the same samples in the same order"
             )
-        self._pending[layer] = None
 
     def _take(self, layer: str, rows: Tensor, dtype: torch.dtype | None = None) -> None:
         self._begin(layer, rows)
@@ -248,6 +247,7 @@ class CKAAccumulator:
             if layer not in self.state.dtypes:
                 dtype = dtype or rows.dtype
                 self._asked[layer] = dtype, features_differ(rows, dtype)
+        self._pending[layer] = None
 
     def step(self) -> Step:
         """Complete the batch and add it to the sums.

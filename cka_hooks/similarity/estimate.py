@@ -113,7 +113,7 @@ def too_few(state: State) -> TooFewSamplesError:
     return TooFewSamplesError(
         f"an HSIC estimate needs at least {MIN_SAMPLES} samples in a minibatch, and "
         + (f"the largest batch had {state.largest}" if state.largest else "nothing was observed")
-        + ": use a larger batch_size in the loader, or compare(..., join_batches=32, features='mean'), which joins "
+        + ": use a larger batch_size in the loader, or join_batches=32 and features='mean', which join "
         "the pooled features of consecutive batches"
     )
 

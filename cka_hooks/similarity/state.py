@@ -389,6 +389,9 @@ class State:
         ):
             raise OptionError("the state's layers are not a list of different labels")
         blank, values = cls(), {name: copy.deepcopy(state[name]) for name in DECLARED}
+        if isinstance(seen := values["seen"], dict):
+            # An earlier version kept it by label, in the order of the layers.
+            values["seen"] = torch.tensor(list(seen.values()), dtype=torch.float64, device="cpu")
         for name, declared in DECLARED.items():
             if not _fits(values[name], declared, getattr(blank, name), len(layers)):
                 raise OptionError(f"the state's {name!r} is {values[name]!r:.60}, which it cannot be: measure again")
