@@ -87,3 +87,13 @@ class PerLayer:
         """The value for the layer `name`, or the default if no pattern matches it."""
         matches = (chosen for regex, chosen in self._globs if regex.fullmatch(name))
         return self._exact[name] if name in self._exact else next(matches, default)
+
+
+def first_few(words: Sequence[str], more: str = "more") -> str:
+    """The first five words, and how many more there are.
+
+    Example:
+        >>> first_few(list("abcdefg"))
+        'a, b, c, d, e and 2 more'
+    """
+    return ", ".join(words[:5]) + (f" and {len(words) - 5} {more}" if len(words) > 5 else "")

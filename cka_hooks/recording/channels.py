@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cka_hooks.errors import warn
-from cka_hooks.names import PerLayer
+from cka_hooks.names import PerLayer, first_few
 from cka_hooks.recording.layers import torch_file
 from cka_hooks.recording.outputs import tensors_in
 
@@ -112,10 +112,9 @@ class Channels:
         """Warn once about layers whose channels were assumed to be in the usual place."""
         if self._guessed and not self._has_warned:
             self._has_warned = True
-            some = ", ".join(f"{label!r} {shape}" for label, shape in list(self._guessed.items())[:5])
-            more = f" and {len(self._guessed) - 5} more" if len(self._guessed) > 5 else ""
+            some = first_few([f"{label!r} {shape}" for label, shape in self._guessed.items()])
             warn(
-                f"nothing says which dimension has the channels of {some}{more}: images are taken as (n, C, ...) and "
+                f"nothing says which dimension has the channels of {some}: images are taken as (n, C, ...) and "
                 "tokens as (n, T, C). channel_dim= names it, such as channel_dim=1 or channel_dim={'stages.*': 1}"
             )
 

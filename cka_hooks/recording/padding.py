@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cka_hooks.errors import BatchError, OptionError, warn
-from cka_hooks.names import PerLayer
+from cka_hooks.names import PerLayer, first_few
 from cka_hooks.recording import batches
 from cka_hooks.recording.layers import ROOT
 from cka_hooks.recording.probe import Glance, Probe, is_same
@@ -245,8 +245,7 @@ class Padding:
     def warn(self) -> None:
         """At the end of a pass, warn once about padding that counts as data."""
         for wrong, labels in self._wrong.items():
-            more = f" and {len(labels) - 5} more layers" if len(labels) > 5 else ""
-            warn(f"padding in {', '.join(map(repr, list(labels)[:5]))}{more} {wrong}")
+            warn(f"padding in {first_few([*map(repr, labels)], 'more layers')} {wrong}")
         self._warned.update(self._wrong)
         self._wrong.clear()
         self._suspect, self._is_first = None, False

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from cka_hooks.arrays import as_features
 from cka_hooks.errors import BatchError, OptionError, SampleCountError, imported
 from cka_hooks.files import replace_file
-from cka_hooks.names import closest, labelled
+from cka_hooks.names import closest, first_few, labelled
 from cka_hooks.recording.batches import fields_of
 
 Identifier: TypeAlias = int | str
@@ -83,7 +83,7 @@ class Precomputed:
             if not len(self._row) == len(self.sample_ids) == self.samples:
                 raise OptionError(
                     f"Precomputed has {self.samples} rows and {len(self.sample_ids)} sample_ids, and each row needs "
-                    f"its own; twice in sample_ids: {first(repeated(self.sample_ids)) or 'none'}"
+                    f"its own; twice in sample_ids: {first_few([*map(repr, repeated(self.sample_ids))]) or 'none'}"
                 )
 
     @classmethod
@@ -138,8 +138,8 @@ class Precomputed:
         missing = [identifier for identifier in samples if identifier not in self._row]
         if missing:
             raise SampleCountError(
-                f"{name!r} has no row for {len(missing)} of the {len(samples)} samples: {first(missing)}; its "
-                f"sample_ids look like {next(iter(self._row), None)!r}"
+                f"{name!r} has no row for {len(missing)} of the {len(samples)} samples: "
+                f"{first_few([*map(repr, missing)])}; its sample_ids look like {next(iter(self._row), None)!r}"
             )
         return [self._row[identifier] for identifier in samples]
 
@@ -226,11 +226,6 @@ def identifiers(given: Any, what: str) -> list[Identifier]:
 def repeated(ids: Sequence[Identifier]) -> list[Identifier]:
     """The identifiers that are repeated, once each."""
     return [one for one, count in Counter(ids).items() if count > 1]
-
-
-def first(found: Sequence[Identifier]) -> str:
-    """The first few identifiers, for a message."""
-    return ", ".join(map(repr, found[:5])) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
 
 
 def _checked(array: Any, layer: Any) -> int:

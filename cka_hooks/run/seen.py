@@ -1,4 +1,4 @@
-"""The samples that a run has seen: their identifiers, classes and order, and warnings about these"""
+"""The samples that a run has seen: their identifiers, classes and order, and warnings about these."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from cka_hooks.errors import BatchError, OptionError, SampleCountError, warn
+from cka_hooks.names import first_few
 from cka_hooks.recording import batches
 from cka_hooks.results.result import CKAResult
 from cka_hooks.run import replay
-from cka_hooks.run.precomputed import Identifier, Precomputed, SampleIds, first, ids_of, repeated
+from cka_hooks.run.precomputed import Identifier, Precomputed, SampleIds, ids_of, repeated
 from cka_hooks.similarity.estimate import result_of
 from cka_hooks.similarity.state import State
 
@@ -149,7 +150,8 @@ class Seen:
             raise BatchError(f"nothing says how many samples a batch has: {_GIVE_IDS}")
         twice = [*repeated(ids), *(one for one in ids if one in self._ids)] if self._aligned else []
         if twice:
-            raise BatchError(f"the loader brought samples twice in one pass: {first(twice)}; let each come once")
+            some = first_few([*map(repr, twice)])
+            raise BatchError(f"the loader brought samples twice in one pass: {some}; let each come once")
         rows = range(self.row, self.row + samples)
         for name, one in self._entries.items():
             if name in self._in_order and rows.stop > one.samples:
