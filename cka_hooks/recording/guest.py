@@ -12,7 +12,7 @@ import random
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from cka_hooks.errors import ModelError, warn
-from cka_hooks.recording.layers import wrapped_attribute
 
 # Who is measuring in which thread -> the ids of the modules. Ctrl-C could leave a lock on it taken.
 _claims: dict[tuple[object, int], frozenset[int]] = {}
@@ -32,16 +31,6 @@ _RANDOM = nn.modules.dropout._DropoutNd | nn.RNNBase | nn.MultiheadAttention
 _RANDOM_BY_NAME, _RATES = ("DropPath", "StochasticDepth"), ("p", "dropout", "drop_prob")
 # Containers with more entries than this hold data. Looking at each entry would take too long.
 _MANY = 10_000
-
-
-def runnable(model: nn.Module) -> nn.Module:
-    """The module to call, without wrappers that synchronise ranks, use several devices or run compiled code.
-
-    ``FullyShardedDataParallel`` stays, since its parameters are whole only while it runs.
-    """
-    while (attribute := wrapped_attribute(model)) is not None and "fsdp" not in attribute:
-        model = getattr(model, attribute)
-    return model
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -85,19 +74,17 @@ def release(owner: object) -> None:
         _stance.pop()
 
 
-def remove_hooks(module: nn.Module, *owners: object) -> None:
+def remove_hooks(modules: Iterable[nn.Module], *owners: object) -> None:
     """Remove every forward hook that is a method of an owner, even if its registration was interrupted."""
-    for hooks, marks in (
-        (module._forward_hooks, module._forward_hooks_with_kwargs),
-        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-    ):
-        for number in [
-            number
-            for number, hook in hooks.items()
-            if any(getattr(hook, "__self__", None) is owner for owner in owners)
-        ]:
-            hooks.pop(number, None)
-            marks.pop(number, None)
+    owned = set(map(id, owners))
+    for module in modules:
+        for hooks, marks in (
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        ):
+            for number in [key for key, hook in hooks.items() if id(getattr(hook, "__self__", None)) in owned]:
+                hooks.pop(number, None)
+                marks.pop(number, None)
 
 
 def varies_in_train_mode(module: nn.Module) -> bool:

@@ -39,17 +39,17 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _CALL = re.compile(r"#([1-9]\d*)\Z")
 
 
-def wrapped_attribute(module: nn.Module) -> str | None:
-    """The attribute under which a wrapper holds its module; None if this is not a wrapper."""
-    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__)
-    return next((_WRAPPERS[name] for name in names if name in _WRAPPERS), None)
+def unwrap(model: nn.Module, *, keeps_sharded: bool = False) -> nn.Module:
+    """The user's own module inside ``DistributedDataParallel``, ``torch.compile`` and the like.
 
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside ``DistributedDataParallel``, ``torch.compile`` and the like."""
-    while (attribute := wrapped_attribute(model)) is not None:
-        model = getattr(model, attribute)
-    return model
+    Args:
+        keeps_sharded: whether ``FullyShardedDataParallel`` stays, since its parameters are whole only while it runs.
+    """
+    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__)
+    attribute = next((_WRAPPERS[name] for name in names if name in _WRAPPERS), None)
+    if attribute is None or (keeps_sharded and "fsdp" in attribute):
+        return model
+    return unwrap(getattr(model, attribute), keeps_sharded=keeps_sharded)
 
 
 def torch_file(module: nn.Module) -> str:

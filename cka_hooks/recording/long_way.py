@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,14 +17,16 @@ from cka_hooks.features import Reduction, check_reduction, feature_rows, memory_
 from cka_hooks.names import PerLayer
 from cka_hooks.options import Options
 from cka_hooks.precision import without_gradients
+from cka_hooks.recording import guest
 from cka_hooks.recording.axes import SampleDimension
 from cka_hooks.recording.batches import Given
 from cka_hooks.recording.channels import Channels, matters
+from cka_hooks.recording.layers import Selection, unwrap
 from cka_hooks.recording.outputs import NotRecordable, tensors_in
 from cka_hooks.recording.padding import Padding
 from cka_hooks.recording.positions import Positions
-from cka_hooks.recording.probe import Probe
-from cka_hooks.recording.routes import Consumer, Pass, Route, slots_of
+from cka_hooks.recording.probe import Probe, Take
+from cka_hooks.recording.routes import Consumer, Pass, Route, slots_of, taps_of
 
 Features = Reduction | str | Mapping[str, Reduction | str]
 
@@ -32,13 +36,14 @@ class LongWay:
 
     Args:
         names: the model's modules.
-        chosen: names of the modules that are layers.
+        selections: those that are layers.
         positions: chooses the positions that are samples; None if samples are those of the batch.
         options: how to reduce activations, and what the user says about their dimensions and padding.
         detach: whether to detach activations from their graph.
 
     Attributes:
         now: the forward pass.
+        taps: the hooks of each chosen module, by its id.
         consumer: where activations are handed to.
         dimension: knows which dimension holds the samples.
         followed: modules that :meth:`follow` has to see when they run.
@@ -53,7 +58,7 @@ class LongWay:
     def __init__(
         self,
         names: Mapping[str, nn.Module],
-        chosen: list[str],
+        selections: list[Selection],
         positions: Positions | None,
         options: Options,
         detach: bool,
@@ -67,7 +72,7 @@ class LongWay:
                     f'per="position" and features={reduction!r} exclude each other: each position is a sample. Leave '
                     "features= out"
                 )
-        reductions = [self._reduction_of(name) for name in chosen]
+        reductions = [self._reduction_of(selection.name) for selection in selections]
         self._keeps = "flatten" in reductions
         self._reduces = any(isinstance(reduction, str) and reduction != "flatten" for reduction in reductions)
         self.dimension = SampleDimension(names, options.batch_dim)
@@ -75,6 +80,7 @@ class LongWay:
         self._padding = Padding(names, options.mask)
         channelled = [module for module in names.values() if self._reduces and matters(module)]
         self.followed = {*channelled, *self.dimension.sequence_first}
+        self.taps = taps_of(selections, self, only_leaves=options.layers is None)
         self.consumer: Consumer | None = None
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.recorded: dict[str, nn.Module] = {}
@@ -87,34 +93,49 @@ class LongWay:
         reduction: Reduction | str = self._features.of(name, "flatten")
         return "position" if self._positions is not None and reduction == "flatten" else reduction
 
-    def _is_free(self, route: Route) -> bool:
+    def _is_free(self, reduction: Reduction | str) -> bool:
         """Whether the output goes as it is to a function that may make any number of samples of it."""
-        return self._positions is not None and callable(route.reduction)
+        return self._positions is not None and callable(reduction)
 
     # One batch
 
-    def begin(self, given: Given, limit: int | None) -> None:
-        """Begin a batch, of which the first `limit` samples count."""
+    def begin(self, given: Given, limit: int | None, model: nn.Module) -> None:
+        """Begin a batch, of which the first `limit` samples count. A probe of it runs `model` if that is due.
+
+        Raises:
+            BatchError: the batch does not fit its mask or a module with ``batch_first=False``.
+        """
         self._limit = limit
         self.dimension.start(given)
         if self._positions is not None and not self._positions.is_shared:
             self._positions.start(self._positions.number + 1)
         self._padding.start(given.batch, given.form, self.dimension.samples)
+        if given.call is None or not given.shape:
+            return
+        if isinstance(given.value, Tensor):
+            self.dimension.settle_plain(unwrap(model), given.value.ndim)
+        has_masks = self._reduces and self._padding.needs_probe
+        if has_masks or not self.dimension.is_settled:
+            # Tensors cut out of a batch are not part of its graph.
+            with torch.no_grad():
+                run, samples = partial(self._show, given.call), given.shape[0]
+                probe = Probe(run, guest.Snapshot(model), given.parts, samples, guest.is_sharded(model))
+                if not self.dimension.is_settled:
+                    self.dimension.confirm(probe, given.shape)
+                if has_masks:
+                    self._padding.confirm(probe, samples)
 
-    @property
-    def needs_probe(self) -> bool:
-        """Whether nothing says which dimensions hold the samples or what a mask describes."""
-        return not self.dimension.is_settled or (self._reduces and self._padding.needs_probe)
-
-    def confirm(self, probe: Probe, shape: tuple[int, ...]) -> None:
-        """Find that out with a probe of a batch of this shape; see :meth:`SampleDimension.confirm`."""
-        if not self.dimension.is_settled:
-            self.dimension.confirm(probe, shape)
-        if self._reduces:
-            self._padding.confirm(probe, shape[0])
+    def _show(self, call: Callable[[Any], Any], batch: Any, take: Take) -> None:
+        """Run a pass that hands nothing over: a probe sees the layers' outputs."""
+        with self.now.shown_to(take), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.restart()
+            call(batch)
 
     def restart(self) -> None:
         """Begin a forward pass."""
+        for tap in self.taps.values():
+            tap.restart()
         self._channels.restart()
         is_due = self._keeps and self._padding.is_due
         # Activations take routes unless something in this pass needs a closer look.
@@ -136,7 +157,7 @@ class LongWay:
     # One activation
 
     def go(self, route: Route, given: Any) -> None:
-        """Take a module's output, or its arguments and keyword arguments, to the consumer.
+        """Take a module's output, or its arguments by number or keyword, to the consumer.
 
         Raises:
             LayerError: the layer was asked for by name and cannot be recorded.
@@ -150,8 +171,8 @@ class LongWay:
                 second = self.dimension.is_second(route.selection.module, is_first_output=is_first)
                 self.now.show(label, activation, second)
                 return
-            route.reduction = self._reduction_of(name)
-            route.axis = 0 if self._is_free(route) else self.dimension.of(name, label, tuple(activation.shape))
+            reduction = self._reduction_of(name)
+            axis = 0 if self._is_free(reduction) else self.dimension.of(name, label, tuple(activation.shape))
         except NotRecordable as reason:
             route.dtype = None
             if self.now.show is None and route.selection.named:
@@ -162,12 +183,11 @@ class LongWay:
             return
         self.left_out.pop(label, None)
         self.recorded[label] = route.selection.module
-        self.shapes.setdefault(label, tuple(activation.movedim(route.axis, 0).shape[1:]))
-        if isinstance(route.reduction, str) and route.reduction != "flatten":
-            route.channels = self._channels.of(name, label, activation, route.axis)
+        self.shapes.setdefault(label, tuple(activation.movedim(axis, 0).shape[1:]))
+        is_reduced = isinstance(reduction, str) and reduction != "flatten"
+        channels = self._channels.of(name, label, activation, axis) if is_reduced else None
         slot = slots_of(self.consumer) if self._detaches else None
-        route.product = None if slot is None else slot(label)
-        route.open(activation)
+        route.open(activation, axis, reduction, channels, None if slot is None else slot(label))
         # A dimension that is given for the batch as well says how many samples there are.
         if self._has_routes:
             self.now.samples = self.dimension.samples or None
@@ -191,7 +211,7 @@ class LongWay:
     def _rows(self, route: Route, activation: Tensor) -> Tensor:
         """An activation with the samples in front; features (n, P, C) if it is reduced."""
         name, label = route.selection.name, route.label
-        if self._is_free(route):
+        if self._is_free(route.reduction):
             return self._free(route, activation)
         if self._limit is not None:
             activation = activation.narrow(route.axis, 0, min(self._limit, activation.shape[route.axis]))

@@ -45,15 +45,6 @@ def activation_of(value: Any, part: str = "") -> Tensor:
     raise NotRecordable(reason or f"returned no tensor but {kind}")
 
 
-def input_of(args: Sequence[Any], kwargs: Mapping[str, Any], part: str) -> Tensor:
-    """The tensor at `part` of a call's arguments: the first one for "", else an index or keyword and more steps.
-
-    Raises:
-        NotRecordable: there is nothing at `part`.
-    """
-    return activation_of({**{str(number): item for number, item in enumerate(args)}, **kwargs}, part)
-
-
 def _child(value: Any, step: str, part: str) -> Any:
     try:
         if isinstance(value, Mapping):

@@ -6,10 +6,8 @@ A hook runs before the next module does, so it hands over what the layer returne
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from threading import get_ident
 from typing import Any
 
@@ -26,8 +24,7 @@ from cka_hooks.recording.layers import Layers, check_model, named_layers, select
 from cka_hooks.recording.long_way import Features, LongWay
 from cka_hooks.recording.padding import MaskOption
 from cka_hooks.recording.positions import Positions, positions_of
-from cka_hooks.recording.probe import Probe, Take
-from cka_hooks.recording.routes import Consumer, taps_of
+from cka_hooks.recording.routes import Consumer
 
 
 class LayerRecorder:
@@ -111,15 +108,14 @@ class LayerRecorder:
         for name, function in {"forward(model, batch)": forward, "consumer(label, activation)": consumer}.items():
             if function is not None and not callable(function):
                 raise OptionError(f"{function!r:.200} cannot be called: expected a function {name}")
-        self._forward = forward
+        self._runnable, self._forward = unwrap(model, keeps_sharded=True), forward
         self._names = named_layers(model)
         self._by_default = layers is None
         selections = select_layers(model, layers)
         self.chosen = [selection.name for selection in selections]
-        options = Options(features=features, batch_dim=batch_dim, channel_dim=channel_dim, mask=mask)
-        self._way = LongWay(self._names, self.chosen, positions_of(per, positions, seed), options, detach)
+        options = Options(features=features, batch_dim=batch_dim, channel_dim=channel_dim, mask=mask, layers=layers)
+        self._way = LongWay(self._names, selections, positions_of(per, positions, seed), options, detach)
         self._now = self._way.now
-        self._taps = taps_of(selections, self._way, only_leaves=layers is None)
         self.consumer = consumer
         self._entered, self._managed, self._started = 0, False, False
         self._form: batches.Form | None = None
@@ -136,7 +132,7 @@ class LayerRecorder:
     @consumer.setter
     def consumer(self, consumer: Consumer | None) -> None:
         self._way.consumer = consumer
-        for tap in self._taps.values():
+        for tap in self._way.taps.values():
             tap.forget()
 
     # Attaching
@@ -161,7 +157,7 @@ class LayerRecorder:
                 unwrap(self.model).register_forward_hook(self._on_end)
                 for module in self._way.followed:
                     module.register_forward_hook(self._way.follow, with_kwargs=True)
-                for tap in self._taps.values():
+                for tap in self._way.taps.values():
                     tap.attach()
             self._entered = depth + 1
             self._listen()
@@ -184,10 +180,7 @@ class LayerRecorder:
     def _leave(self, depth: int) -> None:
         """Leave until entered only `depth` times. A second call is harmless: Ctrl-C may cut the first short."""
         if depth <= 0:
-            for module in self._names.values():
-                guest.remove_hooks(module, self, self._way)
-            for tap in self._taps.values():
-                guest.remove_hooks(tap.module, tap)
+            guest.remove_hooks(self._names.values(), self, self._way, *self._way.taps.values())
             self._managed = False
             guest.release(self)
         self._entered = max(0, depth)
@@ -238,9 +231,7 @@ class LayerRecorder:
         Raises:
             BatchError: a module with ``batch_first=False`` gets its samples in dimension 0.
         """
-        given = self._given(batch, self._call)
-        self._way.begin(given, None)
-        self._confirm(given)
+        self._way.begin(self._given(batch, self._call), None, self._runnable)
 
     def _given(self, batch: Any, call: Callable[[Any], Any] | None) -> Given:
         if self._form is None:
@@ -249,7 +240,7 @@ class LayerRecorder:
         return Given(batch, batch, self._form, self._form.shape(batch), value, call)
 
     def _call(self, batch: Any, number: int | None = None) -> Any:
-        return batches.call(guest.runnable(self.model), batch, self._forward, self._form, number)
+        return batches.call(self._runnable, batch, self._forward, self._form, number)
 
     @contextmanager
     def _pass(self, given: Given, limit: int | None) -> Iterator[None]:
@@ -276,39 +267,13 @@ class LayerRecorder:
         self._started = True
         if self._varying and not self.only_in_passes and guest.warned_of_train_mode(self._varying):
             self._varying = {}
-        self._way.begin(given, limit)
-        self._confirm(given)
-        self._restart()
-
-    def _restart(self) -> None:
+        self._way.begin(given, limit, self._runnable)
         self._way.restart()
-        for tap in self._taps.values():
-            tap.restart()
-
-    def _confirm(self, given: Given) -> None:
-        if given.call is None or not given.shape:
-            return
-        if isinstance(given.value, Tensor):
-            self._way.dimension.settle_plain(unwrap(self.model), given.value.ndim)
-        if self._way.needs_probe:
-            # Tensors cut out of a batch are not part of its graph.
-            with torch.no_grad():
-                snapshot = guest.Snapshot(guest.runnable(self.model))
-                is_sharded = guest.is_sharded(self.model)
-                probe = Probe(partial(self._show, given.call), snapshot, given.parts, given.shape[0], is_sharded)
-                self._way.confirm(probe, given.shape)
-
-    def _show(self, call: Callable[[Any], Any], batch: Any, take: Take) -> None:
-        """Run a pass that hands nothing over: a probe sees the layers' outputs."""
-        with self._now.shown_to(take), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self._restart()
-            call(batch)
 
     @property
     def skipped(self) -> dict[str, str]:
         """Layers that were chosen and not recorded, each with the reason as a sentence."""
-        others = left_out(self._taps, by_default=self._by_default) if self._started else {}
+        others = left_out(self._way.taps, by_default=self._by_default) if self._started else {}
         return {**self._way.left_out, **others}
 
     # Running a loader
@@ -372,13 +337,13 @@ class LayerRecorder:
             3 layers, 1.54 k features per sample, 4 samples
         """
         shapes = self._run(batch, lambda activation: tuple(activation.shape), guest.RandomStream())
-        taps = {layer: self._taps[id(self._way.recorded[layer])] for layer in shapes}
+        taps = {layer: self._way.taps[id(self._way.recorded[layer])] for layer in shapes}
         return described(shapes, taps, self.skipped)
 
     def _run(self, batch: Any, keep: Callable[[Tensor], Any], random_stream: guest.RandomStream) -> dict[str, Any]:
         """Run the model on one batch, past the recorder's own consumer, and keep something of each activation."""
         kept: dict[str, Any] = {}
-        before, depth, visit = self.consumer, self._entered, guest.untouched(guest.runnable(self.model))
+        before, depth, visit = self.consumer, self._entered, guest.untouched(self._runnable)
         with_gradients = torch.is_grad_enabled()
         try:
             self.consumer = lambda layer, activation: kept.update({layer: keep(activation)})

@@ -102,12 +102,12 @@ class Route:
         label: label of the layer.
         selection: the choice that it belongs to.
         is_input: whether the layer is the input of the module.
+        activation: finds the layer's tensor in what the module returned, or in its arguments by number or keyword.
         axis: the dimension with the samples.
         reduction: the reduction of the activation.
         channels: the dimension in which a reduction finds the channels.
         product: see :func:`slots_of`.
         dtype: dtype of the activations that take this route; None, which no activation has, while it is closed.
-        activation: finds the layer's tensor in what the module returned, or in its arguments and keyword arguments.
 
     Args:
         detour: takes a route and its activation on to a consumer that has no product for it, or to its reduction.
@@ -117,21 +117,18 @@ class Route:
         self.label = label
         self.selection = selection
         self.is_input = is_input(selection)
-        self.axis = 0
-        self.reduction: Reduction | str = "flatten"
-        self.channels: int | None = None
-        self.product: Product | None = None
         self._detour = detour
         self._is_whole = not selection.part
-        self.activation: Callable[[Any], Tensor] = partial(outputs.activation_of, part=selection.part)
-        if self.is_input:
-            part = selection.part.partition(":")[2]
-            self.activation = lambda given: outputs.input_of(given[0], given[1], part)
+        part = selection.part.partition(":")[2] if self.is_input else selection.part
+        self.activation = partial(outputs.activation_of, part=part)
         self.dtype: torch.dtype | None = None
 
-    def open(self, activation: Tensor) -> None:
+    def open(
+        self, activation: Tensor, axis: int, reduction: Reduction | str, channels: int | None, product: Product | None
+    ) -> None:
         """Let activations like this one take this route from here on."""
-        self._direct = self.reduction == "flatten" and self.product is not None
+        self.axis, self.reduction, self.channels, self.product = axis, reduction, channels, product
+        self._direct = reduction == "flatten" and product is not None
         self._rank, self._device, self.dtype = activation.ndim, activation.device, activation.dtype
 
     def __call__(self, given: Any, now: Pass) -> bool:
@@ -197,14 +194,11 @@ class Tap:
         self.below: list[Tap] = []
         self._long_way, self._now = long_way, long_way.now
         self._routes: dict[int, tuple[list[Route], list[Route]]] = {}
-        self._hooks: list[tuple[dict[int, Any], Any]] = []
 
     def attach(self) -> None:
         """Put the hooks on."""
-        self._hooks = [(self.module._forward_hooks, self.on_output)]
         self.module.register_forward_hook(self.on_output)
         if any(map(is_input, self.selections)):
-            self._hooks.append((self.module._forward_pre_hooks, self.on_input))
             self.module.register_forward_pre_hook(self.on_input, with_kwargs=True)
 
     def restart(self) -> None:
@@ -214,7 +208,8 @@ class Tap:
         gets.
         """
         self.calls = 0
-        for hooks, ours in self._hooks:
+        module = self.module
+        for hooks, ours in (module._forward_hooks, self.on_output), (module._forward_pre_hooks, self.on_input):
             if hooks and next(reversed(hooks.values())) != ours:
                 for number in [number for number, hook in hooks.items() if hook == ours]:
                     hooks[number] = hooks.pop(number)
@@ -227,9 +222,10 @@ class Tap:
         """Record inputs before the module runs, since it may work in place."""
         if not self._now.concerns():
             return
+        given = {**{str(number): item for number, item in enumerate(args)}, **kwargs}
         for route in self._routes_of(self.calls + 1)[1]:
-            if not route((args, kwargs), self._now):
-                self._long_way.go(route, (args, kwargs))
+            if not route(given, self._now):
+                self._long_way.go(route, given)
 
     def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Record what the module returned."""
