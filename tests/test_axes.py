@@ -471,10 +471,10 @@ def test_a_model_that_shuffles_its_samples_inside(n: int) -> None:
         assert "another order than those of the batch" in result.skipped["shuffled"]
 
 
-@pytest.mark.parametrize("n", [4, 5, N, 9])
+@pytest.mark.parametrize(("n", "width"), [(4, 6), (5, 6), (N, 6), (9, 6), (N, 7000), (40, 7000)])
 @pytest.mark.parametrize("kind", ["flip", "roll", "halves"])
-def test_samples_in_an_order_that_no_random_number_makes(kind: str, n: int) -> None:
-    """As in mixing samples, or in the negatives of a contrastive loss."""
+def test_samples_in_an_order_that_no_random_number_makes(kind: str, n: int, width: int) -> None:
+    """As in mixing samples, or in the negatives of a contrastive loss; of wide layers, some numbers are looked at."""
     change: dict[str, Callable[[Tensor], Tensor]] = {
         "flip": lambda x: x.flip(0),
         "roll": lambda x: x.roll(1, 0),
@@ -484,7 +484,7 @@ def test_samples_in_an_order_that_no_random_number_makes(kind: str, n: int) -> N
     class Mixes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.other = nn.Linear(5, 6), nn.Linear(6, 6)
+            self.first, self.other = nn.Linear(5, width), nn.LayerNorm(width)
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.first(x)

@@ -21,9 +21,9 @@ from cka_hooks.recording.guest import Snapshot
 
 # Samples in the smaller pass. With one or two, dimensions of that size may be squeezed away, or exist anyway.
 FEW = 3
-# How many slices of the whole batch to look at, and how many numbers of all of them together.
+# How many slices of the whole batch to look at, and how many numbers of each slice and of all of them together.
 _SLICES = 256
-_NUMBERS = 8192
+_OF_EACH, _OF_ALL = 512, 8192
 # Two slices are of the same sample if they differ by at most this share of the difference between samples.
 _ALIKE = 0.1
 
@@ -76,10 +76,12 @@ class Look:
             return
         slices: dict[int, Tensor] = {}
         index = torch.tensor(self.positions, device=activation.device)
+        # The same numbers in each pass that this one may be compared with.
+        numbers = min(_OF_EACH, _OF_ALL // len(index))
         for dim, size in enumerate(activation.shape):
             if size == self.samples:
                 rows = activation.detach().index_select(dim, index).movedim(dim, 0).reshape(len(index), -1)
-                slices[dim] = rows[:, :: max(1, rows.numel() // _NUMBERS)].cpu().double()
+                slices[dim] = rows[:, :: max(1, rows.shape[1] // numbers)].cpu().double()
         self.seen[label] = Glance(tuple(activation.shape), slices, second, torch.finfo(activation.dtype).eps)
 
 
