@@ -40,7 +40,7 @@ def threads() -> Iterator[None]:
 
 def centred_error(x: Tensor, minibatches: int) -> float:
     """Of the centred Gram matrices, relative to the largest entry."""
-    values, _ = native.grams(memory_order(x), minibatches)
+    values, _ = native.grams(memory_order(x).unflatten(0, (minibatches, -1)))
     assert torch.equal(values, values.mT)
     wide = x.double().reshape(len(x), -1).unflatten(0, (minibatches, -1))
     wide = wide - wide.mean(1, keepdim=True)
@@ -81,9 +81,9 @@ def test_results_repeat_to_the_bit(variant: str, number: int, threads: None) -> 
     """Of features so different in size that float64 sums depend on their order."""
     torch.set_num_threads(number)
     x = memory_order(features(40, 40_000).float() * torch.linspace(-25, 25, 40_000).round().exp2())
-    first = native.grams(x, 2)
+    first = native.grams(x.unflatten(0, (2, -1)))
     for _ in range(20):
-        again = native.grams(x, 2)
+        again = native.grams(x.unflatten(0, (2, -1)))
         assert torch.equal(first[0], again[0])
         assert torch.equal(first[1], again[1])
 
@@ -96,7 +96,7 @@ def test_strides(variant: str, name: str, minibatches: int) -> None:
 
 def test_what_it_measures(variant: str) -> None:
     x = memory_order((features(48, 3000) + 1).float())
-    values, measures = native.grams(x, 3)
+    values, measures = native.grams(x.unflatten(0, (3, -1)))
     found = torch.tensor(_measured(Grams(values, measures[:, -1])), dtype=torch.float64)
     torch.testing.assert_close(measures[:, :-1], found, rtol=1e-12, atol=0)
     first, middle, last = (x.double().unflatten(0, (3, 16))[:, i].flatten(1) for i in (0, 8, 15))
@@ -138,12 +138,12 @@ def test_what_functions_are_given_under_transforms_is_left_to_pytorch(variant: s
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_default_dtype_and_device_do_not_matter(variant: str, dtype: torch.dtype) -> None:
     x = torch.randn(8, 1, 3000)
-    grams = native.grams(x, 2)
+    grams = native.grams(x.unflatten(0, (2, -1)))
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            other_grams = native.grams(x, 2)
+            other_grams = native.grams(x.unflatten(0, (2, -1)))
     finally:
         torch.set_default_dtype(before)
     assert torch.equal(other_grams[0], grams[0])
@@ -163,7 +163,7 @@ def resident():
 
 def work():
     for x in (wide, narrow, narrow[:, :, :30]):
-        native.grams(x, 1)
+        native.grams(x[None])
         x.exp()
 
 def rounds(count):

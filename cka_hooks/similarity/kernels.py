@@ -38,14 +38,18 @@ class OfLinear:
     """A kernel whose Gram matrices follow from linear ones of samples that are all shifted by one vector.
 
     Attributes:
-        of_linear: (..., m, n, n) matrices of any number of layers at once, from linear ones.
+        values: makes (..., n, n) kernel values from linear ones; None for the linear kernel.
     """
 
-    of_linear: Callable[[Grams], Grams]
+    values: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, features: Tensor, minibatches: int) -> Grams:
         """See `Kernel`."""
         return self.of_linear(linear_grams(features, minibatches))
+
+    def of_linear(self, linear: Grams) -> Grams:
+        """(..., m, n, n) matrices of any number of layers at once, from linear ones."""
+        return linear if self.values is None else Grams(self.values(linear.values), None, *linear.traces())
 
 
 def rbf(bandwidth: float | None = None, sigma: float | None = None) -> Kernel:
@@ -60,16 +64,16 @@ def rbf(bandwidth: float | None = None, sigma: float | None = None) -> Kernel:
             "bandwidth= (a multiple of the median distance) and sigma= (in the features' units) exclude each other"
         )
 
-    def of_linear(linear: Grams) -> Grams:
+    def values(linear: Tensor) -> Tensor:
         squares = _squared_distances(linear)
         if sigma is not None:
-            return Grams(torch.exp(squares / (-2 * sigma**2)), None, *linear.traces())
+            return torch.exp(squares / (-2 * sigma**2))
         variance = (bandwidth or 1.0) ** 2 * _median(squares)[..., None, None]
         some = variance > 0
-        values = torch.exp(squares / (-2 * torch.where(some, variance, 1)))
-        return Grams(torch.where(some, values, (squares == 0).to(values)), None, *linear.traces())
+        wide = torch.exp(squares / (-2 * torch.where(some, variance, 1)))
+        return torch.where(some, wide, (squares == 0).to(wide))
 
-    return OfLinear(of_linear)
+    return OfLinear(values)
 
 
 def distance() -> Kernel:
@@ -81,14 +85,14 @@ def distance() -> Kernel:
     """
 
     def grams(features: Tensor, minibatches: int) -> Grams:
-        if features.device.type == "cpu":
-            linear = linear_grams(features, minibatches)
-            squares = _squared_distances(linear)
-            values = _roots(squares)
-            if features.dtype is torch.float64 or _are_precise(values, squares, linear.values):
-                return Grams(values, None, *linear.traces())
-        linear = linear_grams(features, minibatches, torch.float64)
-        return Grams(_roots(_squared_distances(linear)), None, *linear.traces())
+        on_cpu = features.device.type == "cpu"
+        linear = linear_grams(features, minibatches, None if on_cpu else torch.float64)
+        squares = _squared_distances(linear.values)
+        values = _roots(squares)
+        if on_cpu and features.dtype is not torch.float64 and not _are_precise(values, squares, linear.values):
+            linear = linear_grams(features, minibatches, torch.float64)
+            values = _roots(_squared_distances(linear.values))
+        return Grams(values, None, *linear.traces())
 
     return grams
 
@@ -120,10 +124,10 @@ def _norms(linear: Tensor) -> Tensor:
     return norms.unsqueeze(-1) + norms.unsqueeze(-2)
 
 
-def _squared_distances(linear: Grams) -> Tensor:
+def _squared_distances(linear: Tensor) -> Tensor:
     """(m, n, n) squared distances from linear Gram matrices; 0 where float64 rounding could have made the value."""
-    both = _norms(linear.values)
-    squares = both - 2 * linear.values
+    both = _norms(linear)
+    squares = both - 2 * linear
     return torch.where(squares <= _ROUNDING * both, 0, squares)
 
 
@@ -184,11 +188,7 @@ def polynomial(degree: int = 3, gamma: float | None = None, coef0: float = 1.0) 
 
 def linear() -> Kernel:
     """<x, y>."""
-    return OfLinear(_unchanged)
-
-
-def _unchanged(linear: Grams) -> Grams:
-    return linear
+    return OfLinear()
 
 
 KERNELS: dict[str, Callable[..., Kernel]] = {

@@ -61,7 +61,7 @@ def call(chance: random.Random) -> None:
     x = memory.as_strided(sizes, strides, offset)
     native.VARIANTS = dict([chance.choice(native._native.variants())])
     torch.set_num_threads(chance.choice([1, 2, 3, 8]))
-    values, measures = native.grams(x, groups)
+    values, measures = native.grams(x.unflatten(0, (groups, -1)))
     wide = x.double().reshape(groups, samples, -1)
     wide = wide - wide.median(1, keepdim=True).values if kind == "shifted" else wide
     grams = wide @ wide.mT

@@ -54,20 +54,16 @@ def _on_cpu(grouped: Tensor) -> Grams:
     """Use float32 products, and those in float64 if the Gram matrix shows that rounding may matter."""
     dtype, n, width = grouped.dtype, grouped.shape[1], grouped.shape[2:].numel()
     if native.takes(grouped) and n <= native.MAX_SAMPLES:
-        grams, measured = _compiled(grouped)
-        chunk = native.BLOCK
+        values, measures = native.grams(grouped)
+        grams, chunk = Grams(values, measures[:, -1]), native.BLOCK
+        measured = [Measured(*numbers[:-1]) for numbers in measures.tolist()]
     else:
         grams = exactly(grouped.device, reference.shifted, grouped)
         if dtype is torch.float64:
             return grams
         measured, chunk = _measured(grams), reference.chunk_of(n)
-    # Samples that are equal to within rounding have no signal that a better product could save.
-    level = (4 * torch.finfo(dtype).eps) ** 2
-    if all(
-        _is_precise(of_one, n, width, chunk)
-        or (of_one.spread <= level * of_one.size < math.inf and of_one.trace >= n * TINY)
-        for of_one in measured
-    ):
+    rounding = (4 * torch.finfo(dtype).eps) ** 2
+    if all(_is_precise(of_one, n, width, chunk, rounding) for of_one in measured):
         return grams
     return reference.shifted(grouped, torch.float64)
 
@@ -112,25 +108,20 @@ def _measured(grams: Grams) -> list[Measured]:
     return [Measured(*map(float, numbers)) for numbers in torch.stack(found, -1)]
 
 
-def _is_precise(measured: Measured, n: int, width: int, chunk: int) -> bool:
+def _is_precise(measured: Measured, n: int, width: int, chunk: int, rounding: float) -> bool:
     """Whether float32 rounding in a Gram matrix of `width` features is below what 1e-6 in CKA allows.
 
     `chunk` features at a time were added in float32. Rounding in a growing sum is relative to its size: to K_ij if
     products have one sign, and otherwise to a part of |x_i| |x_j| that falls with the number of chunks. What counts
     is the ratio to the norm of the U-centred matrix: a shared component, an outlying sample and overflow all show in
-    it.
+    it. Samples that differ by no more than a share `rounding` of their size are equal to within rounding, and have no
+    signal that a better product could save.
     """
-    _, _, whole, own, rows, total, trace = measured
+    spread, size, whole, own, rows, total, trace = measured
     # |U-centred|^2 = |K|^2 - 2/(n-2) |K1|^2 + (1'K1)^2 / ((n-1)(n-2)), zero diagonal (Székely & Rizzo 2014).
     off_diagonal, off_total = whole - own, total - trace
     centred = off_diagonal - 2 / (n - 2) * rows + off_total * off_total / ((n - 1) * (n - 2))
     growth = math.sqrt(max(off_diagonal, 0.0)) + trace * min(1.0, chunk / max(width, 1)) ** 0.5
     eps = torch.finfo(torch.float32).eps
     is_small = (eps * growth) ** 2 <= (NOISE_TOLERANCE * n) ** 2 * centred
-    return is_small and trace >= n * TINY
-
-
-def _compiled(grouped: Tensor) -> tuple[Grams, list[Measured]]:
-    """As :func:`reference.shifted`, in one pass over the features."""
-    values, measures = native.grams(grouped.flatten(0, 1), grouped.shape[0])
-    return Grams(values, measures[:, -1]), [Measured(*numbers[:-1]) for numbers in measures.tolist()]
+    return trace >= n * TINY and (is_small or spread <= rounding * size < math.inf)

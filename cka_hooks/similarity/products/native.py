@@ -50,28 +50,22 @@ def _has_memory(features: Tensor) -> bool:
         return False
 
 
-def grams(features: Tensor, minibatches: int) -> tuple[Tensor, Tensor]:
+def grams(grouped: Tensor) -> tuple[Tensor, Tensor]:
     """Gram matrices (m, n, n) of samples minus a common vector, and (m, 8) numbers about them; float64.
 
     Args:
-        features: (m * n, P, C) float32 on the CPU, of any strides.
-        minibatches: m.
+        grouped: (m, n, P, C) float32 on the CPU: a view of (m * n, P, C) of any strides.
 
     Returns:
         The matrices, and for each the numbers of `choose.Measured`, then the norm of the vector that was subtracted.
     """
-    samples = features.shape[0] // minibatches
-    values = torch.zeros(minibatches, samples, samples, dtype=torch.float64, device="cpu")
-    measures = torch.zeros(minibatches, 8, dtype=torch.float64, device="cpu")
-    how = torch.get_num_threads(), next(iter(VARIANTS.values()))
-    _native.grams(*_place(features, minibatches), values.data_ptr(), measures.data_ptr(), *how)
-    return values, measures
-
-
-def _place(features: Tensor, minibatches: int) -> tuple[int, int, int, int, int, int, int, int]:
-    """The location of the features: address, m, n, P, C and three strides."""
-    rows, positions, channels = features.shape
-    sample, position, channel = features.stride()
+    m, n, positions, channels = grouped.shape
+    sample, position, channel = grouped.stride()[1:]
     if channels == 1:
         positions, channels, position, channel = 1, positions, 0, position
-    return features.data_ptr(), minibatches, rows // minibatches, positions, channels, sample, position, channel
+    values = torch.zeros(m, n, n, dtype=torch.float64, device="cpu")
+    measures = torch.zeros(m, 8, dtype=torch.float64, device="cpu")
+    of_features = grouped.data_ptr(), m, n, positions, channels, sample, position, channel
+    how = torch.get_num_threads(), next(iter(VARIANTS.values()))
+    _native.grams(*of_features, values.data_ptr(), measures.data_ptr(), *how)
+    return values, measures
