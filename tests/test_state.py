@@ -20,7 +20,7 @@ from cka_hooks.hsic import centre
 from cka_hooks.null import null_cumulants, null_numbers
 from cka_hooks.run import checkpoint_file
 from cka_hooks.similarity import reduce
-from cka_hooks.similarity.state import DECLARED, Combine, State, Step, _tensor, _value
+from cka_hooks.similarity.state import DECLARED, State, Step, _field, append, keep_first, sum_up
 
 LAYERS = ("a", "b", "c")
 few = settings(max_examples=25, deadline=None)
@@ -179,9 +179,9 @@ def test_any_split_gives_the_same_state(run: list[dict[str, Tensor]], data: st.D
 class Extended(State):
     """As if somebody had declared three more fields."""
 
-    cubes: Tensor = _tensor(Combine.SUM, lambda it, hsic: hsic.diagonal(dim1=-2, dim2=-1).pow(3).sum(0), axes=1)
-    colours: dict[str, str] = _value(Combine.FIRST, dict, of_layers=True, items=str)
-    tags: list[str] = _value(Combine.CONCATENATED, list)
+    cubes: Tensor = _field(sum_up, of=lambda it, hsic: hsic.diagonal(dim1=-2, dim2=-1).pow(3).sum(0), axes=1)
+    colours: dict[str, str] = _field(keep_first, {}, of_layers=True, items=str)
+    tags: list[str] = _field(append, [])
 
 
 def test_a_field_that_is_declared_goes_every_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

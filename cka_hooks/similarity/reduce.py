@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from cka_hooks.errors import RankError
-from cka_hooks.similarity.state import DECLARED, Combine, State
+from cka_hooks.similarity.state import DECLARED, State, sum_up
 
 
 def is_shared(group: dist.ProcessGroup | None) -> bool:
@@ -25,21 +25,21 @@ def reduced(state: State, group: dist.ProcessGroup | None) -> State:
     own = state.to("cpu")
     # Plain sums may be large and take one reduction. Everything else is exchanged, and merged rank after rank.
     blank = type(own)().at(own.layers)
-    summed = [name for name, declared in DECLARED.items() if declared.axes and declared.combine is Combine.SUM]
-    fields = {name: getattr(blank if name in summed else own, name) for name in DECLARED}
+    large = [name for name, declared in DECLARED.items() if declared.axes and declared.combine is sum_up]
+    fields = {name: getattr(blank if name in large else own, name) for name in DECLARED}
     total = type(own)()
     for rank, theirs in enumerate(exchanged(type(own)(own.layers, **fields), group)):
         if not isinstance(theirs, State):
             raise RankError(f"rank {rank} failed: {theirs}")
         total.merge(theirs)
     own = own.at(total.layers)
-    flat = torch.cat([getattr(own, name).flatten() for name in summed]).to(_device_of(group))
+    flat = torch.cat([getattr(own, name).flatten() for name in large]).to(_device_of(group))
     try:
         dist.all_reduce(flat, group=group)
     except RuntimeError as error:
         raise lost(error) from error
-    parts = flat.cpu().split([getattr(own, name).numel() for name in summed])
-    for name, part in zip(summed, parts, strict=True):
+    parts = flat.cpu().split([getattr(own, name).numel() for name in large])
+    for name, part in zip(large, parts, strict=True):
         setattr(total, name, part.view(getattr(own, name).shape).clone())
     return total
 

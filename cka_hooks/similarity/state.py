@@ -13,7 +13,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -27,19 +26,41 @@ from cka_hooks.similarity.batch import DIFFER, FINITE, SIZE, SPREAD, TRIANGLES, 
 from cka_hooks.similarity.products import fused
 
 
-class Combine(Enum):
-    """How to combine two values of a field, the second from minibatches that come after those of the first.
+# Combines two values of a field, the second from minibatches that come after those of the first. The third argument is
+# the number of items before the second. Tensors change in place, so nothing grows from batch to batch.
+_Combine = Callable[[Any, Any, int], Any]
+# Makes a field from m minibatches and the (m, L, L) weighted HSICs of all pairs of their layers.
+_Of = Callable[[Minibatches, Tensor], Tensor]
 
-    SUM: add the numbers, key by key in a mapping.
-    FIRST: keep the first value, key by key in a mapping. In a tensor of minibatch numbers, keep the smallest.
-    LARGEST: keep the larger number. A tensor (2, ...) holds numbers, and the place where each was found.
-    CONCATENATED: append the second to the first.
-    """
 
-    SUM = "sum"
-    FIRST = "first"
-    LARGEST = "largest"
-    CONCATENATED = "concatenated"
+def sum_up(mine: Any, theirs: Any, _: int) -> Any:
+    """Add the numbers, key by key in a mapping."""
+    if isinstance(mine, dict):
+        return {**mine, **{key: mine.get(key, 0) + number for key, number in theirs.items()}}
+    if isinstance(mine, Tensor):
+        # A state without permutations adds none.
+        return mine.add_(theirs) if len(mine) == len(theirs) else mine if len(mine) else theirs.clone()
+    return mine + theirs
+
+
+def keep_first(mine: Any, theirs: Any, offset: int) -> Any:
+    """Keep the first value, key by key in a mapping. In a tensor of minibatch numbers, keep the smallest."""
+    if isinstance(mine, Tensor):
+        return torch.minimum(mine, theirs + offset, out=mine)
+    return {**theirs, **mine} if isinstance(mine, dict) else theirs if mine is None else mine
+
+
+def keep_largest(mine: Any, theirs: Any, offset: int) -> Any:
+    """Keep the larger number. A tensor (2, ...) holds numbers, and the place where each was found."""
+    if isinstance(mine, Tensor):
+        moved = torch.stack([theirs[0], theirs[1] + offset])
+        return torch.where(theirs[0] > mine[0], moved, mine)
+    return max(mine, theirs)
+
+
+def append(mine: Any, theirs: Any, _: int) -> Any:
+    """Append the second to the first."""
+    return mine + theirs if theirs else mine
 
 
 class _Declared(NamedTuple):
@@ -47,7 +68,7 @@ class _Declared(NamedTuple):
 
     Attributes:
         combine: how to combine two values.
-        of: makes it from m minibatches and the (m, L, L) weighted HSICs of all pairs of their layers.
+        of: makes it from minibatches.
         axes: how many axes of L layers it ends in; 0 if it is no tensor.
         lead: its shape before the axes of layers; (0,) if an option gives the number.
         fill: the value for a layer that was never seen.
@@ -56,8 +77,8 @@ class _Declared(NamedTuple):
         items: the type of its values.
     """
 
-    combine: Combine
-    of: Callable[[Minibatches, Tensor], Tensor] | None = None
+    combine: _Combine
+    of: _Of | None = None
     axes: int = 0
     lead: tuple[int, ...] = ()
     fill: float = 0.0
@@ -66,23 +87,16 @@ class _Declared(NamedTuple):
     items: type = int
 
 
-def _field(default: Callable[[], Any], combine: Combine, **declared: Any) -> Any:
-    return dataclasses.field(default_factory=default, metadata={"is": _Declared(combine, **declared)})
-
-
-def _tensor(combine: Combine, of: Callable[[Minibatches, Tensor], Tensor] | None = None, **declared: Any) -> Any:
-    """Declare a float64 tensor, or a list of tensors to concatenate."""
+def _field(combine: _Combine, blank: Any = None, of: _Of | None = None, **declared: Any) -> Any:
+    """Declare a field by its blank value, or a tensor by its axes."""
     it = _Declared(combine, of, **declared)
 
-    def blank() -> Tensor:
-        return torch.full((*it.lead, *[0] * it.axes), it.fill, dtype=torch.float64, device="cpu")
+    def default() -> Any:
+        if it.axes and blank is None:
+            return torch.full((*it.lead, *[0] * it.axes), it.fill, dtype=torch.float64, device="cpu")
+        return copy.copy(blank)
 
-    return _field(list if combine is Combine.CONCATENATED else blank, **it._asdict())
-
-
-def _value(combine: Combine, default: Any, **declared: Any) -> Any:
-    """Declare a number, text, or a list or mapping of these."""
-    return _field(default if isinstance(default, type) else lambda: default, combine, **declared)
+    return dataclasses.field(default_factory=default, metadata={"is": it})
 
 
 def moments_of(hsic: Tensor) -> Tensor:
@@ -91,7 +105,7 @@ def moments_of(hsic: Tensor) -> Tensor:
     return torch.stack([hsic.sum(0), hsic.square().sum(0), (hsic * own.unsqueeze(-1)).sum(0), own.mT @ own])
 
 
-def _sum_of(number: int) -> Callable[[Minibatches, Tensor], Tensor]:
+def _sum_of(number: int) -> _Of:
     return lambda it, _: it.numbers[..., number].sum(1)
 
 
@@ -157,35 +171,35 @@ class State:
     """
 
     layers: tuple[str, ...] = ()
-    moments: Tensor = _tensor(Combine.SUM, lambda _, hsic: moments_of(hsic), lead=(4,), axes=2)
-    spread: Tensor = _tensor(Combine.SUM, _sum_of(SPREAD), axes=1)
-    size: Tensor = _tensor(Combine.SUM, _sum_of(SIZE), axes=1)
-    differ: Tensor = _tensor(Combine.SUM, _sum_of(DIFFER), axes=1)
-    seen: Tensor = _tensor(Combine.SUM, _seen, axes=1)
-    bad: Tensor = _tensor(Combine.FIRST, _bad, axes=1, fill=math.inf, after="minibatches")
-    peak: Tensor = _tensor(Combine.LARGEST, _peak, lead=(2,), axes=1, after="positions")
-    null: Tensor = _tensor(Combine.SUM, _null, lead=(2,), axes=2)
-    permuted: Tensor = _tensor(Combine.SUM, lead=(0,), axes=2)
-    kept: list[Tensor] = _tensor(Combine.CONCATENATED, axes=2)
-    dtypes: dict[str, str] = _value(Combine.FIRST, dict, of_layers=True, items=str)
-    shapes: dict[str, list[int]] = _value(Combine.FIRST, dict, of_layers=True, items=list)
-    sample_axes: dict[str, str] = _value(Combine.FIRST, dict, of_layers=True, items=str)
-    skipped: dict[str, str] = _value(Combine.FIRST, dict, of_layers=True, items=str)
-    minibatches: int = _value(Combine.SUM, 0)
-    samples: int = _value(Combine.SUM, 0)
-    left_out: int = _value(Combine.SUM, 0)
-    empty: int = _value(Combine.SUM, 0)
-    largest: int = _value(Combine.LARGEST, 0)
-    passes: int = _value(Combine.LARGEST, 1)
-    first_minibatches: int = _value(Combine.SUM, 0)
-    first_samples: int = _value(Combine.SUM, 0)
-    classes: dict[str, int] = _value(Combine.SUM, dict)
-    neighbours: int = _value(Combine.SUM, 0)
-    equal_neighbours: int = _value(Combine.SUM, 0)
-    first_batches: list[str] = _value(Combine.CONCATENATED, list)
-    identifiers: list[str] = _value(Combine.CONCATENATED, list)
-    repeats: str | None = _value(Combine.FIRST, None)
-    stopped: str | None = _value(Combine.FIRST, None)
+    moments: Tensor = _field(sum_up, of=lambda _, hsic: moments_of(hsic), lead=(4,), axes=2)
+    spread: Tensor = _field(sum_up, of=_sum_of(SPREAD), axes=1)
+    size: Tensor = _field(sum_up, of=_sum_of(SIZE), axes=1)
+    differ: Tensor = _field(sum_up, of=_sum_of(DIFFER), axes=1)
+    seen: Tensor = _field(sum_up, of=_seen, axes=1)
+    bad: Tensor = _field(keep_first, of=_bad, axes=1, fill=math.inf, after="minibatches")
+    peak: Tensor = _field(keep_largest, of=_peak, lead=(2,), axes=1, after="positions")
+    null: Tensor = _field(sum_up, of=_null, lead=(2,), axes=2)
+    permuted: Tensor = _field(sum_up, lead=(0,), axes=2)
+    kept: list[Tensor] = _field(append, [], lead=(0,), axes=2)
+    dtypes: dict[str, str] = _field(keep_first, {}, of_layers=True, items=str)
+    shapes: dict[str, list[int]] = _field(keep_first, {}, of_layers=True, items=list)
+    sample_axes: dict[str, str] = _field(keep_first, {}, of_layers=True, items=str)
+    skipped: dict[str, str] = _field(keep_first, {}, of_layers=True, items=str)
+    minibatches: int = _field(sum_up, 0)
+    samples: int = _field(sum_up, 0)
+    left_out: int = _field(sum_up, 0)
+    empty: int = _field(sum_up, 0)
+    largest: int = _field(keep_largest, 0)
+    passes: int = _field(keep_largest, 1)
+    first_minibatches: int = _field(sum_up, 0)
+    first_samples: int = _field(sum_up, 0)
+    classes: dict[str, int] = _field(sum_up, {})
+    neighbours: int = _field(sum_up, 0)
+    equal_neighbours: int = _field(sum_up, 0)
+    first_batches: list[str] = _field(append, [])
+    identifiers: list[str] = _field(append, [])
+    repeats: str | None = _field(keep_first, None)
+    stopped: str | None = _field(keep_first, None)
     # Where the h_ij of a batch are made on a GPU.
     _hsic: Tensor | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
@@ -220,9 +234,9 @@ class State:
                     tensors["null"].zero_()
                 elif count := len(self.permuted):
                     tensors["permuted"] = permuted_pairs(group.vectors, hsic, group.parts.shape[-1], count, seed)
-                made.append(tensors)
-            for group, tensors in zip(step.groups, made, strict=True):
-                self.merge(type(self)(group.layers, **tensors, **self._counts(group)))
+                made.append(type(self)(group.layers, **tensors, **self._counts(group)))
+            for state in made:
+                self.merge(state)
         self._combine(largest=step.samples, left_out=step.samples - step.counted, dtypes=step.dtypes)
 
     def _counts(self, group: Minibatches) -> dict[str, Any]:
@@ -267,7 +281,7 @@ class State:
         """Add fields of another state, which has the same layers."""
         offsets = {name: getattr(self, DECLARED[name].after, 0) for name in theirs}
         for name, value in theirs.items():
-            setattr(self, name, _combined(DECLARED[name], getattr(self, name), value, offsets[name]))
+            setattr(self, name, DECLARED[name].combine(getattr(self, name), value, offsets[name]))
 
     def _cover(self, layers: tuple[str, ...], device: torch.device) -> None:
         """Make room for more layers, on a device if they are the first."""
@@ -281,12 +295,10 @@ class State:
         index = torch.tensor([position[layer] for layer in self.layers], dtype=torch.int64, device="cpu")
         index = index.to(self.moments.device, non_blocking=True)
 
-        def placed(tensor: Tensor, declared: _Declared) -> Tensor:
-            moved = tensor.new_full(
-                (*tensor.shape[: tensor.ndim - declared.axes], *[len(layers)] * declared.axes), declared.fill
-            )
+        def placed(tensor: Tensor, it: _Declared) -> Tensor:
+            moved = tensor.new_full((*tensor.shape[: -it.axes], *[len(layers)] * it.axes), it.fill)
             if self.layers:
-                moved[(..., index[:, None], index) if declared.axes == 2 else (..., index)] = tensor
+                moved[(..., index[:, None], index) if it.axes == 2 else (..., index)] = tensor
             return moved
 
         return self._with_tensors(placed, layers)
@@ -299,14 +311,10 @@ class State:
 
     def _with_tensors(self, change: Callable[[Tensor, _Declared], Tensor], layers: tuple[str, ...]) -> State:
         changed: dict[str, Any] = {}
-        for name, declared in DECLARED.items():
-            if declared.axes:
+        for name, it in DECLARED.items():
+            if it.axes:
                 value = getattr(self, name)
-                changed[name] = (
-                    [change(tensor, declared) for tensor in value]
-                    if isinstance(value, list)
-                    else change(value, declared)
-                )
+                changed[name] = [change(one, it) for one in value] if isinstance(value, list) else change(value, it)
         return dataclasses.replace(self, layers=layers, **changed)
 
     @classmethod
@@ -382,11 +390,8 @@ class State:
                 f"this is not the state of an accumulator of this version: {', '.join(odd) or type(state).__name__}"
             )
         layers = state["layers"]
-        if (
-            not isinstance(layers, list)
-            or not all(isinstance(it, str) for it in layers)
-            or len(set(layers)) < len(layers)
-        ):
+        are_labels = isinstance(layers, list) and all(isinstance(it, str) for it in layers)
+        if not are_labels or len(set(layers)) < len(layers):
             raise OptionError("the state's layers are not a list of different labels")
         blank, values = cls(), {name: copy.deepcopy(state[name]) for name in DECLARED}
         if isinstance(seen := values["seen"], dict):
@@ -404,44 +409,20 @@ DECLARED: dict[str, _Declared] = {
     field.name: field.metadata["is"] for field in dataclasses.fields(State) if "is" in field.metadata
 }
 # Lists of tensors, which are saved as one.
-CONCATENATED = [name for name, it in DECLARED.items() if it.axes and it.combine is Combine.CONCATENATED]
-
-
-def _combined(declared: _Declared, mine: Any, theirs: Any, offset: int) -> Any:
-    """Combine two values of a field. Tensors change in place, so nothing grows from batch to batch."""
-    if declared.combine is Combine.SUM:
-        if isinstance(mine, dict):
-            return {**mine, **{key: mine.get(key, 0) + number for key, number in theirs.items()}}
-        if isinstance(mine, Tensor):
-            # A state without permutations adds none.
-            return mine.add_(theirs) if len(mine) == len(theirs) else mine if len(mine) else theirs.clone()
-        return mine + theirs
-    if declared.combine is Combine.FIRST:
-        if isinstance(mine, Tensor):
-            return torch.minimum(mine, theirs + offset, out=mine)
-        return {**theirs, **mine} if isinstance(mine, dict) else theirs if mine is None else mine
-    if declared.combine is Combine.LARGEST:
-        if isinstance(mine, Tensor):
-            moved = torch.stack([theirs[0], theirs[1] + offset])
-            return torch.where(theirs[0] > mine[0], moved, mine)
-        return max(mine, theirs)
-    return mine + theirs if theirs else mine
+CONCATENATED = [name for name, it in DECLARED.items() if it.axes and it.combine is append]
 
 
 def _fits(value: Any, declared: _Declared, blank: Any, layers: int) -> bool:
     """Whether a value from outside is a valid one for its field, with these many layers."""
     if declared.axes:
-        lead = len(declared.lead) or 1
-        is_free = isinstance(blank, list) or declared.lead == (0,)
-        return (
-            isinstance(value, Tensor)
-            and value.dtype == torch.float64
-            and value.shape[-declared.axes :] == (layers,) * declared.axes
-            and (value.ndim == lead + declared.axes if is_free else value.shape[: -declared.axes] == declared.lead)
-        )
+        if not isinstance(value, Tensor) or value.dtype != torch.float64:
+            return False
+        lead = value.shape[:1] if declared.lead == (0,) else declared.lead
+        return value.shape == (*lead, *[layers] * declared.axes)
     if isinstance(blank, dict):
-        items = value.items() if isinstance(value, dict) else [(None, None)]
-        return all(isinstance(key, str) and type(item) is declared.items for key, item in items)
+        return isinstance(value, dict) and all(
+            isinstance(key, str) and type(item) is declared.items for key, item in value.items()
+        )
     if isinstance(blank, list):
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     return type(value) is int and value >= blank if isinstance(blank, int) else isinstance(value, str | None)
