@@ -180,8 +180,8 @@ class Extended(State):
     """As if somebody had declared three more fields."""
 
     cubes: Tensor = _field(sum_up, of=lambda it, hsic: hsic.diagonal(dim1=-2, dim2=-1).pow(3).sum(0), axes=1)
-    colours: dict[str, str] = _field(keep_first, {}, of_layers=True, items=str)
-    tags: list[str] = _field(append, [])
+    colours: dict[str, str] = _field(keep_first, dict, of_layers=True, items=str)
+    tags: list[str] = _field(append, list)
 
 
 def test_a_field_that_is_declared_goes_every_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -25,9 +25,8 @@ from cka_hooks.null import null_cumulants, null_weights, permuted_pairs
 from cka_hooks.similarity.batch import DIFFER, FINITE, SIZE, SPREAD, TRIANGLES, Minibatches, Step
 from cka_hooks.similarity.products import fused
 
-
-# Combines two values of a field, the second from minibatches that come after those of the first. The third argument is
-# the number of items before the second. Tensors change in place, so nothing grows from batch to batch.
+# Combines two values of a field, the second from minibatches that come after those of the first. The third argument
+# is the number of items before the second. Tensors change in place, so nothing grows from batch to batch.
 _Combine = Callable[[Any, Any, int], Any]
 # Makes a field from m minibatches and the (m, L, L) weighted HSICs of all pairs of their layers.
 _Of = Callable[[Minibatches, Tensor], Tensor]
@@ -88,15 +87,15 @@ class _Declared(NamedTuple):
 
 
 def _field(combine: _Combine, blank: Any = None, of: _Of | None = None, **declared: Any) -> Any:
-    """Declare a field by its blank value, or a tensor by its axes."""
+    """Declare a field by its blank value or the type of that, or a tensor by its axes."""
     it = _Declared(combine, of, **declared)
 
-    def default() -> Any:
-        if it.axes and blank is None:
-            return torch.full((*it.lead, *[0] * it.axes), it.fill, dtype=torch.float64, device="cpu")
-        return copy.copy(blank)
+    def tensor() -> Tensor:
+        return torch.full((*it.lead, *[0] * it.axes), it.fill, dtype=torch.float64, device="cpu")
 
-    return dataclasses.field(default_factory=default, metadata={"is": it})
+    default = tensor if it.axes and blank is None else blank
+    given: Any = {"default_factory" if callable(default) else "default": default}
+    return dataclasses.field(metadata={"is": it}, **given)
 
 
 def moments_of(hsic: Tensor) -> Tensor:
@@ -180,11 +179,11 @@ class State:
     peak: Tensor = _field(keep_largest, of=_peak, lead=(2,), axes=1, after="positions")
     null: Tensor = _field(sum_up, of=_null, lead=(2,), axes=2)
     permuted: Tensor = _field(sum_up, lead=(0,), axes=2)
-    kept: list[Tensor] = _field(append, [], lead=(0,), axes=2)
-    dtypes: dict[str, str] = _field(keep_first, {}, of_layers=True, items=str)
-    shapes: dict[str, list[int]] = _field(keep_first, {}, of_layers=True, items=list)
-    sample_axes: dict[str, str] = _field(keep_first, {}, of_layers=True, items=str)
-    skipped: dict[str, str] = _field(keep_first, {}, of_layers=True, items=str)
+    kept: list[Tensor] = _field(append, list, lead=(0,), axes=2)
+    dtypes: dict[str, str] = _field(keep_first, dict, of_layers=True, items=str)
+    shapes: dict[str, list[int]] = _field(keep_first, dict, of_layers=True, items=list)
+    sample_axes: dict[str, str] = _field(keep_first, dict, of_layers=True, items=str)
+    skipped: dict[str, str] = _field(keep_first, dict, of_layers=True, items=str)
     minibatches: int = _field(sum_up, 0)
     samples: int = _field(sum_up, 0)
     left_out: int = _field(sum_up, 0)
@@ -193,11 +192,11 @@ class State:
     passes: int = _field(keep_largest, 1)
     first_minibatches: int = _field(sum_up, 0)
     first_samples: int = _field(sum_up, 0)
-    classes: dict[str, int] = _field(sum_up, {})
+    classes: dict[str, int] = _field(sum_up, dict)
     neighbours: int = _field(sum_up, 0)
     equal_neighbours: int = _field(sum_up, 0)
-    first_batches: list[str] = _field(append, [])
-    identifiers: list[str] = _field(append, [])
+    first_batches: list[str] = _field(append, list)
+    identifiers: list[str] = _field(append, list)
     repeats: str | None = _field(keep_first, None)
     stopped: str | None = _field(keep_first, None)
     # Where the h_ij of a batch are made on a GPU.
