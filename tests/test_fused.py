@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 import cka_hooks
 from cka_hooks import CKAAccumulator
-from cka_hooks.similarity import batch, products
+from cka_hooks.similarity import products
 from cka_hooks.similarity.batch import Minibatches
 from cka_hooks.similarity.products import fused
 from cka_hooks.similarity.products.grams import Grams
@@ -342,8 +342,6 @@ def test_what_a_kernel_can_read_is_taken(monkeypatch: pytest.MonkeyPatch) -> Non
         assert not fused.takes(fake.double(), 1)
         assert not fused.takes(torch.empty(8, 1, 4, device="cpu"), 1)
         assert not fused.takes(torch.empty(8, 1, 4, device="cuda", requires_grad=True), 1)
-        with batch.memory.smaller_pieces():
-            assert not fused.takes(fake, 1)
 
 
 def test_it_is_compiled_once_for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:

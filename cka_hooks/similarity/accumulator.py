@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -27,17 +28,6 @@ from cka_hooks.similarity.state import State
 
 # Default size of minibatches, where size changes only the spread: a GPU then reads each activation once.
 LARGEST_BY_DEFAULT = 128
-_OWN_OPTIONS = (
-    "kernel",
-    "bandwidth",
-    "sigma",
-    "estimator",
-    "minibatch",
-    "features",
-    "seed",
-    "keep_minibatches",
-    "permutations",
-)
 
 
 class CKAAccumulator:
@@ -134,11 +124,13 @@ class CKAAccumulator:
     @property
     def settings(self) -> dict[str, Any]:
         """The options as a result has them: plain JSON values."""
-        settings = self._options.spelled(*_OWN_OPTIONS)
+        settings = self._options.spelled(*signature(CKAAccumulator).parameters)
         if self._split_by_default:
             settings["minibatch"] = f"at most {LARGEST_BY_DEFAULT}"
-        if self._options.per != "sample":
-            settings["per"] = self._options.per
+        # Settings of earlier versions do not have it.
+        per = settings.pop("per")
+        if per != "sample":
+            settings["per"] = per
         return settings
 
     @property

@@ -28,9 +28,8 @@ INFLUENCE_TIMES_EVEN = 10
 
 def cka(moments: Tensor) -> Tensor:
     """(L, L) S_ij / sqrt(S_ii S_jj) from `State.moments`: NaN if S_ii is not positive, 1 on the diagonal."""
-    root = _roots(moments)
-    values = moments[0] / (root.unsqueeze(1) * root)
-    return values.diagonal_scatter(torch.where(root.isnan(), root, 1.0))
+    root, scale = _roots(moments)
+    return (moments[0] / scale).diagonal_scatter(torch.where(root.isnan(), root, 1.0))
 
 
 def stderr(moments: Tensor, minibatches: int, minibatches_per_pass: int) -> Tensor:
@@ -42,8 +41,7 @@ def stderr(moments: Tensor, minibatches: int, minibatches_per_pass: int) -> Tens
     """
     if minibatches_per_pass < 3:
         return torch.full_like(moments[0], torch.nan)
-    root = _roots(moments)
-    scale = root.unsqueeze(1) * root
+    root, scale = _roots(moments)
     values = moments[0] / scale
     # Divide by one root at a time: products of four of them leave the range of float64 too early.
     squares = moments[1] / scale / scale
@@ -58,22 +56,11 @@ def stderr(moments: Tensor, minibatches: int, minibatches_per_pass: int) -> Tens
     return errors.diagonal_scatter(torch.where(root.isnan(), root, 0.0))
 
 
-def null_moments(state: State) -> tuple[Tensor, Tensor] | None:
-    """(L, L) variance and skewness of CKA under random permutation of samples; None if there is a second pass.
-
-    S_ii and S_jj do not depend on the permutation, see :mod:`cka_hooks.null`.
-    """
-    if state.passes > 1:
-        return None
-    root = _roots(state.moments)
-    variance, third = state.null
-    scale = root.unsqueeze(1) * root
-    return variance / scale / scale, third / variance.pow(1.5)
-
-
-def _roots(moments: Tensor) -> Tensor:
+def _roots(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """(L,) sqrt(S_ii), NaN if S_ii is not positive, and (L, L) sqrt(S_ii S_jj)."""
     own = moments[0].diagonal()
-    return torch.where(own > 0, own, torch.nan).sqrt()
+    root = torch.where(own > 0, own, torch.nan).sqrt()
+    return root, root.unsqueeze(1) * root
 
 
 def largest_stderr(state: State) -> float:
@@ -134,11 +121,8 @@ def result_of(state: State, settings: Mapping[str, Any], models: tuple[str, ...]
     if not state.minibatches:
         raise too_few(state)
     state = state.to("cpu")
-    bad = {
-        layer: int(number)
-        for layer, number in zip(state.layers, state.bad.tolist(), strict=True)
-        if number < float("inf")
-    }
+    first_bad = zip(state.layers, state.bad.tolist(), strict=True)
+    bad = {layer: int(number) for layer, number in first_bad if number < float("inf")}
     ran_seldom = irregular(state)
     chosen = [layer for layer in state.layers if layer not in bad and layer not in ran_seldom]
     reasons = {layer: f"not finite, first in minibatch {number}" for layer, number in bad.items()}
@@ -174,6 +158,9 @@ def _result(
     def chosen(pairs: Tensor) -> Tensor:
         return pairs[..., index[:, None], index]
 
+    def defined(pairs: Tensor) -> Tensor:
+        return chosen(pairs).masked_fill(undefined, torch.nan)
+
     own = state.moments[0].diagonal()
     shares = (state.peak[0] * (state.minibatches / max(state.first_minibatches, 1)) / own).clamp_max(1.0)
     found = map(json.loads, state.identifiers)
@@ -188,13 +175,16 @@ def _result(
         if layer not in undefined_layers
     }
     _warn(state, influence)
-    has_null = settings.get("estimator") == "unbiased" and settings.get("per", "sample") == "sample"
-    null = null_moments(state) if has_null else None
-    variance, skewness = (
-        (None, None) if null is None else (chosen(it).masked_fill(undefined, torch.nan) for it in null)
-    )
-    root = _roots(state.moments)
-    permuted = chosen(state.permuted / (root.unsqueeze(1) * root)) if null and len(state.permuted) else None
+    null: dict[str, Tensor] = {}
+    # Later passes bring no new samples.
+    if state.passes == 1 and settings.get("estimator") == "unbiased" and settings.get("per", "sample") == "sample":
+        # S_ii and S_jj do not depend on the permutation, see `cka_hooks.null`.
+        _, scale = _roots(state.moments)
+        variance, third = state.null
+        null["null_variance"] = defined(variance / scale / scale)
+        null["null_skewness"] = defined(third / variance.pow(1.5))
+        if len(state.permuted):
+            null["permuted"] = chosen(state.permuted / scale)
     kept = torch.cat([chosen(hsic) for hsic in state.kept]) if state.kept else None
     more: dict[str, Any] = {"shapes": state.shapes, "sample_axes": state.sample_axes} if state.shapes else {}
     if state.stopped is not None:
@@ -202,13 +192,9 @@ def _result(
     return CKAResult(
         rows=tuple(layers),
         columns=tuple(layers),
-        matrix=chosen(cka(state.moments)).masked_fill(undefined, torch.nan),
-        stderr=chosen(stderr(state.moments, state.minibatches, state.first_minibatches)).masked_fill(
-            undefined, torch.nan
-        ),
-        null_variance=variance,
-        null_skewness=skewness,
-        permuted=permuted,
+        matrix=defined(cka(state.moments)),
+        stderr=defined(stderr(state.moments, state.minibatches, state.first_minibatches)),
+        **null,
         samples=state.first_samples,
         minibatches=state.minibatches,
         degrees_of_freedom=max(state.first_minibatches - 1, 0),

@@ -192,11 +192,7 @@ def linear() -> Kernel:
 
 
 KERNELS: dict[str, Callable[..., Kernel]] = {
-    "linear": linear,
-    "rbf": rbf,
-    "distance": distance,
-    "cosine": cosine,
-    "polynomial": polynomial,
+    function.__name__: function for function in (linear, rbf, distance, cosine, polynomial)
 }
 
 

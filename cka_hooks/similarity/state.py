@@ -224,9 +224,7 @@ class State:
             made = []
             for group in step.groups:
                 hsic = all_pairs(group.vectors)
-                tensors: dict[str, Any] = {
-                    name: declared.of(group, hsic) for name, declared in DECLARED.items() if declared.of is not None
-                }
+                tensors: dict[str, Any] = {name: it.of(group, hsic) for name, it in DECLARED.items() if it.of}
                 tensors |= {"kept": [hsic] if keep else [], "permuted": hsic[:0]}
                 if self.passes > 1:
                     # Later passes bring no new samples, so the null is that of the first pass.

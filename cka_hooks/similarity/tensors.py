@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,18 +54,8 @@ def cka(
         >>> round(cka_hooks.cka(x, 3 * x.flip(1) + 1), 6)
         1.0
     """
-    return float(
-        cka_matrix(
-            [x],
-            [y],
-            kernel=kernel,
-            bandwidth=bandwidth,
-            sigma=sigma,
-            estimator=estimator,
-            subset=subset,
-            generator=generator,
-        )
-    )
+    options = locals()
+    return float(cka_matrix([options.pop("x")], [options.pop("y")], **options))
 
 
 def cka_matrix(
@@ -223,10 +214,8 @@ class _Side:
         self._rows = memory_order(tensor)
         self._kernel = kernel
         self._estimator = estimator
-        self._packed: Tensor | None = None
-        narrow = is_linear and self._rows[0].numel() < len(self._rows)
         self.features: Tensor | None = None
-        if narrow:
+        if is_linear and self._rows[0].numel() < len(self._rows):
             wide = self._rows.flatten(1).to(accumulation_device(tensor.device), torch.float64)
             self.features = wide - wide.mean(0)
             # Once more: the rounding of a large mean is a common vector, too.
@@ -237,24 +226,18 @@ class _Side:
             if self.own * len(wide) <= rounding and len(wide) <= _GRAM_IS_CHEAP:
                 self.features = None
         if self.features is None:
-            spread, size, rounding = self._gram()
-            self.own = float(self.packed.square().sum())
+            packed, spread, size, rounding = self.gram
+            self.own = float(packed.square().sum())
         differ = spread > resolution(tensor.dtype) * size or bool(features_differ(self._rows, tensor.dtype))
         self.degenerate = not (differ and self.own * len(self._rows) > rounding)
 
-    def _gram(self) -> tuple[float, float, float]:
+    @cached_property
+    def gram(self) -> tuple[Tensor, float, float, float]:
+        """The packed matrix, its `Grams.traces`, and the part of its squared norm that rounding may have made."""
         grams = self._kernel(self._rows, 1)
-        self._packed = pack(centre(grams.values[0], self._estimator), self._estimator)
-        rounding = CENTRING_NOISE * float(grams.values.square().sum())
+        packed = pack(centre(grams.values[0], self._estimator), self._estimator)
         spread, size = grams.traces()
-        return float(spread), float(size), rounding
-
-    @property
-    def packed(self) -> Tensor:
-        if self._packed is None:
-            self._gram()
-        assert self._packed is not None
-        return self._packed
+        return packed, float(spread), float(size), CENTRING_NOISE * float(grams.values.square().sum())
 
     def cka(self, other: _Side) -> float:
         if self.degenerate or other.degenerate:
@@ -264,7 +247,8 @@ class _Side:
         if self.features is not None and other.features is not None:
             hsic = _feature_space_hsic(self.features, other.features.to(self.features.device), self._estimator)
         else:
-            hsic = float(self.packed @ other.packed.to(self.packed.device))
+            mine, theirs = self.gram[0], other.gram[0]
+            hsic = float(mine @ theirs.to(mine.device))
         return float(hsic / (self.own * other.own) ** 0.5)
 
 

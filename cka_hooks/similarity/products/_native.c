@@ -145,7 +145,7 @@ static int runs_here(int variant) {
                         : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
-/* What choose.py needs to know about each Gram matrix: `Measured` there, and the norm of the subtracted vector. */
+/* What choose.py needs to know about each Gram matrix: `_measured` there, and the norm of the subtracted vector. */
 enum { SPREAD, SIZE, WHOLE, OWN, ROWS, TOTAL, TRACE, SHIFT, MEASURES };
 
 /* The same for one (n, n) Gram matrix of samples from which a vector of squared norm `norm` was subtracted. */

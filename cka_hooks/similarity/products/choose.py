@@ -11,7 +11,6 @@ backend that makes the matrices of many layers together is chosen earlier, in ..
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,8 +54,7 @@ def _on_cpu(grouped: Tensor) -> Grams:
     dtype, n, width = grouped.dtype, grouped.shape[1], grouped.shape[2:].numel()
     if native.takes(grouped) and n <= native.MAX_SAMPLES:
         values, measures = native.grams(grouped)
-        grams, chunk = Grams(values, measures[:, -1]), native.BLOCK
-        measured = [Measured(*numbers[:-1]) for numbers in measures.tolist()]
+        grams, measured, chunk = Grams(values, measures[:, -1]), measures[:, :-1].tolist(), native.BLOCK
     else:
         grams = exactly(grouped.device, reference.shifted, grouped)
         if dtype is torch.float64:
@@ -73,30 +71,13 @@ def _can_branch(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-class Measured(NamedTuple):
-    """Numbers that show how precise an (n, n) Gram matrix K is.
+def _measured(grams: Grams) -> list[list[float]]:
+    """Numbers that show how precise each of m Gram matrices K is, (n, n).
 
-    Attributes:
-        spread: the first of `Grams.traces`.
-        size: the second of `Grams.traces`.
-        whole: sum of all K_ij^2.
-        own: sum of all K_ii^2.
-        rows: sum over i of (sum over j other than i of K_ij)^2.
-        total: sum of all K_ij.
-        trace: sum of all K_ii.
+    Returns:
+        For each matrix, both of `Grams.traces`, the sum of all K_ij^2, the sum of all K_ii^2, the sum over i of (the
+        sum over j other than i of K_ij)^2, the sum of all K_ij, and the sum of all K_ii.
     """
-
-    spread: float
-    size: float
-    whole: float
-    own: float
-    rows: float
-    total: float
-    trace: float
-
-
-def _measured(grams: Grams) -> list[Measured]:
-    """The numbers of each of m Gram matrices."""
     values = grams.values
     diagonal = values.diagonal(dim1=-2, dim2=-1)
     sums = values.sum(-1)
@@ -105,17 +86,17 @@ def _measured(grams: Grams) -> list[Measured]:
     )
     found = [*grams.traces(), whole, own, rows, sums.sum(-1), diagonal.sum(-1)]
     # One by one: under torch.func, PyTorch 2.6 reads single numbers only.
-    return [Measured(*map(float, numbers)) for numbers in torch.stack(found, -1)]
+    return [[float(number) for number in numbers] for numbers in torch.stack(found, -1)]
 
 
-def _is_precise(measured: Measured, n: int, width: int, chunk: int, rounding: float) -> bool:
+def _is_precise(measured: list[float], n: int, width: int, chunk: int, rounding: float) -> bool:
     """Whether float32 rounding in a Gram matrix of `width` features is below what 1e-6 in CKA allows.
 
     `chunk` features at a time were added in float32. Rounding in a growing sum is relative to its size: to K_ij if
     products have one sign, and otherwise to a part of |x_i| |x_j| that falls with the number of chunks. What counts
     is the ratio to the norm of the U-centred matrix: a shared component, an outlying sample and overflow all show in
     it. Samples that differ by no more than a share `rounding` of their size are equal to within rounding, and have no
-    signal that a better product could save.
+    signal that a better product could save. `measured` is one list of `_measured`.
     """
     spread, size, whole, own, rows, total, trace = measured
     # |U-centred|^2 = |K|^2 - 2/(n-2) |K1|^2 + (1'K1)^2 / ((n-1)(n-2)), zero diagonal (Székely & Rizzo 2014).

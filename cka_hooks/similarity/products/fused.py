@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-from cka_hooks import memory
 from cka_hooks.errors import warn
 from cka_hooks.similarity.products.grams import Grams
 
@@ -60,7 +59,6 @@ def takes(features: Tensor, minibatches: int) -> bool:
         and features.numel() > 0
         and not (features.requires_grad or _failed)
         and _functorch.maybe_current_level() is None
-        and memory.scratch(1) == 1
         and _runs_on(features.device.index)
     )
 
@@ -276,9 +274,7 @@ class Shelf:
         self._m = self._n = 0
         self._lanes: dict[int, _Lane] = {}
         self._tables: dict[tuple[int, ...], tuple[Program, Tensor]] = {}
-        self._values = torch.empty(0, dtype=torch.float64, device=device)
-        self._shift = torch.empty(0, dtype=torch.float64, device=device)
-        self._parts = self._numbers = self._shift
+        self._values = self._shift = self._parts = self._numbers = torch.empty(0, dtype=torch.float64, device=device)
         self._processors = processors_of(device)
 
     def add(self, features: Tensor, minibatches: int) -> None:
@@ -290,7 +286,7 @@ class Shelf:
         stream = current_stream(self._device)
         known = self._lanes.get(stream)
         if known is None:
-            self._follow(self._other_streams())
+            self._follow()
         elif known.used + program.slots > program.room:
             self._add_up(known)
         lane = known or _Lane(self._device, stream)
@@ -311,7 +307,7 @@ class Shelf:
         for lane in self._lanes.values():
             if lane.pending:
                 self._add_up(lane)
-        self._follow(self._other_streams())
+        self._follow()
         m, n = self._m, self._n
         values = self._values[: self.rows * m * n * n].view(self.rows, m, n, n)
         return Grams(values, self._shift[: self.rows * m].view(self.rows, m))
@@ -325,10 +321,8 @@ class Shelf:
         assert grams.shift is not None
         rows, m, n, _ = grams.values.shape
         if len(self._parts) < rows * m * n or len(self._numbers) < rows * m:
-            self._parts, self._numbers = (
-                self._values.new_empty(rows * m * n),
-                self._values.new_empty(rows * m, NUMBERS),
-            )
+            self._parts = self._values.new_empty(rows * m * n)
+            self._numbers = self._values.new_empty(rows * m, NUMBERS)
         try:
             tensors = self._values, self._shift, self._parts, self._numbers
             launch(_centring(rows * m, n), current_stream(self._device), tensors)
@@ -341,7 +335,7 @@ class Shelf:
 
     def release(self) -> None:
         """Free what was taken on this stream, and forget what was not taken."""
-        self._lead(self._other_streams())
+        self._lead()
         for lane in self._lanes.values():
             lane.pending.clear()
             lane.used = 0
@@ -351,14 +345,14 @@ class Shelf:
         now = current_stream(self._device)
         return [_stream(stream, self._device) for stream in self._lanes if stream != now]
 
-    def _follow(self, streams: list[torch.cuda.Stream]) -> None:
+    def _follow(self) -> None:
         """Let the current stream wait for others."""
-        for stream in streams:
+        for stream in self._other_streams():
             torch.cuda.current_stream(self._device).wait_stream(stream)
 
-    def _lead(self, streams: list[torch.cuda.Stream]) -> None:
+    def _lead(self) -> None:
         """Let other streams wait for the current one."""
-        for stream in streams:
+        for stream in self._other_streams():
             stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def _add_up(self, lane: _Lane) -> None:
@@ -379,14 +373,13 @@ class Shelf:
 
     def _grow(self, rows: int) -> None:
         """Make room for more layers; only needed until the layers of a batch are known."""
-        streams = self._other_streams()
-        self._follow(streams)
+        self._follow()
         values, shift = self._values, self._shift
         self._values = values.new_empty(max(rows * self._m * self._n**2, len(values)))
         self._shift = shift.new_empty(max(rows * self._m, len(shift)))
         self._values[: len(values)] = values
         self._shift[: len(shift)] = shift
-        self._lead(streams)
+        self._lead()
 
     def _table(self, pending: list[int]) -> tuple[Program, Tensor]:
         """The table of the layers in `_Lane.pending` for `add_partials`, and its launch."""

@@ -57,7 +57,7 @@ def grams(grouped: Tensor) -> tuple[Tensor, Tensor]:
         grouped: (m, n, P, C) float32 on the CPU: a view of (m * n, P, C) of any strides.
 
     Returns:
-        The matrices, and for each the numbers of `choose.Measured`, then the norm of the vector that was subtracted.
+        The matrices, and for each the numbers of `choose._measured`, then the norm of the vector that was subtracted.
     """
     m, n, positions, channels = grouped.shape
     sample, position, channel = grouped.stride()[1:]
