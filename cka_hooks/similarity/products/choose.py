@@ -54,7 +54,7 @@ def _on_cpu(grouped: Tensor) -> Grams:
     dtype, n, width = grouped.dtype, grouped.shape[1], grouped.shape[2:].numel()
     if native.takes(grouped) and n <= native.MAX_SAMPLES:
         values, measures = native.grams(grouped)
-        grams, measured, chunk = Grams(values, measures[:, -1]), measures[:, :-1].tolist(), native.BLOCK
+        grams, measured, chunk = Grams(values, measures[:, -1]), measures.tolist(), native.BLOCK
     else:
         grams = exactly(grouped.device, reference.shifted, grouped)
         if dtype is torch.float64:
@@ -96,9 +96,9 @@ def _is_precise(measured: list[float], n: int, width: int, chunk: int, rounding:
     products have one sign, and otherwise to a part of |x_i| |x_j| that falls with the number of chunks. What counts
     is the ratio to the norm of the U-centred matrix: a shared component, an outlying sample and overflow all show in
     it. Samples that differ by no more than a share `rounding` of their size are equal to within rounding, and have no
-    signal that a better product could save. `measured` is one list of `_measured`.
+    signal that a better product could save. `measured` is one list of `_measured`, or of `native.grams`.
     """
-    spread, size, whole, own, rows, total, trace = measured
+    spread, size, whole, own, rows, total, trace = measured[:7]
     # |U-centred|^2 = |K|^2 - 2/(n-2) |K1|^2 + (1'K1)^2 / ((n-1)(n-2)), zero diagonal (Székely & Rizzo 2014).
     off_diagonal, off_total = whole - own, total - trace
     centred = off_diagonal - 2 / (n - 2) * rows + off_total * off_total / ((n - 1) * (n - 2))
