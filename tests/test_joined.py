@@ -143,6 +143,38 @@ def test_a_loop_of_ones_own() -> None:
         other.compute()
 
 
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda state: {**state, "counted": None},
+        lambda state: {**state, "counted": [1]},
+        lambda state: {**state, "counted": [None, 0]},
+        lambda state: {**state, "counted": [0, -1]},
+        lambda state: {**state, "waiting": 1},
+        lambda state: {**state, "waiting": ["0"]},
+        lambda state: {**state, "waiting": [{"0": None}]},
+        lambda state: {**state, "waiting": [{0: torch.zeros(3, 6)}]},
+        lambda state: {**state, "waiting": [{"0": torch.zeros(3, 6, dtype=torch.int)}]},
+        lambda state: {**state, "waiting": [{"0": torch.zeros(3, 6), "2": torch.zeros(2, 5)}]},
+        lambda state: {**state, "waiting": [{"0": torch.zeros(3, 6)}, {"0": torch.zeros(3, 7)}]},
+        lambda state: {**state, "options": {**state["options"], "seed": torch.zeros(2)}},
+        lambda state: {**state, "options": None},
+        lambda state: {**state, "state": {**state["state"], "seen": {"0": "x"}}},
+        lambda state: {**state, "state": {**state["state"], "sketch": 1}},
+        lambda state: {key: item for key, item in state.items() if key != "state"},
+        lambda state: [*state],
+        lambda _: None,
+    ],
+)
+def test_a_state_that_is_none_is_refused(forge: Any) -> None:
+    options: dict[str, Any] = {"layers": LAYERS, "features": "mean", "join_batches": 16}
+    with Comparison(net(), **options) as comparison:
+        for batch in alone()[:20]:
+            comparison.update(batch)
+    with pytest.raises(OptionError):
+        Comparison(net(), **options).load_state_dict(forge(comparison.state_dict()))
+
+
 def test_a_batch_that_breaks_off_leaves_what_waits() -> None:
     def forward(model: nn.Module, batch: Tensor) -> Any:
         out = model(batch)

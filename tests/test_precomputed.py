@@ -146,6 +146,17 @@ def test_any_array_in_the_order_of_the_loader_and_by_identifiers(kind: str, tmp_
     close(aligned, expected(order, array))
 
 
+def test_rows_of_a_batch_are_read_from_hdf5_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    array, given = features(5), Precomputed(hdf5(features(5), tmp_path))
+    dataset, reads = type(given.arrays[""]), []
+    read = dataset.__getitem__
+    monkeypatch.setattr(dataset, "__getitem__", lambda self, rows: reads.append(rows) or read(self, rows))
+    for rows in ([7, 2, 59, 3], [5, 1, 5], [4], [3, 4, 5]):
+        ((_, found),) = given.features(rows, "V4")
+        assert torch.equal(found, array[rows])
+    assert len(reads) == 4
+
+
 def test_memory_is_that_of_one_batch() -> None:
     given = Spied(features(5))
     compare({"V4": given}, loader())

@@ -210,7 +210,14 @@ def test_a_run_that_goes_on_keeps_its_initial_weights() -> None:
     again.start(model, step=1)
     changed(model, 2)
     assert again.measure(model, 2) == cka.measure(model, 2)
-    for wrong in ({"initial": {}}, {"initial": 3, "previous": 3}, {"something": 1}):
+    part = cka.state_dict()["initial"]
+    unlike = {**part, "state": {**part["state"], "dtypes": 3}}
+    for wrong in (
+        {"initial": {}},
+        {"initial": 3, "previous": 3},
+        {"something": 1},
+        {**cka.state_dict(), "initial": unlike},
+    ):
         with pytest.raises(cka_hooks.OptionError, match="not the CKA of a network in training"):
             again.load_state_dict(wrong)
     with pytest.warns(cka_hooks.CKAWarning, match="goes on from step 7"):

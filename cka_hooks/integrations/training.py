@@ -21,6 +21,7 @@ from cka_hooks.recording.guest import Snapshot, is_sharded
 from cka_hooks.recording.layers import Layers, check_model
 from cka_hooks.recording.padding import MaskOption
 from cka_hooks.results.result import CKAResult
+from cka_hooks.run.checkpoint_file import UNEXPECTED
 from cka_hooks.run.comparison import Comparison, named_models, per_model
 from cka_hooks.run.in_turn import Replayed, refuse_other_positions
 from cka_hooks.run.precomputed import SampleIds
@@ -256,11 +257,13 @@ class TrainingCKA:
         """
         if state:
             try:
-                self._then = {name: state[name] for name in (INITIAL, PREVIOUS)}
-                for part in self._then.values():
+                then = {name: state[name] for name in (INITIAL, PREVIOUS)}
+                for part in then.values():
                     _named(part, NOW)
-                self._batches.known = list(state["batches"])
-            except (KeyError, TypeError) as error:
+                self._then, self._batches.known = then, list(state["batches"])
+            except OptionError:
+                raise
+            except UNEXPECTED as error:
                 raise OptionError(
                     f"this is not the CKA of a network in training: {type(error).__name__} {error}"
                 ) from error

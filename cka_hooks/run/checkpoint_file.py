@@ -36,7 +36,7 @@ _TENSOR = "__tensor__"
 MAX_BYTES = 1 << 32
 
 # The errors that reading and restoring something else may raise.
-_WRONG = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, SafetensorError)
+UNEXPECTED = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, SafetensorError)
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def refused(path: Path) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except _WRONG as error:
+    except UNEXPECTED as error:
         why = str(error) if isinstance(error, ValueError) else f"its content is invalid ({error!r:.200})"
         raise CheckpointError(
             f"{path} cannot be resumed: {why}. Name another file with checkpoint=, or delete it to start from the "

@@ -24,6 +24,7 @@ from cka_hooks.recording.positions import positions_of
 from cka_hooks.recording.recorder import LayerRecorder, nothing_ran
 from cka_hooks.results.result import CKAResult
 from cka_hooks.run import replay
+from cka_hooks.run.checkpoint_file import UNEXPECTED
 from cka_hooks.run.joined import JoiningAccumulator
 from cka_hooks.run.precomputed import Identifier, Precomputed, SampleIds, is_features, without_ids
 from cka_hooks.run.seen import Seen, finished
@@ -295,12 +296,18 @@ class Comparison:
         Raises:
             OptionError: the state is from a comparison with other options, or from something else.
         """
-        self._accumulator.load_state_dict(state)
-        self.seen.start_pass()
-        # Earlier versions have the samples of all passes in between.
-        self.seen.batches, *_, self.seen.row = (
-            whole("counted", number, 0) for number in state.get("counted", (0, 0))
-        )
+        try:
+            self._accumulator.load_state_dict(state)
+            self.seen.start_pass()
+            # Earlier versions have the samples of all passes in between.
+            counted = [whole("counted", -1 if it is None else it, 0) for it in state.get("counted", (0, 0))]
+            self.seen.batches, *_, self.seen.row = counted
+        except OptionError:
+            raise
+        except UNEXPECTED as error:
+            raise OptionError(
+                f"this is not the state of a comparison: its content is invalid ({error!r:.200})"
+            ) from error
 
     def sync(self, group: dist.ProcessGroup | None = None) -> None:
         """On every rank, become the sum of the comparisons of all ranks; see :meth:`CKAAccumulator.sync`.

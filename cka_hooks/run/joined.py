@@ -37,11 +37,6 @@ class JoiningAccumulator(CKAAccumulator):
         # Rows of earlier batches that are in no minibatch yet, by layer.
         self._waiting: dict[str, Tensor] = {}
 
-    def discard(self) -> None:
-        """Forget what was observed since the last `step`."""
-        super().discard()
-        self._now: dict[str, Tensor] = {}
-
     def observe(self, layer: str, activation: Features) -> None:
         """Take the Gram matrix of one layer's activation, or keep a copy of its rows if they are to be joined.
 
@@ -62,7 +57,7 @@ class JoiningAccumulator(CKAAccumulator):
                 f"layer {layer!r} has {rows.shape[1]} features in this batch and {width} in one before, and "
                 "join_batches= joins what has the same features: average them over positions, features='mean'"
             )
-        self._pending[layer], self._now[layer] = None, rows
+        self._pending[layer] = rows
 
     def slot(self, layer: str) -> Callable[[Tensor], None] | None:
         """See :meth:`CKAAccumulator.slot`. If features are joined, no product takes an activation at once."""
@@ -76,9 +71,9 @@ class JoiningAccumulator(CKAAccumulator):
         """
         if self._size is None:
             return super().step()
-        now = self._now
+        batch: dict[str, Any] = dict(self._pending)
         self.discard()
-        self._wait(now)
+        self._wait(batch)
         return self._add(_samples(self._waiting) // self._size * self._size)
 
     def flush(self) -> Step:
@@ -133,6 +128,9 @@ class JoiningAccumulator(CKAAccumulator):
         """
         super().load_state_dict(state)
         for batch in state.get("waiting", []):
+            kinds = {(type(layer), rows.ndim, rows.is_floating_point()) for layer, rows in batch.items()}
+            if kinds - {(str, 2, True)} or len(set(map(len, batch.values()))) > 1:
+                raise OptionError(f"the state's 'waiting' has {batch!r:.60}, which it cannot have: measure again")
             self._wait(batch)
 
 

@@ -110,8 +110,8 @@ class CKAAccumulator:
 
     def reset(self) -> None:
         """Forget everything that was added."""
-        # The layers of the current batch, in order, and how its samples are split.
-        self._pending: dict[str, None] = {}
+        # The layers of the current batch, in order, with rows only if these are to be joined; how it is split.
+        self._pending: dict[str, Tensor | None] = {}
         self._samples = 0
         self._parts: list[tuple[int, int]] = []
         # For layers that were not seen before: the dtype, and whether features differ.
