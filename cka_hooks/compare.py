@@ -24,8 +24,7 @@ from cka_hooks.results.result import CKAResult
 from cka_hooks.run.checkpoint import Keeper, path_of_rank
 from cka_hooks.run.comparison import Comparison, named_models
 from cka_hooks.run.identity import of_loader, of_model, of_option, of_rows
-from cka_hooks.run.in_turn import added_up_in_turn
-from cka_hooks.run.loop import Loop
+from cka_hooks.run.loop import Loop, added_up_in_turn
 from cka_hooks.run.precomputed import Precomputed, SampleIds
 from cka_hooks.run.ranks import Ranks
 from cka_hooks.run.seen import finished

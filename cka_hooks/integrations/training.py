@@ -23,9 +23,9 @@ from cka_hooks.recording.padding import MaskOption
 from cka_hooks.results.result import CKAResult
 from cka_hooks.run.checkpoint_file import UNEXPECTED
 from cka_hooks.run.comparison import Comparison, named_models, per_model
-from cka_hooks.run.in_turn import Replayed, refuse_other_positions
+from cka_hooks.run.loop import refuse_other_positions
 from cka_hooks.run.precomputed import SampleIds
-from cka_hooks.run.replay import Randomness
+from cka_hooks.run.replay import Randomness, Replayed
 from cka_hooks.run.seen import finished
 from cka_hooks.similarity.batch import Minibatches, Step
 from cka_hooks.similarity.state import DECLARED, State

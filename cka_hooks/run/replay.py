@@ -25,7 +25,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from cka_hooks.errors import OptionError
+from cka_hooks.errors import BatchError, OptionError
 from cka_hooks.recording.batches import sample_count, with_tensors
 from cka_hooks.recording.guest import random_state
 from cka_hooks.recording.outputs import tensors_in
@@ -206,6 +206,52 @@ class Drawn:
             return identifiers(found if names is None else [names[index] for index in found], "sample_ids")
         except (OptionError, LookupError, TypeError):
             return None
+
+
+class Replayed(Drawn):
+    """A loader that is iterated once for each model, and has to bring the same batches each time.
+
+    Attributes:
+        known: a fingerprint of each batch of the first pass. Later passes have to have the same.
+
+    Raises:
+        OptionError: the loader is an iterator, which can be iterated only once.
+    """
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        if isinstance(loader, Iterator):
+            raise OptionError(
+                "the loader is an iterator, which can be iterated only once: pass a DataLoader or a list"
+            )
+        super().__init__(loader)
+        self._randomness = Randomness(loader)
+        self._start = self._randomness.state()
+        self.known: list[str] = []
+
+    def rewind(self, model: str) -> Replayed:
+        """Go back to the start, for the next model."""
+        self._is_first, self._number, self._model = not self.known, 0, model
+        self._randomness.restore(self._start)
+        return self
+
+    def __iter__(self) -> Iterator[Any]:
+        """Make one pass over the loader.
+
+        Raises:
+            BatchError: a batch differs from the one for the first model.
+        """
+        for batch in super().__iter__():
+            found = fingerprint(batch)
+            if self._is_first:
+                self.known.append(found)
+            elif self.known[self._number : self._number + 1] != [found]:
+                raise BatchError(
+                    f"batch {self._number} (counted from 0) for model {self._model!r} differs from the one for the "
+                    "first model. Each needs the same batches: seed the order, DataLoader(..., shuffle=True, "
+                    "generator=torch.Generator().manual_seed(0)), and any random augmentation"
+                )
+            self._number += 1
+            yield batch
 
 
 def _noted(sampler: Iterable[Any], drawn: deque[list[Any]]) -> Iterator[Any]:
