@@ -17,6 +17,8 @@ from cka_hooks.errors import BatchError, OptionError
 
 Reduction = Literal["flatten", "mean", "token", "last"] | Callable[[Tensor], Tensor]
 Layout = Literal["first", "last"]
+# Masks (n, T), each with the numbers of the dimensions that it describes.
+Masks = Sequence[tuple[Tensor, Sequence[int]]]
 REDUCTIONS = ("flatten", "mean", "token", "last")
 
 
@@ -44,7 +46,7 @@ def feature_rows(
     features: Reduction | str = "flatten",
     *,
     batch_dim: int = 0,
-    masks: Sequence[tuple[Tensor, Sequence[int]]] = (),
+    masks: Masks = (),
     channels: Layout | int | None = None,
 ) -> Tensor:
     """The features of an activation as (n, P, C), P * C features per sample, a view if possible.
@@ -72,7 +74,7 @@ def feature_rows(
         return rows_of(features, moved, moved.shape[0])
     if moved.ndim <= 2:
         return memory_order(moved)
-    tokens, kept = tokens_of(activation, batch_dim=batch_dim, masks=masks, channels=channels)
+    tokens, kept = tokens_of(activation, batch_dim, masks, channels)
     if features == "mean":
         return _mean(tokens, kept)
     positions, position = tokens.flatten(1, -2), _position(features)
@@ -102,11 +104,7 @@ def rows_of(function: Callable[[Tensor], Tensor], activation: Tensor, samples: i
 
 
 def tokens_of(
-    activation: Tensor,
-    *,
-    batch_dim: int,
-    masks: Sequence[tuple[Tensor, Sequence[int]]] = (),
-    channels: Layout | int | None = None,
+    activation: Tensor, batch_dim: int, masks: Masks, channels: Layout | int | None
 ) -> tuple[Tensor, Tensor | None]:
     """An activation as (n, *positions, C), a view, and which of its positions (n, *positions) are data.
 

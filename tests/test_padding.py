@@ -552,7 +552,7 @@ def test_lengths_cost_nothing_if_no_layer_has_positions(monkeypatch: pytest.Monk
             def refused(*args: object) -> None:
                 raise AssertionError("the long way")
 
-            monkeypatch.setattr("cka_hooks.recording.axes.SampleDimension.of", refused)
+            monkeypatch.setattr("cka_hooks.recording.dimensions.SampleDimension.of", refused)
 
 
 class WithMask(nn.Module):

@@ -101,7 +101,7 @@ def test_a_steady_batch_asks_for_no_name(monkeypatch: pytest.MonkeyPatch) -> Non
         def refused(*args: object) -> None:
             raise AssertionError("the long way")
 
-        monkeypatch.setattr("cka_hooks.recording.axes.SampleDimension.of", refused)
+        monkeypatch.setattr("cka_hooks.recording.dimensions.SampleDimension.of", refused)
         monkeypatch.setattr("cka_hooks.names.PerLayer.of", refused)
         for x in (*images(3, 8), *images(5, n=9)):
             model(x)
@@ -217,7 +217,7 @@ def test_text_whose_length_changes_stays_on_the_short_way(monkeypatch: pytest.Mo
     with recorder, torch.no_grad():
         with pytest.warns(cka_hooks.CKAWarning, match="attention mask has zeros"):
             model(**text(12))
-        monkeypatch.setattr("cka_hooks.recording.axes.SampleDimension.of", None)
+        monkeypatch.setattr("cka_hooks.recording.dimensions.SampleDimension.of", None)
         for length in (11, 15, 13):
             model(**text(length))
     assert len(products.rows) == 4 * len(products.slots)

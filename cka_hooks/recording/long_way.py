@@ -17,11 +17,9 @@ from cka_hooks.features import Reduction, check_reduction, feature_rows, memory_
 from cka_hooks.names import PerLayer
 from cka_hooks.options import Options
 from cka_hooks.precision import without_gradients
-from cka_hooks.recording import guest
-from cka_hooks.recording.axes import SampleDimension
 from cka_hooks.recording.batches import Given
-from cka_hooks.recording.channels import Channels, matters
-from cka_hooks.recording.layers import Selection, unwrap
+from cka_hooks.recording.dimensions import Channels, SampleDimension, matters
+from cka_hooks.recording.layers import named_layers, select_layers
 from cka_hooks.recording.outputs import NotRecordable, tensors_in
 from cka_hooks.recording.padding import Padding
 from cka_hooks.recording.positions import Positions
@@ -35,14 +33,15 @@ class LongWay:
     """Takes a module's output to the consumer, and opens a route for the next one.
 
     Args:
-        names: the model's modules.
-        selections: those that are layers.
+        model: the model, without wrappers but those that shard it.
         positions: chooses the positions that are samples; None if samples are those of the batch.
-        options: how to reduce activations, and what the user says about their dimensions and padding.
+        options: the layers, how to reduce activations, and what the user says about their dimensions and padding.
         detach: whether to detach activations from their graph.
 
     Attributes:
         now: the forward pass.
+        names: the model's modules.
+        selections: those that are layers.
         taps: the hooks of each chosen module, by its id.
         consumer: where activations are handed to.
         dimension: knows which dimension holds the samples.
@@ -52,18 +51,14 @@ class LongWay:
         left_out: for each label that was not, the reason.
 
     Raises:
-        OptionError: an argument has an invalid value.
+        LayerError: an entry of the layers matches nothing.
+        OptionError: an option has an invalid value.
     """
 
-    def __init__(
-        self,
-        names: Mapping[str, nn.Module],
-        selections: list[Selection],
-        positions: Positions | None,
-        options: Options,
-        detach: bool,
-    ) -> None:
-        self.now, self._positions, self._detaches = Pass(), positions, detach
+    def __init__(self, model: nn.Module, positions: Positions | None, options: Options, detach: bool) -> None:
+        self._model, self._positions, self._detaches = model, positions, detach
+        self.now, self.names, self.selections = Pass(), named_layers(model), select_layers(model, options.layers)
+        names = self.names
         self._features = PerLayer(options.features, names, "features")
         for reduction in self._features.values:
             check_reduction(reduction)
@@ -72,7 +67,7 @@ class LongWay:
                     f'per="position" and features={reduction!r} exclude each other: each position is a sample. Leave '
                     "features= out"
                 )
-        reductions = [self._reduction_of(selection.name) for selection in selections]
+        reductions = [self._reduction_of(selection.name) for selection in self.selections]
         self._keeps = "flatten" in reductions
         self._reduces = any(isinstance(reduction, str) and reduction != "flatten" for reduction in reductions)
         self.dimension = SampleDimension(names, options.batch_dim)
@@ -80,7 +75,7 @@ class LongWay:
         self._padding = Padding(names, options.mask)
         channelled = [module for module in names.values() if self._reduces and matters(module)]
         self.followed = {*channelled, *self.dimension.sequence_first}
-        self.taps = taps_of(selections, self, only_leaves=options.layers is None)
+        self.taps = taps_of(self.selections, self, only_leaves=options.layers is None)
         self.consumer: Consumer | None = None
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.recorded: dict[str, nn.Module] = {}
@@ -99,8 +94,8 @@ class LongWay:
 
     # One batch
 
-    def begin(self, given: Given, limit: int | None, model: nn.Module) -> None:
-        """Begin a batch, of which the first `limit` samples count. A probe of it runs `model` if that is due.
+    def begin(self, given: Given, limit: int | None) -> None:
+        """Begin a batch, of which the first `limit` samples count, with a probe of it if that is due.
 
         Raises:
             BatchError: the batch does not fit its mask or a module with ``batch_first=False``.
@@ -110,20 +105,15 @@ class LongWay:
         if self._positions is not None and not self._positions.is_shared:
             self._positions.start(self._positions.number + 1)
         self._padding.start(given.batch, given.form, self.dimension.samples)
-        if given.call is None or not given.shape:
-            return
-        if isinstance(given.value, Tensor):
-            self.dimension.settle_plain(unwrap(model), given.value.ndim)
         has_masks = self._reduces and self._padding.needs_probe
-        if has_masks or not self.dimension.is_settled:
+        if given.call is not None and given.shape and (has_masks or not self.dimension.is_settled):
             # Tensors cut out of a batch are not part of its graph.
             with torch.no_grad():
-                run, samples = partial(self._show, given.call), given.shape[0]
-                probe = Probe(run, guest.Snapshot(model), given.parts, samples, guest.is_sharded(model))
+                probe = Probe(partial(self._show, given.call), self._model, given.parts, given.shape[0])
                 if not self.dimension.is_settled:
                     self.dimension.confirm(probe, given.shape)
                 if has_masks:
-                    self._padding.confirm(probe, samples)
+                    self._padding.confirm(probe, given.shape[0])
 
     def _show(self, call: Callable[[Any], Any], batch: Any, take: Take) -> None:
         """Run a pass that hands nothing over: a probe sees the layers' outputs."""

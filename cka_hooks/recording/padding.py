@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,8 +56,8 @@ class _Fit(NamedTuple):
     frames: Frames | None = None
 
 
-# A layer with other positions, one that does not depend on what the mask describes, and one that no probe showed.
-_OTHER, _APART, _UNKNOWN = _Fit(()), _Fit((-1,)), _Fit((-2,))
+# A layer that does not depend on what the mask describes, and one that no probe showed. Compared by identity.
+_APART, _UNKNOWN = _Fit(()), _Fit(())
 
 
 class Padding:
@@ -87,7 +87,6 @@ class Padding:
         self._fits: dict[Source, dict[str, _Fit]] = {}
         self._found: dict[Source, Tensor] = {}
         self._framed: dict[tuple[Source, int], Tensor] = {}
-        self._zeros: bool | None = False
         self._is_first = True
         self._looks = not self._is_named
         self._suspect: str | None = None
@@ -120,15 +119,13 @@ class Padding:
             if self._looks:
                 self._suspect = _suspect(batch, form, where, fields)
                 self._looks = self._suspect is None
-        self._zeros = None
+        vars(self).pop("_has_zeros", None)
 
-    @property
+    @cached_property
     def _has_zeros(self) -> bool:
-        """Whether a mask has zeros. Reading one on an accelerator waits: only in the first pass."""
-        if self._zeros is None:
-            seen = (mask for mask in self._found.values() if self._is_first or mask.device.type == "cpu")
-            self._zeros = any(not bool((mask != 0).all()) for mask in seen)
-        return self._zeros
+        """Whether a mask of this batch has zeros. Reading one on an accelerator waits: only in the first pass."""
+        seen = (mask for mask in self._found.values() if self._is_first or mask.device.type == "cpu")
+        return any(not bool((mask != 0).all()) for mask in seen)
 
     @property
     def needs_probe(self) -> bool:
@@ -164,9 +161,9 @@ class Padding:
         for tries in _tries(probe.few, few, length, source, self._found[source][probe.chosen]):
             for chosen in tries:
                 look = probe.look(_shortened(probe.few, few, length, less, chosen), few)
-                both = ((label, before, look.seen.get(label)) for label, before in probe.first.seen.items())
-                fits = {label: _followed(label, before, after, ways) for label, before, after in both if after}
-                followed = {label: fit for label, fit in fits.items() if fit not in (_OTHER, _APART)}
+                both = look.seen.keys() & probe.first.seen.keys()
+                fits = {label: _followed(label, probe.first.seen[label], look.seen[label], ways) for label in both}
+                followed = {label: fit for label, fit in fits.items() if fit.dims}
                 if followed:
                     (broken if look.problem else whole).append(followed if look.problem else fits)
             if whole:
@@ -195,7 +192,7 @@ class Padding:
         masks, unused = [], None
         for source in self._sources(name, label, shape):
             mask, fit = self._found[source], self._fit(source, label)
-            if callable(source) and (fit is _UNKNOWN or (self._is_named and fit in (_OTHER, _APART))):
+            if callable(source) and (fit is _UNKNOWN or (self._is_named and not fit.dims)):
                 # Only the user can know.
                 fit = _Fit(tuple(dim for dim, size in enumerate(shape) if dim > 0 and size == mask.shape[1]))
                 if fit.dims and not self._is_named:
@@ -205,7 +202,7 @@ class Padding:
                 if key not in self._framed:
                     self._framed[key] = fit.frames(key[1], (mask != 0).long())
                 mask = self._framed[key]
-            dims = tuple(dim for dim in fit.dims if 0 <= dim < len(shape) and shape[dim] == mask.shape[1])
+            dims = tuple(dim for dim in fit.dims if dim < len(shape) and shape[dim] == mask.shape[1])
             if dims:
                 masks.append((mask, dims))
             elif fit is not _APART:
@@ -219,7 +216,7 @@ class Padding:
         for source in self._sources(name, label, shape) if self.is_due else ():
             fit, ways = self._fit(source, label), self._ways(self._found[source].shape[1])
             is_alike = any(size in shape[1:] for _, (size,), _ in ways)
-            if is_alike if fit is _UNKNOWN else fit not in (_OTHER, _APART):
+            if is_alike if fit is _UNKNOWN else fit.dims:
                 self._note(_KEPT, label)
 
     def _fit(self, source: Source, label: str) -> _Fit:
@@ -276,7 +273,7 @@ def _followed(label: str, before: Glance, after: Glance, ways: list[Way]) -> _Fi
         dims = tuple(dim for dim, size in enumerate(sizes) if size == wanted)
         if dims and (name == ROOT or label.startswith(f"{name}.")):
             return _Fit(dims, frames)
-    return _APART if is_same(before, after) else _OTHER
+    return _APART if is_same(before, after) else _Fit(())
 
 
 def _tries(batch: Any, samples: int, length: int, source: Source, mask: Tensor) -> Iterator[list[list[Any]]]:
@@ -285,19 +282,17 @@ def _tries(batch: Any, samples: int, length: int, source: Source, mask: Tensor) 
     Tokens and recordings are (n, T). If the model cannot run with fewer of these, if they decide nothing, or if the
     mask alone is one, it belongs to something else of that length.
     """
-    tokens: list[Any] = []
-    others: list[Any] = []
-    is_alone = True
+    found: list[tuple[Any, str]] = []
 
     def look(item: Any, key: str) -> None:
         is_long = isinstance(item, Tensor | np.ndarray) and tuple(item.shape[:2]) == (samples, length)
         own = LABELS if key in batches.LABELS else DECODER_MASK if key.startswith("decoder_") else MASK
         if is_long and (callable(source) or source == own):
-            (tokens if item.ndim == 2 else others).append(item)
-            nonlocal is_alone
-            is_alone = is_alone and (item.ndim > 2 or "mask" in key or _is_alike(item, mask))
+            found.append((item, key))
 
     batches.mapped(batch, look)
+    tokens, others = [it for it, _ in found if it.ndim == 2], [it for it, _ in found if it.ndim > 2]
+    is_alone = all(it.ndim > 2 or "mask" in key or _is_alike(it, mask) for it, key in found)
     if tokens and not (is_alone and others):
         yield [tokens]
     yield [[*tokens, one] for one in others]

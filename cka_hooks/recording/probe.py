@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cka_hooks.recording.batches import cut
-from cka_hooks.recording.guest import Snapshot
+from cka_hooks.recording.guest import Snapshot, is_sharded
 
 # Samples in the smaller pass. With one or two, dimensions of that size may be squeezed away, or exist anyway.
 FEW = 3
@@ -90,10 +90,9 @@ class Probe:
 
     Args:
         run: runs the model on a batch.
-        snapshot: snapshot of the model.
+        model: the model.
         batch: the first batch.
         samples: number of samples in it.
-        always: make every pass, even if it is not needed. Ranks that make each pass together must do so.
 
     Attributes:
         few: a few samples of the batch.
@@ -101,8 +100,10 @@ class Probe:
         first: the pass over them.
     """
 
-    def __init__(self, run: Run, snapshot: Snapshot, batch: Any, samples: int, always: bool) -> None:
-        self._run, self._snapshot, self._batch, self._samples, self._always = run, snapshot, batch, samples, always
+    def __init__(self, run: Run, model: nn.Module, batch: Any, samples: int) -> None:
+        self._run, self._batch, self._samples = run, batch, samples
+        # Ranks that make each pass together must make every pass, even if it is not needed.
+        self._snapshot, self._always = Snapshot(model), is_sharded(model)
         count = min(samples, FEW)
         self.chosen = [samples * i // count for i in range(count)]
         self.few = cut(batch, samples, self.chosen)

@@ -20,7 +20,7 @@ from cka_hooks.precision import without_gradients
 from cka_hooks.recording import batches, guest
 from cka_hooks.recording.batches import Given
 from cka_hooks.recording.describe import Description, described, left_out
-from cka_hooks.recording.layers import Layers, check_model, named_layers, select_layers, unwrap
+from cka_hooks.recording.layers import Layers, check_model, unwrap
 from cka_hooks.recording.long_way import Features, LongWay
 from cka_hooks.recording.padding import MaskOption
 from cka_hooks.recording.positions import Positions, positions_of
@@ -109,20 +109,17 @@ class LayerRecorder:
             if function is not None and not callable(function):
                 raise OptionError(f"{function!r:.200} cannot be called: expected a function {name}")
         self._runnable, self._forward = unwrap(model, keeps_sharded=True), forward
-        self._names = named_layers(model)
         self._by_default = layers is None
-        selections = select_layers(model, layers)
-        self.chosen = [selection.name for selection in selections]
         options = Options(features=features, batch_dim=batch_dim, channel_dim=channel_dim, mask=mask, layers=layers)
-        self._way = LongWay(self._names, selections, positions_of(per, positions, seed), options, detach)
-        self._now = self._way.now
+        self._way = LongWay(self._runnable, positions_of(per, positions, seed), options, detach)
+        self._now, self.chosen = self._way.now, [selection.name for selection in self._way.selections]
         self.consumer = consumer
         self._entered, self._managed, self._started = 0, False, False
         self._form: batches.Form | None = None
         self.only_in_passes = False
         self.shapes, self.sample_axes = self._way.shapes, self._way.dimension.evidence
         # Activations that keep their graph are for training.
-        self._varying = {name: m for name, m in self._names.items() if detach and guest.varies_in_train_mode(m)}
+        self._varying = {name: m for name, m in self._way.names.items() if detach and guest.varies_in_train_mode(m)}
 
     @property
     def consumer(self) -> Consumer | None:
@@ -180,7 +177,7 @@ class LayerRecorder:
     def _leave(self, depth: int) -> None:
         """Leave until entered only `depth` times. A second call is harmless: Ctrl-C may cut the first short."""
         if depth <= 0:
-            guest.remove_hooks(self._names.values(), self, self._way, *self._way.taps.values())
+            guest.remove_hooks(self._way.names.values(), self, self._way, *self._way.taps.values())
             self._managed = False
             guest.release(self)
         self._entered = max(0, depth)
@@ -231,7 +228,7 @@ class LayerRecorder:
         Raises:
             BatchError: a module with ``batch_first=False`` gets its samples in dimension 0.
         """
-        self._way.begin(self._given(batch, self._call), None, self._runnable)
+        self._way.begin(self._given(batch, self._call), None)
 
     def _given(self, batch: Any, call: Callable[[Any], Any] | None) -> Given:
         if self._form is None:
@@ -267,7 +264,7 @@ class LayerRecorder:
         self._started = True
         if self._varying and not self.only_in_passes and guest.warned_of_train_mode(self._varying):
             self._varying = {}
-        self._way.begin(given, limit, self._runnable)
+        self._way.begin(given, limit)
         self._way.restart()
 
     @property
