@@ -27,7 +27,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import cka_hooks
 from cka_hooks.run import checkpoint as files
-from cka_hooks.run import checkpoint_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:one sample decides", "ignore:.* left out")
 
@@ -539,7 +538,7 @@ def test_damaged_files(tmp_path: Path, good: bytes) -> None:
 def test_an_enormous_file_is_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "run.ckpt"
     with open(path, "wb") as file:
-        file.truncate(checkpoint_file.MAX_BYTES + 1)
+        file.truncate(files.MAX_BYTES + 1)
     with pytest.raises(cka_hooks.CheckpointError, match="larger than"):
         run(path, shuffled())
 
@@ -547,19 +546,19 @@ def test_an_enormous_file_is_refused_unread(tmp_path: Path) -> None:
 def signed(content, tensors=None, **other) -> bytes:
     """A file with a checksum that fits: what somebody makes who knows the format."""
     tensors = tensors or {}
-    whole = {"format": checkpoint_file.FORMAT, "version": checkpoint_file.VERSION, "content": content}
+    whole = {"format": files.FORMAT, "version": files.VERSION, "content": content}
     text = json.dumps(whole)
     text = other.get("text", text)
-    return safetensors.torch.save(tensors, {"cka_hooks": text, "sha256": checkpoint_file._digest(text, tensors)})
+    return safetensors.torch.save(tensors, {"cka_hooks": text, "sha256": files._digest(text, tensors)})
 
 
 def test_edited_files_and_other_versions(tmp_path: Path, good: bytes) -> None:
     path = tmp_path / "run.ckpt"
     assert "edited or damaged" in refused(path, good.replace(b'\\"samples\\": 24', b'\\"samples\\": 25'))
-    text = json.dumps({"format": checkpoint_file.FORMAT, "version": 99, "content": {}})
+    text = json.dumps({"format": files.FORMAT, "version": 99, "content": {}})
     assert "another version of cka_hooks wrote it" in refused(path, signed(None, text=text))
     assert "RecursionError" in refused(path, signed(None, text="[" * 100000 + "]" * 100000))
-    of_version_1 = json.dumps(["dict", ["format", checkpoint_file.FORMAT], ["version", 1], ["content", ["dict"]]])
+    of_version_1 = json.dumps(["dict", ["format", files.FORMAT], ["version", 1], ["content", ["dict"]]])
     assert "another version of cka_hooks wrote it" in refused(path, signed(None, text=of_version_1))
     for text in ("", "3", "null", "{}", "[]", '{"__tensor__": "t9"}', '{"content": {}}', "1.5"):
         refused(path, signed(None, text=text))

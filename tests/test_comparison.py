@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import cka_hooks
 from cka_hooks import CheckpointError, CKAWarning, Comparison, OptionError
-from cka_hooks.run import checkpoint_file
-from cka_hooks.run.checkpoint_file import FileLock
+from cka_hooks.run import checkpoint
+from cka_hooks.run.checkpoint import locked, released
 from cka_hooks.run.identity import of_model, of_option
 
 pytestmark = pytest.mark.filterwarnings("ignore:one sample decides")
@@ -235,10 +235,10 @@ def test_another_function_is_not_resumed(tmp_path: Path, option: str) -> None:
 
 def test_two_runs_on_one_file_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.ckpt"
-    lock = FileLock(path)
+    lock = locked(path)
     with pytest.raises(CheckpointError, match=r"in use by process \d+ on .*: wait for that run"):
         cka_hooks.compare(net(), batches(), checkpoint=path, progress=False)
-    lock.release()
+    released(lock)
     cka_hooks.compare(net(), batches(), checkpoint=path, progress=False)
     assert [file.name for file in tmp_path.iterdir()] == ["run.ckpt"]
 
@@ -273,9 +273,9 @@ def test_a_random_state_that_would_read_beyond_its_memory_is_refused(tmp_path: P
     failing.calls = 0  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match="stop"):
         cka_hooks.compare(net(), batches(), forward=failing, checkpoint=path, progress=False)
-    content = checkpoint_file.read(path)
+    content = checkpoint.read(path)
     content["place"]["start"]["numpy"][2] = 2**30
-    checkpoint_file.write(path, content)
+    checkpoint.write(path, content)
     with pytest.raises(CheckpointError, match="other random generators"):
         cka_hooks.compare(net(), batches(), forward=failing, checkpoint=path, progress=False)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from cka_hooks import CKAAccumulator, OptionError
 from cka_hooks.hsic import centre
 from cka_hooks.null import null_cumulants, null_numbers
-from cka_hooks.run import checkpoint_file
+from cka_hooks.run import checkpoint
 from cka_hooks.similarity import reduce
 from cka_hooks.similarity.state import DECLARED, State, Step, _field, append, keep_first, sum_up
 
@@ -130,8 +130,8 @@ def in_turn(steps: list[Step], state: State) -> State:
 
 
 def through_a_file(state: State, path: Path) -> State:
-    checkpoint_file.write(path, {"settings": {}, "state": state.state_dict()})
-    return type(state).from_state_dict(checkpoint_file.read(path)["state"])
+    checkpoint.write(path, {"settings": {}, "state": state.state_dict()})
+    return type(state).from_state_dict(checkpoint.read(path)["state"])
 
 
 @few

@@ -21,7 +21,7 @@ from cka_hooks.recording.guest import Snapshot, is_sharded
 from cka_hooks.recording.layers import Layers, check_model
 from cka_hooks.recording.padding import MaskOption
 from cka_hooks.results.result import CKAResult
-from cka_hooks.run.checkpoint_file import UNEXPECTED
+from cka_hooks.run.checkpoint import UNEXPECTED
 from cka_hooks.run.comparison import Comparison, named_models, per_model
 from cka_hooks.run.loop import refuse_other_positions
 from cka_hooks.run.precomputed import SampleIds
@@ -118,10 +118,8 @@ class TrainingCKA:
                 f"network= has the name {taken.pop()!r}, which results use themselves: choose another one"
             )
         self._given = {name: check_model(it) for name, it in given.items()}
-        self._layers, self._forwards = (
-            per_model(option, {NOW: None, **given}, name)
-            for option, name in ((layers, "layers"), (forward, "forward"))
-        )
+        self._layers = per_model(layers, {NOW: None, **given}, "layers")
+        self._forwards = per_model(forward, {NOW: None, **given}, "forward")
         self.every_n_epochs = whole("every_n_epochs", every_n_epochs, 1)
         self.every_n_steps = whole("every_n_steps", every_n_steps, 1)
         self.folder = None if folder is None else Path(folder)

@@ -12,7 +12,7 @@ from typing import Any
 
 from cka_hooks.errors import imported
 from cka_hooks.integrations.training import TrainingCKA
-from cka_hooks.run import checkpoint_file
+from cka_hooks.run import checkpoint
 
 _NEEDS = "cka_hooks.integrations.transformers needs transformers, which is not installed"
 _TrainerCallback: Any = imported("transformers", _NEEDS, "'cka-hooks[transformers]'").TrainerCallback
@@ -51,7 +51,7 @@ class CKACallback(TrainingCKA, _TrainerCallback):  # type: ignore[misc]
         self.refuse_sharded(model)
         if state.is_world_process_zero:
             if state.global_step and (path := self._path(args, state)).exists():
-                self.load_state_dict(checkpoint_file.read(path)["training"])
+                self.load_state_dict(checkpoint.read(path)["training"])
             self.start(model, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -65,7 +65,7 @@ class CKACallback(TrainingCKA, _TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save the state in the trainer's checkpoint."""
         if (path := self._path(args, state)).parent.is_dir() and state.is_world_process_zero:
-            checkpoint_file.write(path, {"settings": {}, "training": self.state_dict()})
+            checkpoint.write(path, {"settings": {}, "training": self.state_dict()})
 
     def _path(self, args: Any, state: Any) -> Path:
         return Path(args.output_dir) / f"checkpoint-{state.global_step}" / f"{self.name}.safetensors"

@@ -1,4 +1,9 @@
-"""Keep the progress of a run in a file, so that the same call continues from there."""
+"""Keep the progress of a run in a file, so that the same call continues from there.
+
+It is a safetensors file for one run at a time, read without pickle, and refused if it is damaged. The tensors are the
+sums and the states of random generators. The metadata holds one JSON text with everything else, and a SHA-256 of
+both, so that a damaged or edited file is recognised.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +14,40 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
 from cka_hooks.errors import CheckpointError, OptionError, warn
-from cka_hooks.files import remove_unfinished
+from cka_hooks.files import remove_unfinished, replace_file
 from cka_hooks.options import above_zero, difference
 from cka_hooks.run import replay
-from cka_hooks.run.checkpoint_file import FileLock, is_plain, read, refused, write
 from cka_hooks.run.ranks import Ranks
 
+try:
+    import fcntl
+except ImportError:  # Windows, where two runs on one file are on their own
+    fcntl = None  # type: ignore[assignment]
+
+FORMAT = "cka_hooks.checkpoint"
+VERSION = 2
+_TENSOR = "__tensor__"
+# Larger files are refused unread: 4 GiB hold the sums of 11,000 layers.
+MAX_BYTES = 1 << 32
+
+# The errors that reading and restoring something else may raise.
+UNEXPECTED = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, SafetensorError)
 _log = logging.getLogger("cka_hooks")
 
 
@@ -53,16 +77,14 @@ class Keeper:
         # Where the pass was interrupted, and where it is now.
         self._interrupted: dict[str, Any] | None = None
         self._place: dict[str, Any] | None = None
-        self._lock: FileLock | None = None
+        self._lock: FileIO | None = None
         # The random states of the caller, if resuming has changed them.
         self._outer: dict[str, Any] | None = None
         self._every = above_zero("checkpoint_every", every) or 0.0
         self._next_save = time.monotonic() + self._every
-        if path is None:
-            return
-        if not hasattr(loader, "load_state_dict"):
-            self._check_order()
         self._randomness = replay.Randomness(loader)
+        if path is not None and not hasattr(loader, "load_state_dict"):
+            self._check_order()
 
     def _check_order(self) -> None:
         if replay.shuffles_unseeded(self._loader):
@@ -83,7 +105,7 @@ class Keeper:
             return
         # In the run that ends with `done`, so that Ctrl-C never leaves the file held.
         with undisturbed():
-            self._lock = FileLock(self._path)
+            self._lock = locked(self._path)
         remove_unfinished(self._path)
         if not self._path.exists():
             return
@@ -117,8 +139,7 @@ class Keeper:
             if self._interrupted and self._outer is None:
                 self._outer = self._randomness.state()
             self._randomness.restore(place["start"])
-            knows = place.get("loader") is not None
-            if knows:
+            if place.get("loader") is not None:
                 self._loader.load_state_dict(place["loader"])
                 batches, found = 0, place["fingerprint"]
             stream = iter(self.drawn)
@@ -141,13 +162,9 @@ class Keeper:
         """Note that a batch is in the sums, by its fingerprint."""
         if self._place is None:
             return
-        chained = _chained(self._place["fingerprint"], fingerprint)
-        self._place = {
-            "start": self._place["start"],
-            "batches": self._place["batches"] + 1,
-            "fingerprint": chained,
-            "now": self._randomness.state(),
-        }
+        self._place["batches"] += 1
+        self._place["fingerprint"] = _chained(self._place["fingerprint"], fingerprint)
+        self._place |= {"now": self._randomness.state(), "loader": None}
         try:
             # Where a `StatefulDataLoader` is. Once it has gone on, it no longer knows.
             state = copy.deepcopy(self._loader.state_dict())
@@ -200,7 +217,8 @@ class Keeper:
             self._randomness.restore({**self._outer, "generators": self._randomness.state()["generators"]})
             self._outer = None
         if self._lock is not None:
-            self._lock.release()
+            released(self._lock)
+            self._lock = None
 
 
 def path_of_rank(given: str | os.PathLike[str], ranks: Ranks | None) -> Path:
@@ -249,3 +267,135 @@ def undisturbed() -> Iterator[None]:
 def _chained(before: str, fingerprint: str) -> str:
     """The fingerprint of one more batch and all before it."""
     return hashlib.blake2b(f"{before} {fingerprint}".encode(), digest_size=16).hexdigest()
+
+
+# The file
+
+
+@contextmanager
+def refused(path: Path) -> Iterator[None]:
+    """Turn every error of unexpected content into one that names the file.
+
+    Raises:
+        CheckpointError: something in the block did not find what it expected.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except UNEXPECTED as error:
+        why = str(error) if isinstance(error, ValueError) else f"its content is invalid ({error!r:.200})"
+        raise CheckpointError(
+            f"{path} cannot be resumed: {why}. Name another file with checkpoint=, or delete it to start from the "
+            "beginning"
+        ) from error
+
+
+def write(path: Path, content: Any) -> None:
+    """Write nested plain values and tensors to a file, by replacing it.
+
+    A reader finds either the old file or the new one, even after a power cut.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def name_of(tensor: Tensor) -> dict[str, str]:
+        name = f"t{len(tensors)}"
+        tensors[name] = tensor.detach().cpu().contiguous().clone()
+        return {_TENSOR: name}
+
+    text = json.dumps({"format": FORMAT, "version": VERSION, "content": content}, default=name_of)
+    metadata = {"cka_hooks": text, "sha256": _digest(text, tensors)}
+    data = safetensors.torch.save(tensors, metadata)
+    replace_file(path, lambda file: file.write(data))
+
+
+def read(path: Path) -> Any:
+    """Read what :func:`write` wrote.
+
+    Raises:
+        CheckpointError: the file is anything else. The message says what is wrong.
+        OSError: it cannot be read.
+    """
+    with refused(path):
+        if not path.is_file():
+            raise ValueError("it is not a file")
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it is larger than {MAX_BYTES:,} bytes")
+        data = path.read_bytes()
+        # Otherwise safetensors makes them on PyTorch's default device.
+        with torch.device("cpu"):
+            tensors = safetensors.torch.load(data)
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        text = metadata["cka_hooks"]
+        if metadata["sha256"] != _digest(text, tensors):
+            raise ValueError("its checksum does not match its content, so it was edited or damaged")
+        whole = json.loads(text, object_hook=lambda value: tensors[value[_TENSOR]] if _TENSOR in value else value)
+        if not isinstance(whole, dict) or (whole["format"], whole["version"]) != (FORMAT, VERSION):
+            raise ValueError(f"another version of cka_hooks wrote it, and this one reads version {VERSION}")
+        return whole["content"]
+
+
+def is_plain(value: Any) -> bool:
+    """Whether the file would give a value back as it was."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and is_plain(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, str | int | float | Tensor)
+
+
+def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+    hasher = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        hasher.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def locked(path: Path) -> FileIO | None:
+    """Hold a file for this run, until :func:`released` or the end of the process.
+
+    Returns:
+        What holds it; None if this machine has no locks, or if the folder cannot be written to. When nothing refers
+        to it any more, it closes, which ends the lock: after Ctrl-C, too.
+
+    Raises:
+        CheckpointError: another run holds it; the message says which.
+        OptionError: the folder cannot be written to, and the file is not there.
+    """
+    if fcntl is None:
+        return None
+    beside = path.with_name(f".{path.name[:100]}.lock")
+    try:
+        file = FileIO(beside, "a+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+    except (OSError, ValueError) as error:
+        if path.exists():
+            # What was saved can be read, if not written.
+            return None
+        raise OptionError(f"checkpoint={str(path)!r} cannot be written: {error}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(file.fileno(), 200, 0).decode(errors="replace") or "another process"
+        file.close()
+        raise CheckpointError(
+            f"{path} is in use by {holder}: wait for that run, stop it, or name another file with checkpoint="
+        ) from error
+    except OSError:
+        # Some file systems have no locks.
+        pass
+    # On a full disk, the file stays empty.
+    with suppress(OSError):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return file
+
+
+def released(lock: FileIO) -> None:
+    """Let others have the file."""
+    with suppress(OSError):
+        os.unlink(lock.name)
+    lock.close()

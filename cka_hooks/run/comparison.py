@@ -24,7 +24,7 @@ from cka_hooks.recording.positions import positions_of
 from cka_hooks.recording.recorder import LayerRecorder, nothing_ran
 from cka_hooks.results.result import CKAResult
 from cka_hooks.run import replay
-from cka_hooks.run.checkpoint_file import UNEXPECTED
+from cka_hooks.run.checkpoint import UNEXPECTED
 from cka_hooks.run.joined import JoiningAccumulator
 from cka_hooks.run.precomputed import Identifier, Precomputed, SampleIds, is_features, without_ids
 from cka_hooks.run.seen import Seen, finished

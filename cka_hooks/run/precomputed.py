@@ -66,25 +66,21 @@ class Precomputed:
     """
 
     def __init__(self, array: Any, *, sample_ids: Any = None) -> None:
-        arrays = dict(array) if isinstance(array, Mapping) else {"": array}
-        if not arrays:
+        self.arrays: dict[str, Any] = dict(array) if isinstance(array, Mapping) else {"": array}
+        if not self.arrays:
             raise OptionError("the mapping of precomputed features is empty: give it at least one array")
-        rows = {layer: _checked(one, layer) for layer, one in arrays.items()}
+        rows = {layer: _checked(one, layer) for layer, one in self.arrays.items()}
         if len(set(rows.values())) > 1:
             raise OptionError(f"precomputed arrays have different numbers of rows, {rows}: give one for each sample")
-        self.arrays: dict[str, Any] = arrays
-        self.shapes = {layer: tuple(one.shape[1:]) for layer, one in arrays.items()}
+        self.shapes = {layer: tuple(one.shape[1:]) for layer, one in self.arrays.items()}
         self.samples = next(iter(rows.values()))
-        self.sample_ids: list[Identifier] | None = None
-        self._row: dict[Identifier, int] = {}
-        if sample_ids is not None:
-            self.sample_ids = identifiers(sample_ids, "sample_ids of Precomputed")
-            self._row = {identifier: row for row, identifier in enumerate(self.sample_ids)}
-            if not len(self._row) == len(self.sample_ids) == self.samples:
-                raise OptionError(
-                    f"Precomputed has {self.samples} rows and {len(self.sample_ids)} sample_ids, and each row needs "
-                    f"its own; twice in sample_ids: {first_few([*map(repr, repeated(self.sample_ids))]) or 'none'}"
-                )
+        self.sample_ids = None if sample_ids is None else identifiers(sample_ids, "sample_ids of Precomputed")
+        self._row = {identifier: row for row, identifier in enumerate(self.sample_ids or ())}
+        if self.sample_ids is not None and not len(self._row) == len(self.sample_ids) == self.samples:
+            raise OptionError(
+                f"Precomputed has {self.samples} rows and {len(self.sample_ids)} sample_ids, and each row needs "
+                f"its own; twice in sample_ids: {first_few([*map(repr, repeated(self.sample_ids))]) or 'none'}"
+            )
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> Precomputed:

@@ -40,7 +40,7 @@ import processes
 from made_up import result_of
 
 import cka_hooks
-from cka_hooks.run import checkpoint_file
+from cka_hooks.run import checkpoint as files
 
 # Seconds after which a round has no end.
 PATIENCE = 120
@@ -128,10 +128,10 @@ def checkpoint(folder: Path) -> Path:
 
 def damaged_checkpoints(chance: random.Random, folder: Path) -> str:
     path = checkpoint(folder)
-    before = checkpoint_file.read(path)
+    before = files.read(path)
     path.write_bytes(damaged(path.read_bytes(), chance))
     try:
-        found = checkpoint_file.read(path)
+        found = files.read(path)
     except cka_hooks.CheckpointError:
         return "refused"
     assert repr(found) == repr(before), "a damaged file was read as another one"
@@ -141,10 +141,10 @@ def damaged_checkpoints(chance: random.Random, folder: Path) -> str:
 def forged_checkpoints(chance: random.Random, folder: Path) -> str:
     """With a checksum that fits: refused, or resumed to some result."""
     path = checkpoint(folder)
-    content = checkpoint_file.read(path)
+    content = files.read(path)
     forged(content, chance, lambda: odd_tensor(chance) if chance.random() < 0.4 else odd(chance))
     with suppress(TypeError, ValueError, OverflowError):
-        checkpoint_file.write(path, content)
+        files.write(path, content)
     try:
         broken_off.run(path, broken_off.shuffled())
     except cka_hooks.CKAError as error:
@@ -231,7 +231,7 @@ def kills(chance: random.Random, folder: Path) -> str:
         if (folder / "run.ckpt").exists():
             before, samples = (
                 samples,
-                checkpoint_file.read(folder / "run.ckpt")["run"]["comparison"]["state"]["samples"],
+                files.read(folder / "run.ckpt")["run"]["comparison"]["state"]["samples"],
             )
             assert samples >= before, "a kill lost minibatches that were saved"
     equal(cka_hooks.CKAResult.load(folder / "result.json"), whole)
