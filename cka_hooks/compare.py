@@ -164,7 +164,7 @@ def compare(
             path = None if checkpoint is None else path_of_rank(checkpoint, ranks)
             identity = {} if path is None else _identity(comparison, options, loader)
             keeper = Keeper(path, checkpoint_every, loader, identity)
-            state = Loop(comparison, loader, options, keeper, ranks, alone=ranks is None).run(progress=progress)
+            state = Loop(comparison, loader, options, keeper, ranks).run(progress=progress)
             types, settings = comparison.types, comparison.settings
         elif checkpoint is not None or options.tolerance is not None:
             raise OptionError(

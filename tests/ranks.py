@@ -330,6 +330,19 @@ def check_models_built_in_turn() -> None:
     ours = cka_hooks.compare(builders, batches_of(RANK), **QUIET)
     expected = cka_hooks.compare({"a": model(1), "b": model(2)}, every_batch([5] * SIZE), distributed=False, **QUIET)
     same(ours, expected)
+    most = 8 * SIZE + 4 * (SIZE - 1)
+    ours = cka_hooks.compare(builders, batches_of(RANK), max_samples=most, **QUIET)
+    assert ours.samples + ours.settings["samples_left_out"] == most
+
+
+def check_models_built_in_turn_on_a_rank_that_fails() -> None:
+    def build() -> nn.Module:
+        if RANK == 1:
+            raise OSError("the weights are gone")
+        return model(2)
+
+    with pytest.raises(OSError if RANK == 1 else cka_hooks.RankError, match="the weights are gone"):
+        cka_hooks.compare({"a": lambda: model(1), "b": build, "c": model(3)}, batches_of(RANK), **QUIET)
 
 
 def check_checkpoints_of_ranks() -> None:

@@ -49,8 +49,7 @@ class Loop:
         loader: whose batches the keeper has.
         options: the options that end a run: `epochs`, `max_samples`, `tolerance`.
         keeper: keeps the run in a file.
-        ranks: the ranks to share the run with, None for a single process.
-        alone: whether an empty loader is an error.
+        ranks: the ranks to share the run with; None for a single process, where an empty loader is an error.
     """
 
     comparison: Comparison
@@ -58,7 +57,6 @@ class Loop:
     options: Options
     keeper: Keeper
     ranks: Ranks | None
-    alone: bool
 
     def __post_init__(self) -> None:
         self._next_look = FIRST_LOOK if self.ranks is None else -(-FIRST_LOOK // self.ranks.size)
@@ -125,7 +123,7 @@ class Loop:
                 comparison.flush()
             if not self._is_full:
                 comparison.seen.end_pass()
-            if self.alone and not epoch and not comparison.seen.row:
+            if self.ranks is None and not epoch and not comparison.seen.row:
                 raise TooFewSamplesError("the loader yielded no batch: it is empty, or exhausted already")
             if not epoch and epochs > 1 and self.options.tolerance is not None and self._meet(LOOKED):
                 return True
@@ -135,7 +133,8 @@ class Loop:
         """Make one pass. Return whether small standard errors ended the run."""
         comparison, seen = self.comparison, self.comparison.seen
         # After how many batches it is known, or likely, that all are too small for an estimate.
-        small_after = small_batches(self.loader) if self.alone and self.options.join_batches is None else None
+        tries = self.ranks is None and self.options.join_batches is None
+        small_after = small_batches(self.loader) if tries else None
         for batch in () if self._is_full else stream:
             before = seen.row
             limit = None if self._most is None else max(0, self._most - before)
@@ -247,14 +246,14 @@ def added_up_in_turn(
         comparison.steps = steps[name] = _Steps(options.permutations, others)
         comparison.seen.check(loader)
         keeper = Keeper(None, 1.0, replayed.rewind(name), {})
-        loop = Loop(comparison, loader, own, keeper, None, alone=ranks is None)
-        states[name] = loop.run(progress=progress, name=name).to("cpu")
+        Loop(comparison, loader, own, keeper, ranks).run(progress=progress, name=name)
+        states[name] = comparison.state.to("cpu")
         places[name] = comparison.positions and comparison.positions.digest
         refuse_other_positions(places)
         types |= comparison.types
         settings = comparison.settings | options.spelled("layers", "forward", "permutations")
         # Build the next model when nothing holds this one any more.
-        del model, comparison, loop
+        del model, comparison
     kept = {"permutations": options.permutations, "seed": options.seed}
     state = State.joined(states, steps, keep=options.keep_minibatches, **kept)
     return state if ranks is None else ranks.meet(state, phase=DONE)[0], types, settings
