@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +42,21 @@ on_linux = pytest.mark.skipif(
 def test_the_kernels_are_right_in_the_interpreter() -> None:
     done = finished(str(CHECKS), env=os.environ | {"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+# The largest tile is the first to find no room.
+@on_linux
+@pytest.mark.parametrize(("capability", "samples"), [(90, (12, 64)), (80, (100,))])
+def test_the_kernels_compile_and_get_their_arguments(capability: int, samples: Sequence[int], tmp_path: Path) -> None:
+    if (compiler := shutil.which("cc")) is None:
+        pytest.skip("there is no C compiler")
+    library = tmp_path / "libcuda.so.1"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, CHECKS.with_name("no_gpu.c")], check=True)
+    places = {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_LIBCUDA_PATH": str(tmp_path)}
+    environment = os.environ | places | {"LD_LIBRARY_PATH": str(tmp_path)}
+    words = map(str, (CHECKS.with_name("launch_checks.py"), library, capability, *samples))
+    done = finished(*words, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @on_linux

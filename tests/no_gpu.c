@@ -1,0 +1,31 @@
+/* A CUDA driver without a GPU: it accepts everything, and keeps the arguments of the last launch. */
+#include <stdint.h>
+#include <string.h>
+
+#define ACCEPTS(name) int name(void) { return 0; }
+ACCEPTS(cuCtxSetCurrent) ACCEPTS(cuCtxSetLimit) ACCEPTS(cuFuncSetAttribute) ACCEPTS(cuFuncSetCacheConfig)
+ACCEPTS(cuModuleUnload) ACCEPTS(cuOccupancyMaxActiveClusters) ACCEPTS(cuPointerGetAttributes)
+ACCEPTS(cuTensorMapEncodeTiled) ACCEPTS(cuTensorMapEncodeIm2col) ACCEPTS(cuInit)
+
+#define ANSWERS(name, type, value) int name(type *out) { *out = (type)(value); return 0; }
+ANSWERS(cuCtxGetCurrent, uintptr_t, 1) ANSWERS(cuCtxGetDevice, int, 0) ANSWERS(cuCtxGetLimit, size_t, 1)
+ANSWERS(cuDeviceGet, int, 0) ANSWERS(cuDeviceGetCount, int, 1) ANSWERS(cuDevicePrimaryCtxRetain, uintptr_t, 1)
+ANSWERS(cuDriverGetVersion, int, 13000) ANSWERS(cuGetErrorString, const char *, "an error")
+ANSWERS(cuModuleGetFunction, uintptr_t, 1) ANSWERS(cuModuleLoadData, uintptr_t, 1)
+
+/* Any attribute of a device is large. Of a kernel, only the number of threads that it can have is. */
+ANSWERS(cuDeviceGetAttribute, int, 232448)
+int cuFuncGetAttribute(int *out, int attribute, void *function) { *out = attribute ? 0 : 1024; return 0; }
+int cuPointerGetAttribute(uint64_t *out, int attribute, uint64_t pointer) { *out = pointer; return 0; }
+
+struct config { unsigned grid[3], block[3], shared; void *stream; };
+struct config last;
+int launches, wanted;
+uint64_t arguments[32];
+
+int cuLaunchKernelEx(const struct config *config, void *function, void **parameters, void **extra) {
+    last = *config;
+    launches++;
+    for (int i = 0; i < wanted; i++) memcpy(&arguments[i], parameters[i], 8);
+    return 0;
+}
