@@ -12,23 +12,9 @@ cka_loss           1 - CKA, with gradients
 
 import logging
 
+from cka_hooks import errors
 from cka_hooks.compare import compare
-from cka_hooks.errors import (
-    BatchError,
-    CheckpointError,
-    CKAError,
-    CKAWarning,
-    LayerError,
-    MissingExtraError,
-    ModelError,
-    NonFiniteError,
-    OptionError,
-    OutOfMemoryError,
-    RankError,
-    ResultFileError,
-    SampleCountError,
-    TooFewSamplesError,
-)
+from cka_hooks.errors import *  # noqa: F403
 from cka_hooks.recording.recorder import LayerRecorder
 from cka_hooks.results.result import CKAResult, Influence
 from cka_hooks.results.uncertainty import Difference
@@ -43,29 +29,16 @@ __version__ = "0.1.0"
 logging.getLogger("cka_hooks").addHandler(logging.NullHandler())
 
 __all__ = [
-    "BatchError",
     "CKAAccumulator",
-    "CKAError",
     "CKAResult",
-    "CKAWarning",
-    "CheckpointError",
     "Comparison",
     "Difference",
     "Influence",
-    "LayerError",
     "LayerRecorder",
-    "MissingExtraError",
-    "ModelError",
-    "NonFiniteError",
-    "OptionError",
-    "OutOfMemoryError",
     "Precomputed",
-    "RankError",
-    "ResultFileError",
-    "SampleCountError",
-    "TooFewSamplesError",
     "cka",
     "cka_loss",
     "cka_matrix",
     "compare",
 ]
+__all__ += errors.__all__

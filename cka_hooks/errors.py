@@ -11,6 +11,23 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
+__all__ = [
+    "BatchError",
+    "CKAError",
+    "CKAWarning",
+    "CheckpointError",
+    "LayerError",
+    "MissingExtraError",
+    "ModelError",
+    "NonFiniteError",
+    "OptionError",
+    "OutOfMemoryError",
+    "RankError",
+    "ResultFileError",
+    "SampleCountError",
+    "TooFewSamplesError",
+]
+
 if TYPE_CHECKING:
     from cka_hooks.results.result import CKAResult
 

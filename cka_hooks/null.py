@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,25 +28,16 @@ from torch import Tensor
 from cka_hooks.errors import OptionError
 from cka_hooks.precision import exactly
 
-
-class _Graph(NamedTuple):
-    """Three edges without loops: c_G, v, and T_G as a multiple of t plus one of s."""
-
-    ways: int
-    vertices: int
-    triangle: int
-    triple: int
-
-
+# Three edges without loops: c_G, v, and T_G as a multiple of t plus one of s.
 _GRAPHS = (
-    _Graph(4, 2, 0, 1),  # a triple edge
-    _Graph(24, 3, 0, -1),  # a double edge and one more at one of its vertices
-    _Graph(8, 3, 1, 0),  # a triangle
-    _Graph(6, 4, 0, 2),  # a double edge and one apart
-    _Graph(8, 4, 0, 2),  # three at one vertex
-    _Graph(24, 4, -1, 1),  # a path
-    _Graph(12, 5, 2, -4),  # two at a vertex and one apart
-    _Graph(1, 6, -8, 16),  # three apart
+    (4, 2, 0, 1),  # a triple edge
+    (24, 3, 0, -1),  # a double edge and one more at one of its vertices
+    (8, 3, 1, 0),  # a triangle
+    (6, 4, 0, 2),  # a double edge and one apart
+    (8, 4, 0, 2),  # three at one vertex
+    (24, 4, -1, 1),  # a path
+    (12, 5, 2, -4),  # two at a vertex and one apart
+    (1, 6, -8, 16),  # three apart
 )
 # If the skewness is below this, the tail is a correction to that of the normal distribution.
 _NEARLY_NORMAL = 0.02
@@ -100,10 +90,10 @@ def null_cumulants(own: Tensor, numbers: Tensor, n: int) -> Tensor:
 @lru_cache(maxsize=256)
 def null_weights(n: int) -> tuple[float, float, float, float]:
     """The weights in `null_cumulants` of |A|^2 of both layers, t of both, t of one with s of the other, s of both."""
-    here = [(graph, graph.ways / math.perm(n, graph.vertices) / n**3) for graph in _GRAPHS if graph.vertices <= n]
-    of_t = sum(share * graph.triangle**2 for graph, share in here)
-    of_both = sum(share * graph.triangle * graph.triple for graph, share in here)
-    of_s = sum(share * graph.triple**2 for graph, share in here)
+    here = [(ways / math.perm(n, vertices) / n**3, t, s) for ways, vertices, t, s in _GRAPHS if vertices <= n]
+    of_t = sum(share * t**2 for share, t, _ in here)
+    of_both = sum(share * t * s for share, t, s in here)
+    of_s = sum(share * s**2 for share, _, s in here)
     return 2 / (n * (n - 3)), of_t, of_both, of_s
 
 

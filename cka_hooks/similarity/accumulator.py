@@ -264,9 +264,8 @@ class CKAAccumulator:
         try:
             with without_gradients():
                 groups = [group.minibatches(layers, self._estimator) for group in self._groups[: len(self._parts)]]
-                for group in groups[:1]:
-                    for layer in asked:
-                        group.numbers[layers.index(layer), 0, DIFFER] = asked[layer][1]
+                for layer in asked if groups else ():
+                    groups[0].numbers[layers.index(layer), 0, DIFFER] = asked[layer][1]
                 dtypes = {layer: str(dtype).removeprefix("torch.") for layer, (dtype, _) in asked.items()}
                 counted = sum(count * size for count, size in self._parts)
                 step = Step(self._samples, counted, groups, dtypes)

@@ -70,10 +70,9 @@ def is_captured(features: Tensor) -> bool:
 
 @cache
 def _runs_on(index: int) -> bool:
-    if os.environ.get("CKA_HOOKS_FUSED", "1") == "0" or torch.version.hip is not None:
-        return False
+    is_off = os.environ.get("CKA_HOOKS_FUSED", "1") == "0" or torch.version.hip is not None
     # Older GPUs have no products in bfloat16.
-    if torch.cuda.get_device_capability(index) < (8, 0):
+    if is_off or torch.cuda.get_device_capability(index) < (8, 0):
         return False
     try:
         _kernels()

@@ -36,8 +36,7 @@ def _feature_blocks(features: Tensor, size: int) -> Iterator[Tensor]:
     if channels > chunk:
         whole = channels - channels % chunk
         for p in range(positions):
-            if whole:
-                yield from _feature_blocks(features[:, :, p, :whole].unflatten(-1, (-1, chunk)), size)
+            yield from _feature_blocks(features[:, :, p, :whole].unflatten(-1, (-1, chunk)), size)
             if whole < channels:
                 yield features[:, :, p : p + 1, whole:]
         return
