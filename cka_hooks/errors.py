@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
+from traceback import walk_stack
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
@@ -129,10 +130,8 @@ def warn(message: str) -> None:
     In a hook or a callback, this is the line of the user's own code that led to it, not one of PyTorch or of a
     trainer.
     """
-    frame, level, levels = sys._getframe(1), 2, []
-    while frame is not None:
-        levels.append((level, str(frame.f_globals.get("__name__")).split(".")[0]))
-        frame, level = frame.f_back, level + 1  # type: ignore[assignment]
+    packages = (str(frame.f_globals.get("__name__")).split(".")[0] for frame, _ in walk_stack(sys._getframe(1)))
+    levels = list(enumerate(packages, 2))
     outermost = max(level for level, package in levels if package == __package__)
     of_the_user = (level for level, package in levels if level > outermost and package not in _BETWEEN)
     warnings.warn(message, CKAWarning, stacklevel=next(of_the_user, outermost))

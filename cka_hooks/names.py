@@ -75,18 +75,16 @@ class PerLayer:
     """
 
     def __init__(self, value: Any, names: Iterable[str], option: str) -> None:
-        patterns = value if isinstance(value, Mapping) else {"**": value}
-        self._exact = dict(patterns)
-        self._globs = [(glob_regex(pattern), chosen) for pattern, chosen in patterns.items()]
-        self.values = list(patterns.values())
-        for pattern in patterns if isinstance(value, Mapping) else ():
+        self._chosen = dict(value) if isinstance(value, Mapping) else {"**": value}
+        self.values = list(self._chosen.values())
+        for pattern in value if isinstance(value, Mapping) else ():
             if not matching(pattern, names):
                 raise OptionError(f"{option}= has the layer pattern {pattern!r}, which matches no layer of the model")
 
     def of(self, name: str, default: Any) -> Any:
         """The value for the layer `name`, or the default if no pattern matches it."""
-        matches = (chosen for regex, chosen in self._globs if regex.fullmatch(name))
-        return self._exact[name] if name in self._exact else next(matches, default)
+        matches = (chosen for pattern, chosen in self._chosen.items() if glob_regex(pattern).fullmatch(name))
+        return self._chosen[name] if name in self._chosen else next(matches, default)
 
 
 def first_few(words: Sequence[str], more: str = "more") -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 import cka_hooks
 from cka_hooks.similarity.batch import DIFFER, TRIANGLES, Minibatches, Step
 from cka_hooks.similarity.products import fused, fused_kernels
-from cka_hooks.similarity.products.grams import Grams
+from cka_hooks.similarity.products.reference import Grams
 from cka_hooks.similarity.state import DECLARED, State
 
 CPU = torch.device("cpu")

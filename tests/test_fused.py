@@ -28,7 +28,7 @@ from cka_hooks import CKAAccumulator
 from cka_hooks.similarity import products
 from cka_hooks.similarity.batch import Minibatches
 from cka_hooks.similarity.products import fused
-from cka_hooks.similarity.products.grams import Grams
+from cka_hooks.similarity.products.reference import Grams
 from cka_hooks.similarity.state import DECLARED, State
 
 CHECKS = Path(__file__).parent / "fused_checks.py"

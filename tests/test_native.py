@@ -18,7 +18,7 @@ from cka_hooks.features import memory_order
 from cka_hooks.hsic import centre
 from cka_hooks.similarity.products import native
 from cka_hooks.similarity.products.choose import _measured
-from cka_hooks.similarity.products.grams import Grams
+from cka_hooks.similarity.products.reference import Grams
 
 BUILT = dict(native._native.variants()) if native._native is not None else {}
 

@@ -17,7 +17,7 @@ from cka_hooks.hsic import Estimator, centre, pack, sample_parts
 from cka_hooks.null import null_numbers
 from cka_hooks.similarity.kernels import Kernel, OfLinear, linear
 from cka_hooks.similarity.products import fused
-from cka_hooks.similarity.products.grams import Grams
+from cka_hooks.similarity.products.reference import Grams
 
 # How many numbers of the (layers, minibatches, n, n) stack to centre at a time: 32 MB. On a CPU 2 MB, because its
 # allocator would request more from the system anew each time.

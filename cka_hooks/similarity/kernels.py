@@ -19,7 +19,7 @@ from cka_hooks.errors import OptionError
 from cka_hooks.hsic import centre
 from cka_hooks.precision import accumulation_device, exactly
 from cka_hooks.similarity.products.choose import linear_grams
-from cka_hooks.similarity.products.grams import Grams
+from cka_hooks.similarity.products.reference import Grams
 
 # Takes (m * n, P, C) features and m, returns m Gram matrices.
 Kernel = Callable[[Tensor, int], Grams]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cka_hooks.precision import accumulation_device, exactly
 from cka_hooks.similarity.products import native, reference
-from cka_hooks.similarity.products.grams import Grams
+from cka_hooks.similarity.products.reference import Grams
 
 # Make a more careful product if rounding per sample may exceed this share of the U-centred norm (see `_is_precise`).
 # Measured: errors in CKA of untrained torchvision models stay below this.

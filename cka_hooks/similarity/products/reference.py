@@ -1,4 +1,4 @@
-"""The reference backend: Gram matrices by PyTorch's products, on any device and in any dtype.
+"""The reference backend: Gram matrices by PyTorch's products, on any device and in any dtype, as `Grams`.
 
 One block of features at a time goes into a scratch buffer, minus a common vector. Blocks are added in float64.
 """
@@ -7,17 +7,51 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cka_hooks import memory
 from cka_hooks.precision import accumulation_device
-from cka_hooks.similarity.products.grams import Grams
 
 # Features in one float32 product before partial sums go on in float64; fewer if rounding has few pairs of samples to
 # average out over. A BLAS that adds them to one number, one by one, is right to 1e-6 up to these.
 CHUNK, CHUNK_OF_FEW, FEW_SAMPLES = 512, 128, 32
+
+
+class Grams(NamedTuple):
+    """Gram matrices of m minibatches of n samples, and numbers that show whether the samples differ.
+
+    Attributes:
+        values: (m, n, n) kernel values, float64. Linear ones are up to a shift of all samples by one vector.
+        shift: (m,) norm of the vector that was subtracted from all samples if `values` are linear, else None.
+        spread: (m,) for other kernels, the trace of the centred linear Gram matrix, see `traces`.
+        size: (m,) for other kernels, the trace of the linear Gram matrix.
+    """
+
+    values: Tensor
+    shift: Tensor | None = None
+    spread: Tensor | None = None
+    size: Tensor | None = None
+
+    def of_layers(self, which: int | slice) -> Grams:
+        """The matrices of one layer or of several, if those of more are stacked in a leading dimension."""
+        return Grams(*(None if stacked is None else stacked[which] for stacked in self))  # type: ignore[arg-type]
+
+    def traces(self) -> tuple[Tensor, Tensor]:
+        """(m,) traces of the centred linear Gram matrix and of the linear Gram matrix.
+
+        The first is the sum of squared distances from the mean sample, the second the sum of squared norms of the
+        samples. If a common vector was subtracted, the second is that of the shifted samples plus that of the vector,
+        which shows just as well whether samples differ at all. With another leading dimension, this covers many
+        layers at once, which saves a handful of launches per layer on an accelerator.
+        """
+        if self.shift is None:
+            return self.spread, self.size  # type: ignore[return-value]
+        n = self.values.shape[-1]
+        trace = self.values.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return trace - self.values.sum((-2, -1)) / n, trace + n * self.shift.square()
 
 
 def chunk_of(n: int) -> int:
@@ -75,7 +109,10 @@ def shifted(grouped: Tensor, dtype: torch.dtype | None = None, *, scaled: bool =
     if values is None:
         values = _zeros(grouped, m, n)
     shift = norms[0] if len(norms) == 1 else _norm(torch.stack(norms, 1)) if norms else values.new_zeros(m)
-    return Grams(_mirrored(values, grouped.device), shift)
+    # Only the lower bands were computed.
+    for low, high in _bands(n, grouped.device)[1:]:
+        values[:, :low, low:high] = values[:, low:high, :low].mT
+    return Grams(values, shift)
 
 
 def differentiable(grouped: Tensor) -> Grams:
@@ -131,13 +168,6 @@ def _bands(n: int, device: torch.device) -> list[tuple[int, int]]:
     """
     count = 1 if n < 64 or device.type != "cpu" else 2 if n < 256 else 4
     return [(n * band // count, n * (band + 1) // count) for band in range(count)]
-
-
-def _mirrored(values: Tensor, device: torch.device) -> Tensor:
-    """Complete (m, n, n) matrices from the lower bands that were computed on a device."""
-    for low, high in _bands(values.shape[-1], device)[1:]:
-        values[:, :low, low:high] = values[:, low:high, :low].mT
-    return values
 
 
 def _common(block: Tensor) -> Tensor:
