@@ -9,8 +9,10 @@ the block (``downsample``) follows nothing, because its input comes from long be
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
-from cka_hooks.results.result import CKAResult
+if TYPE_CHECKING:
+    from cka_hooks.results.result import CKAResult
 
 _BYPASS = r"(?:downsample|shortcut|skip|identity|residual)\w*"
 # Parts of dotted names of layers beside others: ways around a block, Inception's and SqueezeNet's branches, the
@@ -36,6 +38,7 @@ def steps(result: CKAResult) -> dict[str, list[tuple[int, int]]]:
         result: a square result.
 
     Example:
+        >>> from cka_hooks import CKAResult
         >>> steps(CKAResult.example())
         {'': [(0, 1), (1, 2)]}
     """

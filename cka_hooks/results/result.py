@@ -3,18 +3,20 @@
     CKAResult    the matrix with its labels and uncertainty; save, load, cut, draw, export
     Influence    the largest share a single sample has in one layer's own HSIC
 
-This file does not know models. The methods import what draws and writes when they are called, so a result needs
-neither matplotlib nor pandas until you draw or export it.
+This file does not know models. What writes and draws a result are functions in other files, which are methods here.
+They import matplotlib and pandas when they are called, so a result needs neither until you draw or export it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 
@@ -22,14 +24,12 @@ from cka_hooks.errors import LayerError, OptionError, warn
 from cka_hooks.files import PathLike
 from cka_hooks.names import closest, matching
 from cka_hooks.null import null_tail
-from cka_hooks.results.checks import checked
+from cka_hooks.results import tables, words
 from cka_hooks.results.uncertainty import Difference, adjusted, paired_difference, t_quantile
+from cka_hooks.views import heatmap, page, profile
 
-if TYPE_CHECKING:
-    import pandas
-    from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap
-    from matplotlib.figure import Figure
+# Number of dimensions, of which the last two are layers.
+_DIMENSIONS = {"matrix": 2, "stderr": 2, "null_variance": 2, "null_skewness": 2, "permuted": 3, "minibatch_hsic": 3}
 
 
 @dataclass(frozen=True)
@@ -440,143 +440,15 @@ class CKAResult:
 
         export(self, path)
 
-    def to_dataframe(self, *, tidy: bool = False) -> pandas.DataFrame:
-        """The matrix as a pandas DataFrame, index ``rows`` and columns ``columns``.
+    # ---- what other files make of a result: functions that take it first --------------------------
 
-        Args:
-            tidy: one line per pair instead, with the columns ``row``, ``column``, ``cka``, ``stderr``, and ``pvalue``
-                if it is known.
-
-        Raises:
-            MissingExtraError: pandas is not installed.
-
-        Example:
-            >>> float(CKAResult.example().to_dataframe().loc["conv1", "fc"])
-            0.5
-        """
-        from cka_hooks.results.tables import to_dataframe
-
-        return to_dataframe(self, tidy=tidy)
-
-    def to_csv(self, path: PathLike, *, tidy: bool = False) -> None:
-        """Write the matrix as CSV, with a header line and a column of row labels. NaN is left empty.
-
-        Args:
-            path: where to write it.
-            tidy: one line per pair instead, with the columns ``row``, ``column``, ``cka``, ``stderr``, and ``pvalue``
-                if it is known.
-        """
-        from cka_hooks.results.tables import to_csv
-
-        to_csv(self, path, tidy=tidy)
-
-    def to_npz(self, path: PathLike) -> None:
-        """Write the NumPy arrays ``rows``, ``columns``, ``matrix`` and ``stderr`` as ``.npz``, without pickle."""
-        from cka_hooks.results.tables import to_npz
-
-        to_npz(self, path)
-
-    def to_html(self, path: PathLike, *, title: str | None = None) -> None:
-        """Write a page that works offline: hover for values, click a row, search layers.
-
-        Args:
-            path: where to write it.
-            title: heading of the page; by default made from the names of the models.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
-        from cka_hooks.views.page import write_page
-
-        write_page(self, path, title=title)
-
-    # ---- showing --------------------------------------------------------------------------------
-
-    def plot(
-        self,
-        path: PathLike | None = None,
-        *,
-        ax: Axes | None = None,
-        values: bool = False,
-        stderr: bool = False,
-        title: str | None = None,
-        cmap: str | Colormap | None = None,
-        vmin: float | Literal["data"] | None = None,
-        vmax: float | Literal["data"] | None = None,
-        figsize: tuple[float, float] | None = None,
-    ) -> tuple[Figure, Axes]:
-        """Draw the matrix as a heatmap, with a scale from 0 to 1 and depth increasing from the lower left corner.
-
-        Args:
-            path: also write the picture to this file. Its suffix sets the format (``.png``, ``.svg``, ``.pdf``).
-            ax: draw into these axes instead of a new figure.
-            values: write each value into its cell, if cells are large enough to read it.
-            stderr: colour by standard error instead; with ``values``, colour by CKA and write both.
-            title: title of the picture; by default made from the names of the models and the number of samples.
-            cmap: colour map, either a name that matplotlib knows or one of its objects.
-            vmin: value of the first colour, 0 by default. ``"data"`` uses the smallest value in the matrix, so that
-                you can distinguish values from 0.9 to 1. The scale then says where it begins.
-            vmax: value of the last colour, 1 by default, or ``"data"``.
-            figsize: width and height of the figure in inches; by default as large as the labels need.
-
-        Returns:
-            The matplotlib figure and axes.
-
-        Raises:
-            MissingExtraError: matplotlib is not installed.
-            OptionError: ``cmap``, ``vmin``, ``vmax``, ``figsize`` or the suffix of ``path`` cannot be used.
-        """
-        from cka_hooks.views.heatmap import heatmap
-
-        colours: dict[str, Any] = {"cmap": cmap, "vmin": vmin, "vmax": vmax}
-        return heatmap(self, path, ax=ax, values=values, stderr=stderr, title=title, figsize=figsize, **colours)
-
-    def plot_profile(
-        self,
-        path: PathLike | None = None,
-        *,
-        ax: Axes | None = None,
-        title: str | None = None,
-        figsize: tuple[float, float] | None = None,
-    ) -> tuple[Figure, Axes]:
-        """Draw each layer's similarity to the one before, or its best match in the other network.
-
-        For a square result, this shows for each model the CKA of every layer with the one that it follows: the
-        representation changes at the dips. For a rectangular one, it shows for every row the largest CKA among the
-        columns. Error bars are 95 % intervals.
-
-        Args:
-            path: also write the picture to this file.
-            ax: draw into these axes instead of a new figure.
-            title: title of the picture; by default a plain one.
-            figsize: width and height of the figure in inches; by default as large as the labels need.
-
-        Returns:
-            The matplotlib figure and axes.
-
-        Raises:
-            MissingExtraError: matplotlib is not installed.
-            OptionError: there are not two layers to compare, or ``figsize`` or the suffix of ``path`` cannot be used.
-        """
-        from cka_hooks.views.profile import profile
-
-        return profile(self, path, ax=ax, title=title, figsize=figsize)
-
-    def summary(self) -> str:
-        """The matrix in words, a few lines: what is alike, where it changes most, what was left out."""
-        from cka_hooks.results.words import summary
-
-        return summary(self)
+    to_dataframe, to_csv, to_npz = tables.to_dataframe, tables.to_csv, tables.to_npz
+    to_html, _repr_html_ = page.to_html, page.notebook_html
+    plot, plot_profile = heatmap.plot, profile.plot_profile
+    summary = words.summary
 
     def __repr__(self) -> str:
-        from cka_hooks.results.tables import as_text
-
-        return as_text(self)
-
-    def _repr_html_(self) -> str:
-        from cka_hooks.views.page import notebook_html
-
-        return notebook_html(self)
+        return tables.as_text(self)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, CKAResult):
@@ -646,3 +518,98 @@ def _chosen(patterns: tuple[str, ...], labels: tuple[str, ...]) -> tuple[str, ..
     for pattern in patterns:
         found.update(matching(pattern, labels) or [_known(pattern, labels)])
     return tuple(label for label in labels if label in found or not patterns)
+
+
+def checked(result: CKAResult) -> dict[str, Any]:
+    """The fields that are text, counts or dicts, as plain values. Tensors are checked.
+
+    Raises:
+        OptionError: labels are repeated, or shapes, types or values do not fit together.
+    """
+    fields: dict[str, Any] = {
+        name: _labels(name, getattr(result, name)) for name in ("rows", "columns", "models", "minibatch_layers")
+    }
+    for name, least in (("samples", 0), ("minibatches", 0), ("degrees_of_freedom", 0), ("passes", 1)):
+        fields[name] = _count(name, getattr(result, name), least)
+    # Copy, so that no two results share a dict that one of them could change.
+    fields |= {name: dict(getattr(result, name)) for name in ("degenerate", "skipped", "influence")}
+    for reason in (*fields["degenerate"].values(), *fields["skipped"].values()):
+        if not isinstance(reason, str):
+            raise OptionError(f"degenerate and skipped contain {reason!r:.60}: expected a reason in words")
+    for found in fields["influence"].values():
+        _count("influence: sample", found.sample, 0)
+        if not isinstance(found.share, Real):
+            raise OptionError(f"influence: share is {found.share!r:.60}: expected a number")
+    fields["settings"] = _plain_json(result.settings)
+    shape = (len(fields["rows"]), len(fields["columns"]))
+    if 0 in shape:
+        raise OptionError(f"a result of {shape[0]} x {shape[1]} layers: expected at least one row and column")
+    own = (len(fields["minibatch_layers"]),) * 2
+    for name, tensor in ((name, getattr(result, name)) for name in _DIMENSIONS):
+        if tensor is not None or name in ("matrix", "stderr"):
+            _check_tensor(name, tensor, own if name == "minibatch_hsic" else shape)
+    return fields
+
+
+def _labels(name: str, labels: Any) -> tuple[str, ...]:
+    """The labels as plain text.
+
+    Raises:
+        OptionError: a label is not text, or is repeated.
+    """
+    plain: dict[str, None] = {}
+    for label in (labels,) if isinstance(labels, str) else labels:
+        if not isinstance(label, str):
+            raise OptionError(f"{name} contains {label!r}: labels must be strings, such as {str(label)!r}")
+        if label in plain:
+            raise OptionError(f"{name} has {label!r} more than once: labels must differ")
+        plain[str.__str__(label)] = None  # of NumPy's text, too
+    return tuple(plain)
+
+
+def _count(name: str, value: Any, least: int) -> int:
+    """A whole number, possibly NumPy's, as a plain one.
+
+    Raises:
+        OptionError: this is not a whole number, or it is below ``least``.
+    """
+    # Larger counts are mistakes, and a float cannot hold them.
+    if not (isinstance(value, Integral) and least <= int(value) <= 1 << 53):
+        raise OptionError(f"{name} is {value!r:.60}: expected a whole number, {least} or more")
+    return int(value)
+
+
+def _check_tensor(name: str, tensor: object, shape: tuple[int, ...]) -> None:
+    """Raise unless ``tensor`` is float64 on the CPU, of this shape for each minibatch, and NaN or finite throughout.
+
+    Raises:
+        OptionError: it is not.
+    """
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float64 or tensor.device.type != "cpu":
+        found = f"{tensor.dtype} on {tensor.device}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise OptionError(f"{name} is {found}: expected a float64 tensor on the CPU")
+    expected = (*tensor.shape[: _DIMENSIONS[name] - 2], *shape)
+    if tensor.shape != expected:
+        raise OptionError(f"{name} has shape {tuple(tensor.shape)}; its labels need {expected}")
+    if bool(tensor.isinf().any()):
+        raise OptionError(f"{name} contains infinity: expected finite numbers, or NaN where undefined")
+    if name in ("stderr", "null_variance") and bool((tensor < 0).any()):
+        raise OptionError(f"{name} contains negative numbers: expected 0 or more, or NaN where undefined")
+
+
+def _plain_json(settings: Any) -> dict[str, Any]:
+    """The settings as a file would give them back, so that problems show now and not when a long run is saved.
+
+    NumPy's numbers become plain ones. Infinity and NaN, which JSON does not have, become their names.
+
+    Raises:
+        OptionError: the settings hold anything else that JSON does not have.
+    """
+    try:
+        text = json.dumps(dict(settings), default=lambda number: number.item())
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise OptionError(
+            f"settings cannot be written as JSON ({error}): use a dict of plain numbers, strings, lists and dicts"
+        ) from error
+    plain: dict[str, Any] = json.loads(text, parse_constant=str)
+    return plain

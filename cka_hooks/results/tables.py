@@ -14,16 +14,18 @@ import numpy as np
 from cka_hooks.errors import imported
 from cka_hooks.files import PathLike, replace_file
 from cka_hooks.names import printable
-from cka_hooks.results.result import CKAResult
 
 if TYPE_CHECKING:
     import pandas
+
+    from cka_hooks.results.result import CKAResult
 
 
 def as_text(result: CKAResult) -> str:
     """The printed form of a result: what it is, and up to 8 rows and columns of values.
 
     Example:
+        >>> from cka_hooks import CKAResult
         >>> print(as_text(CKAResult.example().select("conv*")))
         CKAResult(2 layers, 640 samples, 20 minibatches)
                        1       2
@@ -47,13 +49,20 @@ def as_text(result: CKAResult) -> str:
 
 
 def to_dataframe(result: CKAResult, *, tidy: bool = False) -> pandas.DataFrame:
-    """The matrix as a DataFrame; see :meth:`CKAResult.to_dataframe`.
+    """The matrix as a pandas DataFrame, index ``rows`` and columns ``columns``.
+
+    Args:
+        tidy: one line per pair instead, with the columns ``row``, ``column``, ``cka``, ``stderr``, and ``pvalue`` if
+            it is known.
 
     Raises:
         MissingExtraError: pandas is not installed.
 
     Example:
-        >>> to_dataframe(CKAResult.example(), tidy=True).head(2)
+        >>> from cka_hooks import CKAResult
+        >>> float(CKAResult.example().to_dataframe().loc["conv1", "fc"])
+        0.5
+        >>> CKAResult.example().to_dataframe(tidy=True).head(2)
              row column  cka  stderr
         0  conv1  conv1  1.0    0.00
         1  conv1  conv2  0.9    0.02
@@ -67,18 +76,24 @@ def to_dataframe(result: CKAResult, *, tidy: bool = False) -> pandas.DataFrame:
 
 
 def to_csv(result: CKAResult, path: PathLike, *, tidy: bool = False) -> None:
-    """Write the matrix as CSV in UTF-8; see :meth:`CKAResult.to_csv`.
+    """Write the matrix as CSV, with a header line and a column of row labels. NaN is left empty.
 
-    A label that a spreadsheet would run as a formula, because it begins with ``=``, ``+``, ``-`` or ``@``, is
-    prefixed with ``'``.
+    The file is in UTF-8. A label that a spreadsheet would run as a formula, because it begins with ``=``, ``+``,
+    ``-`` or ``@``, is prefixed with ``'``.
+
+    Args:
+        path: where to write it.
+        tidy: one line per pair instead, with the columns ``row``, ``column``, ``cka``, ``stderr``, and ``pvalue`` if
+            it is known.
 
     Raises:
         OSError: the file cannot be written.
 
     Example:
+        >>> from cka_hooks import CKAResult
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     to_csv(CKAResult.example(), f"{folder}/cka.csv")
+        ...     CKAResult.example().to_csv(f"{folder}/cka.csv")
         ...     print(open(f"{folder}/cka.csv").read())
         layer,conv1,conv2,fc
         conv1,1.0,0.9,0.5
@@ -94,15 +109,16 @@ def to_csv(result: CKAResult, path: PathLike, *, tidy: bool = False) -> None:
 
 
 def to_npz(result: CKAResult, path: PathLike) -> None:
-    """Write ``rows``, ``columns``, ``matrix`` and ``stderr`` as NumPy arrays; ``np.load`` needs no pickle.
+    """Write the NumPy arrays ``rows``, ``columns``, ``matrix`` and ``stderr`` as ``.npz``, without pickle.
 
     Raises:
         OSError: the file cannot be written.
 
     Example:
+        >>> from cka_hooks import CKAResult
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     to_npz(CKAResult.example(), f"{folder}/cka.npz")
+        ...     CKAResult.example().to_npz(f"{folder}/cka.npz")
         ...     with np.load(f"{folder}/cka.npz") as file:
         ...         print(file["rows"], file["matrix"].shape)
         ['conv1' 'conv2' 'fc'] (3, 3)

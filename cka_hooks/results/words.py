@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import combinations, product
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from cka_hooks.names import printable
 from cka_hooks.results.order import by_model, steps
-from cka_hooks.results.result import CKAResult
+
+if TYPE_CHECKING:
+    from cka_hooks.results.result import CKAResult
 
 #: Consecutive layers whose CKA with each other is above this are near-identical.
 NEAR = 0.95
@@ -30,10 +33,11 @@ Mask = npt.NDArray[np.bool_]
 
 
 def summary(result: CKAResult) -> str:
-    """A few plain lines about ``result``; see :meth:`CKAResult.summary`.
+    """The matrix in words, a few lines: what is alike, where it changes most, what was left out.
 
     Example:
-        >>> print(summary(CKAResult.example()))
+        >>> from cka_hooks import CKAResult
+        >>> print(CKAResult.example().summary())
         3 layers, 640 samples in 20 minibatches; largest standard error 0.020.
         Most alike: conv1 and conv2, CKA 0.900 (standard error 0.020).
         Changes most from one layer to the next at conv2 -> fc, CKA 0.600 (standard error 0.020).

@@ -13,9 +13,6 @@ from pathlib import Path
 from cka_hooks.errors import OptionError
 from cka_hooks.files import PathLike
 from cka_hooks.results.result import CKAResult
-from cka_hooks.results.tables import to_csv, to_npz
-from cka_hooks.views.heatmap import heatmap
-from cka_hooks.views.page import write_page
 
 # The formats that matplotlib can always write.
 _PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps", ".pgf", ".svgz")
@@ -23,10 +20,10 @@ _PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", 
 #: What writes a result into a file with this suffix.
 FORMATS: dict[str, Callable[[CKAResult, PathLike], object]] = {
     ".json": CKAResult.save,
-    ".html": write_page,
-    ".csv": to_csv,
-    ".npz": to_npz,
-    **dict.fromkeys(_PICTURES, heatmap),
+    ".html": CKAResult.to_html,
+    ".csv": CKAResult.to_csv,
+    ".npz": CKAResult.to_npz,
+    **dict.fromkeys(_PICTURES, CKAResult.plot),
 }
 #: What a run calls its files, and their names; ``between`` is written only if two models were compared.
 FILES = {"result": "cka.json", "heatmap": "cka.png", "page": "cka.html", "between": "between.png"}

@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from cka_hooks.errors import OptionError, warn
 from cka_hooks.files import PathLike
-from cka_hooks.results.result import CKAResult
 from cka_hooks.results.words import UNRELATED, unrelated
 from cka_hooks.views.canvas import FONT, MISSING, SIDE, Canvas, Size, inches, write_side, write_title
 from cka_hooks.views.labels import Side, runs, title_of
@@ -21,13 +20,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
+    from cka_hooks.results.result import CKAResult
+
     Floats = npt.NDArray[np.float64]
     End = float | Literal["data"] | None
 
 _CELL = {0: 0.5, 1: 0.36, 2: 0.48}  # inches of a cell at most, or with one or two lines in it at least
 
 
-def heatmap(
+def plot(
     result: CKAResult,
     path: PathLike | None = None,
     *,
@@ -40,32 +41,33 @@ def heatmap(
     vmax: End = None,
     figsize: Size | None = None,
 ) -> tuple[Figure, Axes]:
-    """Draw the matrix; see :meth:`CKAResult.plot`.
+    """Draw the matrix as a heatmap, with a scale from 0 to 1 and depth increasing from the lower left corner.
 
     Without ``path`` and ``ax``, the figure is one of ``pyplot``, which a notebook shows by itself.
 
     Args:
-        result: what to draw, R rows by C columns.
-        path: also write the picture to this file. Its suffix sets the format.
+        path: also write the picture to this file. Its suffix sets the format (``.png``, ``.svg``, ``.pdf``).
         ax: draw into these axes instead of a new figure.
-        values: write each value into its cell. If cells are too small, a warning says so.
-        stderr: colour by standard error; with ``values``, colour by CKA and write both.
-        title: replaces the default title.
-        cmap: the colours.
-        vmin: the value of the first colour.
-        vmax: the value of the last colour.
-        figsize: size of the figure, in inches.
+        values: write each value into its cell, if cells are large enough to read it; otherwise a warning says so.
+        stderr: colour by standard error instead; with ``values``, colour by CKA and write both.
+        title: title of the picture; by default made from the names of the models and the number of samples.
+        cmap: colour map, either a name that matplotlib knows or one of its objects.
+        vmin: value of the first colour, 0 by default. ``"data"`` uses the smallest value in the matrix, so that you
+            can distinguish values from 0.9 to 1. The scale then says where it begins.
+        vmax: value of the last colour, 1 by default, or ``"data"``.
+        figsize: width and height of the figure in inches; by default as large as the labels need.
 
     Returns:
-        The figure and the axes.
+        The matplotlib figure and axes.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        OptionError: the suffix of ``path`` is not a picture format, or the colours or ``figsize`` cannot be used.
+        OptionError: ``cmap``, ``vmin``, ``vmax``, ``figsize`` or the suffix of ``path`` cannot be used.
 
     Example:
+        >>> from cka_hooks import CKAResult
         >>> from matplotlib.figure import Figure
-        >>> _, axes = heatmap(CKAResult.example(), ax=Figure().add_subplot())
+        >>> _, axes = CKAResult.example().plot(ax=Figure().add_subplot())
         >>> [label.get_text() for label in axes.get_yticklabels()]
         ['conv1', 'conv2', 'fc']
     """

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cka_hooks.names import printable
-from cka_hooks.results.result import CKAResult
+
+if TYPE_CHECKING:
+    from cka_hooks.results.result import CKAResult
 
 
 class Side(NamedTuple):

@@ -12,14 +12,16 @@ import json
 import math
 import re
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cka_hooks.files import PathLike, replace_file
-from cka_hooks.results.result import CKAResult
 from cka_hooks.results.words import summary, value_in_words
 from cka_hooks.views.labels import Side, shortened, title_of
+
+if TYPE_CHECKING:
+    from cka_hooks.results.result import CKAResult
 
 # How many labels fit along an axis of the page. The page thins them further in a small window.
 _ROOM = 45
@@ -36,13 +38,12 @@ WITH_VALUES = 12
 MOST = 32
 
 
-def write_page(result: CKAResult, path: PathLike, *, title: str | None = None) -> None:
-    """Write the page; see :meth:`CKAResult.to_html`.
+def to_html(result: CKAResult, path: PathLike, *, title: str | None = None) -> None:
+    """Write a page that works offline: hover for values, click a row, search layers.
 
     Args:
-        result: what to show.
         path: where to write it.
-        title: heading; by default made from the names of the models.
+        title: heading of the page; by default made from the names of the models.
 
     Raises:
         OSError: the file cannot be written.
@@ -63,6 +64,7 @@ def page_data(result: CKAResult) -> dict[str, Any]:
     """What the page draws: labels with their grouping, values and errors to 5 digits, None if undefined.
 
     Example:
+        >>> from cka_hooks import CKAResult
         >>> page_data(CKAResult.example())["matrix"][0]
         [1.0, 0.9, 0.5]
     """
@@ -114,6 +116,7 @@ def notebook_html(result: CKAResult) -> str:
         result: what to show. If it has more than :data:`MOST` rows or columns, evenly spaced ones are kept.
 
     Example:
+        >>> from cka_hooks import CKAResult
         >>> print(notebook_html(CKAResult.example()).count("<td"))
         9
     """

@@ -10,7 +10,6 @@ import numpy.typing as npt
 from cka_hooks.errors import OptionError
 from cka_hooks.files import PathLike
 from cka_hooks.results.order import steps
-from cka_hooks.results.result import CKAResult
 from cka_hooks.views.canvas import FONT, MISSING, PITCH, SIDE, Canvas, Size, write_side, write_title
 from cka_hooks.views.labels import Side, title_of
 
@@ -18,10 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from cka_hooks.results.result import CKAResult
+
     Ints = npt.NDArray[np.intp]
 
 
-def profile(
+def plot_profile(
     result: CKAResult,
     path: PathLike | None = None,
     *,
@@ -29,25 +30,29 @@ def profile(
     title: str | None = None,
     figsize: Size | None = None,
 ) -> tuple[Figure, Axes]:
-    """Draw the similarity of consecutive layers, or of best matches; see :meth:`CKAResult.plot_profile`.
+    """Draw each layer's similarity to the one before, or its best match in the other network.
+
+    For a square result, this shows for each model the CKA of every layer with the one that it follows: the
+    representation changes at the dips. For a rectangular one, it shows for every row the largest CKA among the
+    columns. Error bars are 95 % intervals.
 
     Args:
-        result: a square result, or one that :meth:`CKAResult.between` cut.
-        path: also write the picture to this file. Its suffix sets the format.
+        path: also write the picture to this file.
         ax: draw into these axes instead of a new figure.
-        title: replaces the default title.
-        figsize: size of the figure, in inches.
+        title: title of the picture; by default a plain one.
+        figsize: width and height of the figure in inches; by default as large as the labels need.
 
     Returns:
-        The figure and the axes.
+        The matplotlib figure and axes.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
         OptionError: there are not two layers to compare, or ``figsize`` or the suffix of ``path`` cannot be used.
 
     Example:
+        >>> from cka_hooks import CKAResult
         >>> from matplotlib.figure import Figure
-        >>> _, axes = profile(CKAResult.example(), ax=Figure().add_subplot())
+        >>> _, axes = CKAResult.example().plot_profile(ax=Figure().add_subplot())
         >>> axes.get_ylabel()
         'CKA with the layer before'
     """
