@@ -116,7 +116,7 @@ def to_npz(result: CKAResult, path: PathLike) -> None:
 
     Example:
         >>> from cka_hooks import CKAResult
-        >>> import tempfile
+        >>> import tempfile, numpy as np
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     CKAResult.example().to_npz(f"{folder}/cka.npz")
         ...     with np.load(f"{folder}/cka.npz") as file:

@@ -37,9 +37,9 @@ def plot(
     stderr: bool = False,
     title: str | None = None,
     cmap: str | Colormap | None = None,
-    vmin: End = None,
-    vmax: End = None,
-    figsize: Size | None = None,
+    vmin: float | Literal["data"] | None = None,
+    vmax: float | Literal["data"] | None = None,
+    figsize: tuple[float, float] | None = None,
 ) -> tuple[Figure, Axes]:
     """Draw the matrix as a heatmap, with a scale from 0 to 1 and depth increasing from the lower left corner.
 

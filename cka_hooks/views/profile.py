@@ -10,7 +10,7 @@ import numpy.typing as npt
 from cka_hooks.errors import OptionError
 from cka_hooks.files import PathLike
 from cka_hooks.results.order import steps
-from cka_hooks.views.canvas import FONT, MISSING, PITCH, SIDE, Canvas, Size, write_side, write_title
+from cka_hooks.views.canvas import FONT, MISSING, PITCH, SIDE, Canvas, write_side, write_title
 from cka_hooks.views.labels import Side, title_of
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def plot_profile(
     *,
     ax: Axes | None = None,
     title: str | None = None,
-    figsize: Size | None = None,
+    figsize: tuple[float, float] | None = None,
 ) -> tuple[Figure, Axes]:
     """Draw each layer's similarity to the one before, or its best match in the other network.
 
