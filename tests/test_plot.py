@@ -233,6 +233,22 @@ def test_names_of_models_turn_where_they_are_long_and_are_not_shortened(tmp_path
     assert [text.get_text() for text in model_names(axes)] == list(models) * 2
 
 
+def test_names_that_differ_in_the_middle_stay_different_when_they_are_shortened(tmp_path):
+    names = [f"{'a' * 40} {i} {'b' * 60}" for i in range(3)]
+    result = result_of({name: ["conv1", "fc"] for name in names})
+    _, axes = result.plot(tmp_path / "a.png")
+    assert len({text.get_text() for text in model_names(axes)}) == 3
+    _, axes = result.between(*names[:2]).plot(tmp_path / "a.png")
+    models, _, _ = axes.get_title(loc="left").partition(":")
+    assert "1" in models
+    assert "0" in models
+    assert "…" in models
+    _, axes = result_of(names).plot(tmp_path / "a.png")
+    assert len({text.get_text() for text in axes.get_yticklabels()}) == 3
+    cells = result_of(names)._repr_html_().split("</th>")
+    assert len({cell.rpartition(">")[2] for cell in cells}) >= 3
+
+
 def test_values_in_cells(tmp_path):
     result = result_of(["a", "b", "c"], degenerate=("c",))
     _, axes = result.plot(tmp_path / "a.png", values=True)

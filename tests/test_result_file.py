@@ -244,6 +244,15 @@ def test_wrong_content_is_refused_even_with_a_fitting_checksum(tmp_path, key, va
     assert str(path) in str(caught.value)
 
 
+def test_repeated_keys_are_refused(tmp_path):
+    """The checksum is of one of the two, and another program may read the other one."""
+    text, path = text_of(WHOLE, tmp_path), tmp_path / "twice.json"
+    for key, once in (("samples", '"samples":'), ("share", '"share":')):
+        path.write_text(text.replace(once, f"{once} 7, {once}", 1))
+        with pytest.raises(ResultFileError, match=f"its key '{key}' is repeated"):
+            CKAResult.load(path)
+
+
 # ---- files of other versions -------------------------------------------------------------------------
 
 OLD = Path(__file__).parent / "data"

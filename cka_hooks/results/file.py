@@ -68,7 +68,7 @@ def read_result(path: PathLike) -> CKAResult:
         FileNotFoundError: there is no such file.
     """
     try:
-        return _result(json.loads(_content(path)))
+        return _result(json.loads(_content(path), object_pairs_hook=_without_repeats))
     # Files can hold anything, and the result checks its own fields.
     except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as error:
         why = f"it is not complete JSON ({error})" if isinstance(error, json.JSONDecodeError) else str(error)
@@ -87,6 +87,16 @@ def _content(path: PathLike) -> bytes:
     if content.count(b",") > _MAX_COMMAS:
         raise ValueError(f"it has more than {_MAX_COMMAS:,} commas, which no result has")
     return content
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of whose repeated keys one would be read and another shown by another program."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"its key {key!r:.40} is repeated")
+        found[key] = value
+    return found
 
 
 def _result(document: Any) -> CKAResult:

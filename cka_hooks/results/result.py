@@ -187,7 +187,7 @@ class CKAResult:
     @property
     def null_unknown(self) -> str | None:
         """Why this result has no p-values; None if it has some."""
-        if self.null_variance is not None and self.null_skewness is not None:
+        if self.null_variance is not None:
             return None
         if self.settings.get("estimator") == "biased":
             return 'the null distribution of biased estimates is not known; compare with estimator="unbiased"'
@@ -544,6 +544,8 @@ def checked(result: CKAResult) -> dict[str, Any]:
     shape = (len(fields["rows"]), len(fields["columns"]))
     if 0 in shape:
         raise OptionError(f"a result of {shape[0]} x {shape[1]} layers: expected at least one row and column")
+    if (result.null_variance is None) != (result.null_skewness is None):
+        raise OptionError("a result has only one of null_variance and null_skewness: expected both, or neither")
     own = (len(fields["minibatch_layers"]),) * 2
     for name, tensor in ((name, getattr(result, name)) for name in _DIMENSIONS):
         if tensor is not None or name in ("matrix", "stderr"):

@@ -148,7 +148,9 @@ def write_side(axes: Axes, axis: Axis, side: Side) -> None:
     horizontal = axis is axes.xaxis
     room, dpi = inches(axes)[0 if horizontal else 1] / len(side.names), axes.figure.dpi
     spans = side.thinned(PITCH / room)
-    texts = [" → ".join(map(shortened, span.name.split(" → "))) for span in spans]
+    names = [span.name.split(" → ") for span in spans]  # of a best match, two
+    short = shortened(part for name in names for part in name)
+    texts = [" → ".join(short[part] for part in name) for name in names]
     flat = all(len(text) * FONT * 0.65 / 72 <= room for text in texts) and len(spans) == len(side.names)
     style: dict[str, Any] = {"fontsize": FONT, "parse_math": False}
     axis.set_ticks([span.middle for span in spans], texts, rotation=90 if horizontal and not flat else 0, **style)
@@ -163,8 +165,9 @@ def write_side(axes: Axes, axis: Axis, side: Side) -> None:
     style = {"fontsize": FONT + 2, "fontweight": "bold", "parse_math": False}
     axis.remove_overlapping_locs = False
     # Along their layers if all names fit, otherwise across, and only where there are layers enough for a line.
-    along = [shortened(model.name) for model in models]
-    across = [shortened(model.name, 24) if model.length * room > 1.4 * PITCH else "" for model in models]
+    short, shorter = shortened(side.models), shortened(side.models, 24)
+    along = [short[model.name] for model in models]
+    across = [shorter[model.name] if model.length * room > 1.4 * PITCH else "" for model in models]
     for rotation, names in zip((0, 90) if horizontal else (90, 0), (along, across), strict=True):
         axis.set_ticks([model.middle for model in models], names, minor=True, rotation=rotation, **style)
         axis.set_tick_params(which="minor", length=0, pad=away + 5)

@@ -136,21 +136,33 @@ def _spaced(spans: list[Span], gap: float) -> list[Span]:
     return sorted(kept)
 
 
-def shortened(label: str, most: int = 36) -> str:
-    """The label on one line. A long one loses its middle, because layers differ at the ends."""
-    label = printable(label)
-    if len(label) <= most:
-        return label
-    front = (most - 1) // 3
-    return f"{label[:front]}…{label[len(label) - (most - 1 - front) :]}"
+def shortened(labels: Iterable[str], most: int = 36) -> dict[str, str]:
+    """Each label on one line. Long ones lose their middle, because layers differ at the ends.
+
+    If different labels would become the same text, all of them keep more.
+
+    Example:
+        >>> shortened(["layer1.conv", "features.denseblock1.conv"], most=16)
+        {'layer1.conv': 'layer1.conv', 'features.denseblock1.conv': 'featu…lock1.conv'}
+    """
+    lines = {label: printable(label) for label in labels}
+    while True:
+        front = (most - 1) // 3
+        texts = {
+            label: line if len(line) <= most else f"{line[:front]}…{line[len(line) - (most - 1 - front) :]}"
+            for label, line in lines.items()
+        }
+        if len(set(texts.values())) == len(set(lines.values())):
+            return texts
+        most += 12
 
 
 def title_of(result: CKAResult, what: str) -> str:
     """The default title: the models, what is shown of them, and the number of samples."""
-    names = [shortened(name) for name in result.models]
-    layers = {result.layer_of(label) for label in result.layers}
+    names = list(shortened(result.models).values())
+    layers = shortened(result.layer_of(label) for label in result.layers)
     joined = " against " if len(names) == 2 and not result.square else ", "
     models = joined.join(names) if len(names) <= 3 else f"{len(names)} models"
     if len(names) > 1 and len(layers) == 1:
-        models = f"{shortened(layers.pop())} of {models}"
+        models = f"{next(iter(layers.values()))} of {models}"
     return f"{models and f'{models}: '}{what}, {result.samples:,} samples"

@@ -124,9 +124,10 @@ def notebook_html(result: CKAResult) -> str:
     rows, columns = (np.linspace(0, n - 1, min(n, MOST)).round().astype(int).tolist() for n in size)
     lines = []
     if max(len(rows), len(columns)) <= WITH_VALUES:
+        short = shortened(result.layers, 28)
         for i in reversed(rows):
-            lines.append(_label(result.rows[i]) + "".join(_cell(result, i, j) for j in columns))
-        lines.append("<th></th>" + "".join(_label(result.columns[j]) for j in columns))
+            lines.append(_label(result.rows[i], short) + "".join(_cell(result, i, j) for j in columns))
+        lines.append("<th></th>" + "".join(_label(result.columns[j], short) for j in columns))
     else:
         for i in reversed(rows):
             shades = (colour(result.matrix[i, j].item()) for j in columns)
@@ -141,10 +142,10 @@ def notebook_html(result: CKAResult) -> str:
     )
 
 
-def _label(label: str) -> str:
+def _label(label: str, short: dict[str, str]) -> str:
     return (
         f'<th title="{html.escape(label)}" style="text-align:right;font-weight:normal;padding:0 4px;'
-        f'white-space:nowrap;background:none">{html.escape(shortened(label, 28))}</th>'
+        f'white-space:nowrap;background:none">{html.escape(short[label])}</th>'
     )
 
 
