@@ -46,7 +46,6 @@ def changed(**fields):
         ({"minibatch_layers": ("a",)}, "minibatch_hsic has shape"),
         ({"settings": {"model": object()}}, "settings"),
         ({"settings": [1]}, "use a dict"),
-        ({"null_variance": torch.ones(3, 3, dtype=torch.float64)}, "only one of null_variance and null_skewness"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(fields, found):
