@@ -340,9 +340,7 @@ def device_of(model: nn.Module) -> torch.device | None:
     return next((tensor.device for tensor in tensors if tensor.device.type != "meta"), None)
 
 
-def call(
-    model: nn.Module, batch: Any, forward: Forward | None = None, form: Form | None = None, number: int | None = None
-) -> Any:
+def call(model: nn.Module, batch: Any, forward: Forward | None, form: Form | None, number: int | None) -> Any:
     """Move a batch to the model's device and run the model on it, with `forward(model, batch)` if given.
 
     Args:

@@ -6,11 +6,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
+from threading import get_ident
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch
+from torch._C import _current_graph_task_id, _functorch
 
 from cka_hooks.errors import BatchError, LayerError, OptionError
 from cka_hooks.features import Reduction, check_reduction, feature_rows, memory_order, rows_of, tokens_of
@@ -24,9 +26,12 @@ from cka_hooks.recording.outputs import NotRecordable, tensors_in
 from cka_hooks.recording.padding import Padding
 from cka_hooks.recording.positions import Positions
 from cka_hooks.recording.probe import Probe, Take
-from cka_hooks.recording.routes import Consumer, Pass, Route, slots_of, taps_of
+from cka_hooks.recording.routes import Consumer, Route, slots_of, taps_of
 
 Features = Reduction | str | Mapping[str, Reduction | str]
+
+# All that there are: a probe hides itself from the others.
+_ways: WeakSet[LongWay] = WeakSet()
 
 
 class LongWay:
@@ -39,7 +44,9 @@ class LongWay:
         detach: whether to detach activations from their graph.
 
     Attributes:
-        now: the forward pass.
+        thread: the thread whose calls are recorded, 0 while none are.
+        samples: number of samples in the batch that is under way, or None if no route may be taken.
+        show: in a probe, which hands nothing over, sees each activation instead of the consumer.
         names: the model's modules.
         selections: those that are layers.
         taps: the hooks of each chosen module, by its id.
@@ -57,7 +64,7 @@ class LongWay:
 
     def __init__(self, model: nn.Module, positions: Positions | None, options: Options, detach: bool) -> None:
         self._model, self._positions, self._detaches = model, positions, detach
-        self.now, self.names, self.selections = Pass(), named_layers(model), select_layers(model, options.layers)
+        self.names, self.selections = named_layers(model), select_layers(model, options.layers)
         names = self.names
         self._features = PerLayer(options.features, names, "features")
         for reduction in self._features.values:
@@ -83,6 +90,10 @@ class LongWay:
         self._vanish: dict[str, bool] = {}
         self._limit: int | None = None
         self._has_routes = False
+        self.thread = 0
+        self.samples: int | None = None
+        self.show: Take | None = None
+        _ways.add(self)
 
     def _reduction_of(self, name: str) -> Reduction | str:
         reduction: Reduction | str = self._features.of(name, "flatten")
@@ -116,11 +127,22 @@ class LongWay:
                     self._padding.confirm(probe, given.shape[0])
 
     def _show(self, call: Callable[[Any], Any], batch: Any, take: Take) -> None:
-        """Run a pass that hands nothing over: a probe sees the layers' outputs."""
-        with self.now.shown_to(take), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.restart()
-            call(batch)
+        """Run a pass that hands nothing over: a probe sees the layers' outputs, and other recorders see nothing."""
+        own = get_ident()
+        others = [other for other in _ways if other is not self and other.thread == own]
+        before = self.show, self.thread
+        try:
+            for other in others:
+                other.thread = 0
+            self.show, self.thread = take, own
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.restart()
+                call(batch)
+        finally:
+            self.show, self.thread = before
+            for other in others:
+                other.thread = own
 
     def restart(self) -> None:
         """Begin a forward pass."""
@@ -129,15 +151,23 @@ class LongWay:
         self._channels.restart()
         is_due = self._keeps and self._padding.is_due
         # Activations take routes unless something in this pass needs a closer look.
-        self._has_routes = self.now.show is None and self._limit is None and not is_due
-        self.now.samples = (self.dimension.samples or None) if self._has_routes else None
+        self._has_routes = self.show is None and self._limit is None and not is_due
+        self.samples = (self.dimension.samples or None) if self._has_routes else None
+
+    def concerns(self) -> bool:
+        """Whether the code that runs now belongs to the pass.
+
+        Calls in other threads do not, and neither do calls in a backward pass: there, activation checkpointing calls
+        modules again whose activations were already recorded.
+        """
+        return get_ident() == self.thread and _current_graph_task_id() == -1
 
     def follow(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Hook of a module that shows where channels or samples are."""
-        if self.now.concerns():
+        if self.concerns():
             self._channels.pass_through(module, args, output)
-            if self.now.show is not None:
-                self.dimension.look(module, (args, kwargs), self.now.show)
+            if self.show is not None:
+                self.dimension.look(module, (args, kwargs), self.show)
 
     def warn(self) -> None:
         """At the end of a pass, warn about guesses and about padding that counts as data, once in all passes."""
@@ -156,19 +186,19 @@ class LongWay:
         try:
             activation = route.activation(given)
             _refuse_vmap(activation)
-            if self.now.show is not None:
+            if self.show is not None:
                 is_first = route.is_input or activation is next(tensors_in(given), None)
                 second = self.dimension.is_second(route.selection.module, is_first_output=is_first)
-                self.now.show(label, activation, second)
+                self.show(label, activation, second)
                 return
             reduction = self._reduction_of(name)
             axis = 0 if self._is_free(reduction) else self.dimension.of(name, label, tuple(activation.shape))
         except NotRecordable as reason:
             route.dtype = None
-            if self.now.show is None and route.selection.named:
+            if self.show is None and route.selection.named:
                 kind = type(route.selection.module).__name__
                 raise LayerError(f"layer {label!r} ({kind}) cannot be recorded: {reason}") from None
-            if self.now.show is None:
+            if self.show is None:
                 self.left_out.setdefault(label, str(reason))
             return
         self.left_out.pop(label, None)
@@ -180,7 +210,7 @@ class LongWay:
         route.open(activation, axis, reduction, channels, None if slot is None else slot(label))
         # A dimension that is given for the batch as well says how many samples there are.
         if self._has_routes:
-            self.now.samples = self.dimension.samples or None
+            self.samples = self.dimension.samples or None
         self.hand_over(route, activation)
 
     def hand_over(self, route: Route, activation: Tensor) -> None:

@@ -112,7 +112,7 @@ class LayerRecorder:
         self._by_default = layers is None
         options = Options(features=features, batch_dim=batch_dim, channel_dim=channel_dim, mask=mask, layers=layers)
         self._way = LongWay(self._runnable, positions_of(per, positions, seed), options, detach)
-        self._now, self.chosen = self._way.now, [selection.name for selection in self._way.selections]
+        self.chosen = [selection.name for selection in self._way.selections]
         self.consumer = consumer
         self._entered, self._managed, self._started = 0, False, False
         self._form: batches.Form | None = None
@@ -185,7 +185,7 @@ class LayerRecorder:
 
     def _listen(self) -> None:
         """Record the calls of this thread if any are to be recorded now."""
-        self._now.thread = get_ident() if self._entered and (self._managed or not self.only_in_passes) else 0
+        self._way.thread = get_ident() if self._entered and (self._managed or not self.only_in_passes) else 0
 
     # One forward pass
 
@@ -253,11 +253,11 @@ class LayerRecorder:
         self._way.warn()
 
     def _on_start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._managed and self._now.show is None and self._now.concerns():
+        if not self._managed and self._way.show is None and self._way.concerns():
             self._start(Given.of_call(module, args, kwargs), None)
 
     def _on_end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not self._managed and self._now.show is None and self._now.concerns():
+        if not self._managed and self._way.show is None and self._way.concerns():
             self._way.warn()
 
     def _start(self, given: Given, limit: int | None) -> None:

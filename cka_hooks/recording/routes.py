@@ -9,12 +9,10 @@ route. Later activations that differ only in their sizes go straight on.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -30,50 +28,6 @@ if TYPE_CHECKING:
 # Takes (n, P, C) features of one layer, detached.
 Product = Callable[[Tensor], None]
 Consumer = Callable[[str, Tensor], None]
-
-
-class Pass:
-    """The state of the forward pass that is under way.
-
-    Attributes:
-        thread: the thread whose calls are recorded, 0 while none are.
-        samples: number of samples in the batch, or None if no route may be taken.
-        show: in a probe, which hands nothing over, a function of the label, the activation and whether the kind of
-            module puts the samples into dimension 1.
-    """
-
-    def __init__(self) -> None:
-        self.thread = 0
-        self.samples: int | None = None
-        self.show: Callable[[str, Tensor, bool], None] | None = None
-        _passes.add(self)
-
-    def concerns(self) -> bool:
-        """Whether the code that runs now belongs to the pass.
-
-        Calls in other threads do not, and neither do calls in a backward pass: there, activation checkpointing calls
-        modules again whose activations were already recorded.
-        """
-        return get_ident() == self.thread and _current_graph_task_id() == -1
-
-    @contextmanager
-    def shown_to(self, show: Callable[[str, Tensor, bool], None]) -> Iterator[None]:
-        """Run a probe in this thread, hidden from other recorders."""
-        own = get_ident()
-        others = [other for other in _passes if other is not self and other.thread == own]
-        before = self.show, self.thread
-        try:
-            for other in others:
-                other.thread = 0
-            self.show, self.thread = show, own
-            yield
-        finally:
-            self.show, self.thread = before
-            for other in others:
-                other.thread = own
-
-
-_passes: WeakSet[Pass] = WeakSet()
 
 
 def slots_of(consumer: Consumer | None) -> Callable[[str], Product | None] | None:
@@ -131,8 +85,16 @@ class Route:
         self._direct = reduction == "flatten" and product is not None
         self._rank, self._device, self.dtype = activation.ndim, activation.device, activation.dtype
 
-    def __call__(self, given: Any, now: Pass) -> bool:
-        """Hand the activation over. Return False, having done nothing, if it is not like the one before."""
+    def __call__(self, given: Any, wanted: int | None) -> bool:
+        """Hand the activation over.
+
+        Args:
+            given: what the module returned or got.
+            wanted: number of samples in the batch, or None if no route may be taken.
+
+        Returns:
+            False, having done nothing, if the activation is not like the one before.
+        """
         activation = given[0] if type(given) is tuple and given else given
         if not self._is_whole or type(activation) is not Tensor:
             try:
@@ -148,7 +110,7 @@ class Route:
             or _functorch.maybe_current_level() is not None
         ):
             return False
-        if activation.ndim != self._rank or (samples := activation.shape[self.axis]) != now.samples:
+        if activation.ndim != self._rank or (samples := activation.shape[self.axis]) != wanted:
             return False
         if not self._direct:
             self._detour(self, activation)
@@ -192,8 +154,9 @@ class Tap:
         self.ran = False
         self.elsewhere = False
         self.below: list[Tap] = []
-        self._long_way, self._now = long_way, long_way.now
+        self._long_way = long_way
         self._routes: dict[int, tuple[list[Route], list[Route]]] = {}
+        self._hooks = [(module._forward_hooks, self.on_output), (module._forward_pre_hooks, self.on_input)]
 
     def attach(self) -> None:
         """Put the hooks on."""
@@ -208,8 +171,7 @@ class Tap:
         gets.
         """
         self.calls = 0
-        module = self.module
-        for hooks, ours in (module._forward_hooks, self.on_output), (module._forward_pre_hooks, self.on_input):
+        for hooks, ours in self._hooks:
             if hooks and next(reversed(hooks.values())) != ours:
                 for number in [number for number, hook in hooks.items() if hook == ours]:
                     hooks[number] = hooks.pop(number)
@@ -220,19 +182,19 @@ class Tap:
 
     def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record inputs before the module runs, since it may work in place."""
-        if not self._now.concerns():
+        if not self._long_way.concerns():
             return
         given = {**{str(number): item for number, item in enumerate(args)}, **kwargs}
         for route in self._routes_of(self.calls + 1)[1]:
-            if not route(given, self._now):
+            if not route(given, self._long_way.samples):
                 self._long_way.go(route, given)
 
     def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Record what the module returned."""
-        now = self._now
+        way = self._long_way
         # The body of `concerns`, without the call.
-        if get_ident() != now.thread or _current_graph_task_id() != -1:
-            self.elsewhere = self.elsewhere or now.thread not in (0, get_ident())
+        if get_ident() != way.thread or _current_graph_task_id() != -1:
+            self.elsewhere = self.elsewhere or way.thread not in (0, get_ident())
             return
         for tap in self.below:
             if tap.calls:
@@ -241,8 +203,8 @@ class Tap:
         self.ran = True
         self.calls += 1
         for route in (self._routes.get(self.calls) or self._routes_of(self.calls))[0]:
-            if not route(output, now):
-                self._long_way.go(route, output)
+            if not route(output, way.samples):
+                way.go(route, output)
 
     def _routes_of(self, call: int) -> tuple[list[Route], list[Route]]:
         """The layers that a call stands for, from its output and from its input.
