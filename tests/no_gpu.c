@@ -23,9 +23,17 @@ struct config last;
 int launches, wanted;
 uint64_t arguments[32];
 
-int cuLaunchKernelEx(const struct config *config, void *function, void **parameters, void **extra) {
-    last = *config;
+/* Triton 3.3 and older call this one. */
+int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned one, unsigned also_one,
+                   unsigned shared, void *stream, void **parameters, void **extra) {
+    last = (struct config){{x, y, z}, {threads, one, also_one}, shared, stream};
     launches++;
     for (int i = 0; i < wanted; i++) memcpy(&arguments[i], parameters[i], 8);
     return 0;
+}
+
+int cuLaunchKernelEx(const struct config *config, void *function, void **parameters, void **extra) {
+    const unsigned *grid = config->grid, *block = config->block;
+    return cuLaunchKernel(function, grid[0], grid[1], grid[2], block[0], block[1], block[2], config->shared,
+                          config->stream, parameters, extra);
 }
