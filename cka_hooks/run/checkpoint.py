@@ -164,7 +164,8 @@ class Keeper:
             return
         self._place["batches"] += 1
         self._place["fingerprint"] = _chained(self._place["fingerprint"], fingerprint)
-        self._place |= {"now": self._randomness.state(), "loader": None}
+        self._place["now"] = self._randomness.state()
+        self._place.pop("loader", None)
         try:
             # Where a `StatefulDataLoader` is. Once it has gone on, it no longer knows.
             state = copy.deepcopy(self._loader.state_dict())
