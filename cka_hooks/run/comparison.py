@@ -95,19 +95,15 @@ class Comparison:
         self._options = Options.of(locals())
         self.entries = named_models(model)
         self.models = {name: check_model(it) for name, it in self.entries.items() if not is_features(it)}
-        self.types = {
-            name: type(unwrap(it) if isinstance(it, nn.Module) else it).__qualname__
-            for name, it in self.entries.items()
-        }
+        self.types = {name: type(unwrap(it)).__qualname__ for name, it in self.entries.items()}
         self.steps: list[Step | None] | None = None
         self.positions = positions_of(per, positions, self._options.seed)
         given = {name: it for name, it in self.entries.items() if isinstance(it, Precomputed)}
         self.seen = Seen(given, self._options.sample_ids, self.positions is not None)
         # Recorders reduce features.
-        own = self._options.arguments_of(CKAAccumulator) | {"features": "flatten"}
-        if own["minibatch"] is None:
-            own["minibatch"] = self._options.join_batches
-        self._accumulator = JoiningAccumulator(self._options.join_batches, **own)
+        product = self._options.arguments_of(CKAAccumulator)
+        product |= {"features": "flatten", "minibatch": self._options.minibatch or self._options.join_batches}
+        self._accumulator = JoiningAccumulator(self._options.join_batches, **product)
         if self.positions is not None:
             self.positions.is_shared = True
             if given:

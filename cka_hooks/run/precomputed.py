@@ -271,9 +271,8 @@ class _Slices:
         self._slice = file.get_slice(name)
         self.shape = tuple(self._slice.get_shape())
 
-    def __getitem__(self, rows: slice) -> Tensor:
-        found: Tensor = self._slice[rows]
-        return found
+    def __getitem__(self, rows: slice) -> Any:
+        return self._slice[rows]
 
 
 def _numpy(path: str, _: str) -> tuple[Mapping[str, Any], Any]:
