@@ -436,6 +436,7 @@ def test_identifiers_that_cannot_be_used(options: Any, error: type[Exception], m
         (np.array([{}, {}], dtype=object), "cannot be taken as a tensor"),
         (np.zeros((5, 2), dtype=complex), "expected floating-point numbers"),
         (np.ma.masked_less(np.zeros((5, 2)), 1), "masked entries"),
+        (torch.eye(5).to_sparse(), "expected a dense tensor"),
         ({}, "empty"),
         ({"a": torch.zeros(5, 2), "b": torch.zeros(6, 2)}, "different numbers of rows"),
         ({3: torch.zeros(5, 2)}, "layers are text"),

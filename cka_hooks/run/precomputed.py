@@ -239,7 +239,8 @@ def _checked(array: Any, layer: Any) -> int:
     shape = getattr(array, "shape", None)
     if not (isinstance(shape, tuple | list) and shape and 0 not in shape and hasattr(array, "__getitem__")):
         raise OptionError(f"{what} are {type(array).__name__} of shape {shape}: expected an array (N, ...) of rows")
-    as_features(array[:1], what, counts=True)
+    is_dense = not isinstance(array, Tensor) or array.layout is torch.strided
+    as_features(array[:1] if is_dense else array, what, counts=True)
     return int(shape[0])
 
 
