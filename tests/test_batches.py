@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from threading import Lock
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -102,6 +102,35 @@ def test_batches_follow_the_model_and_keep_their_type() -> None:
     assert batches.to_device(X, torch.device("cpu")) is X
     packed = nn.utils.rnn.pack_sequence([X, X[:3]], enforce_sorted=False)
     assert batches.to_device(packed, meta).data.device == meta
+
+
+class Frozen(Mapping[str, Any]):
+    """A mapping that is made of its fields, not of a dict."""
+
+    def __init__(self, *, x: Any, y: Any) -> None:
+        self.fields = {"x": x, "y": y}
+
+    def __getitem__(self, key: str) -> Any:
+        return self.fields[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.fields)
+
+    def __len__(self) -> int:
+        return len(self.fields)
+
+
+def test_a_mapping_that_takes_no_dict_becomes_one() -> None:
+    moved = batches.to_device(Frozen(x=X, y=[Y]), torch.device("meta"))
+    assert type(moved) is dict
+    assert moved["x"].device == moved["y"][0].device == torch.device("meta")
+
+
+def test_a_forward_without_a_signature() -> None:
+    model = nn.Identity()
+    model.forward = torch.relu  # type: ignore[method-assign]
+    (seen,) = cka_hooks.LayerRecorder(model).stream([X])
+    assert torch.equal(seen["(model)"], X.relu())
 
 
 def test_moving_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,6 +165,15 @@ def test_calls_in_other_threads_only_are_left_out_with_the_reason() -> None:
     assert "nn.DataParallel" in recorder.skipped["0"]
 
 
+def test_inputs_in_other_threads_are_not_recorded() -> None:
+    model, seen = net(), []
+    with cka_hooks.LayerRecorder(model, ["2:input"], lambda label, activation: seen.append(label)):
+        in_a_thread(lambda: model(inputs()[0]))
+        assert not seen
+        model(inputs()[0])
+    assert seen == ["2:input"]
+
+
 # Backward passes
 
 

@@ -103,6 +103,14 @@ def test_a_layer_without_positions_is_left_out_with_the_reason() -> None:
     assert result.skipped["head"] == 'has no positions, and per="position" compares these'
 
 
+def test_a_layer_with_a_mask_that_the_first_one_does_not_have_is_left_out_with_the_reason() -> None:
+    mask = {"embed": None, "blocks.0": lambda batch: batch["attention_mask"]}
+    result = compare(Language(), texts(padded=True), layers=["embed", "blocks.*"], mask=mask)
+    assert result.layers == ("embed",)
+    reason = "has a mask of padding that 'embed' does not have: mask= names it for both"
+    assert result.skipped == dict.fromkeys(("blocks.0", "blocks.1"), reason)
+
+
 def images(count: int = 24) -> Tensor:
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 

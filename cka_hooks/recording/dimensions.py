@@ -25,7 +25,6 @@ from cka_hooks.recording.probe import Probe, Take
 _KEEPING = frozenset(
     {"activation", "batchnorm", "conv", "dropout", "instancenorm", "linear", "normalization", "pooling"}
 )
-_SELF_ATTENTIVE = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 # Kinds of modules, the dimension in which they put their channels, and the attribute with the number of channels.
 # Classes of torchvision, timm and transformers without a base class in torch, or with channels elsewhere, go by name.
 _DECLARED: dict[type[nn.Module] | str, tuple[int, str]] = {
@@ -165,8 +164,8 @@ class SampleDimension:
 
 
 def _is_sequence_first(module: nn.Module) -> bool:
-    attention = module.self_attn if isinstance(module, _SELF_ATTENTIVE) else module
-    return getattr(attention, "batch_first", None) is False
+    has_attention = isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
+    return getattr(module.self_attn if has_attention else module, "batch_first", None) is False
 
 
 def _plain_rank(rank: int | None, module: nn.Module) -> int | None:

@@ -39,7 +39,7 @@ class LongWay:
 
     Args:
         model: the model, without wrappers but those that shard it.
-        positions: chooses the positions that are samples; None if samples are those of the batch.
+        positions: chooses the positions that are samples, if this is shared with other models.
         options: the layers, how to reduce activations, and what the user says about their dimensions and padding.
         detach: whether to detach activations from their graph.
 
@@ -63,13 +63,15 @@ class LongWay:
     """
 
     def __init__(self, model: nn.Module, positions: Positions | None, options: Options, detach: bool) -> None:
-        self._model, self._positions, self._detaches = model, positions, detach
+        self._model, self._detaches = model, detach
+        is_own = positions is None and options.per == "position"
+        self._positions = Positions(options.positions, options.seed) if is_own else positions
         self.names, self.selections = named_layers(model), select_layers(model, options.layers)
         names = self.names
         self._features = PerLayer(options.features, names, "features")
         for reduction in self._features.values:
             check_reduction(reduction)
-            if positions is not None and not callable(reduction) and reduction != "flatten":
+            if self._positions is not None and not callable(reduction) and reduction != "flatten":
                 raise OptionError(
                     f'per="position" and features={reduction!r} exclude each other: each position is a sample. Leave '
                     "features= out"
@@ -98,10 +100,6 @@ class LongWay:
     def _reduction_of(self, name: str) -> Reduction | str:
         reduction: Reduction | str = self._features.of(name, "flatten")
         return "position" if self._positions is not None and reduction == "flatten" else reduction
-
-    def _is_free(self, reduction: Reduction | str) -> bool:
-        """Whether the output goes as it is to a function that may make any number of samples of it."""
-        return self._positions is not None and callable(reduction)
 
     # One batch
 
@@ -192,7 +190,8 @@ class LongWay:
                 self.show(label, activation, second)
                 return
             reduction = self._reduction_of(name)
-            axis = 0 if self._is_free(reduction) else self.dimension.of(name, label, tuple(activation.shape))
+            is_free = self._positions is not None and callable(reduction)
+            axis = 0 if is_free else self.dimension.of(name, label, tuple(activation.shape))
         except NotRecordable as reason:
             route.dtype = None
             if self.show is None and route.selection.named:
@@ -231,8 +230,8 @@ class LongWay:
     def _rows(self, route: Route, activation: Tensor) -> Tensor:
         """An activation with the samples in front; features (n, P, C) if it is reduced."""
         name, label = route.selection.name, route.label
-        if self._is_free(route.reduction):
-            return self._free(route, activation)
+        if self._positions is not None and callable(route.reduction):
+            return self._free(route.reduction, activation)
         if self._limit is not None:
             activation = activation.narrow(route.axis, 0, min(self._limit, activation.shape[route.axis]))
         if route.reduction == "flatten":
@@ -256,16 +255,15 @@ class LongWay:
             )
         return rows
 
-    def _free(self, route: Route, activation: Tensor) -> Tensor:
-        """The user's function of an activation whose samples only that function knows."""
-        assert callable(route.reduction)
+    def _free(self, function: Callable[[Tensor], Tensor], activation: Tensor) -> Tensor:
+        """The user's function of an activation as it is, of which it may make any number of samples."""
         samples = self.dimension.samples
         if self._limit is not None and (samples is None or self._limit < samples):
             raise BatchError(
                 f"only {self._limit} of {samples} samples count, and rows of the features callable cannot be cut: "
                 "let max_samples= be a multiple of the batch size"
             )
-        return rows_of(route.reduction, activation)
+        return rows_of(function, activation)
 
 
 def _vanishes(rows: Tensor, size: Tensor, activation: Tensor, axis: int) -> bool:

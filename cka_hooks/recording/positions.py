@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from cka_hooks.options import Options
 from cka_hooks.recording.outputs import NotRecordable
 
 
@@ -84,15 +81,3 @@ class Positions:
             drawn = torch.randperm(len(chosen), generator=generator)[: self._count]
             chosen = chosen[drawn.sort().values]
         return None if len(chosen) == total else torch.unravel_index(chosen, shape)
-
-
-def positions_of(per: Any, positions: Any, seed: Any) -> Positions | None:
-    """The object that chooses positions; None if samples are those of the batch. A shared one is returned as it is.
-
-    Raises:
-        OptionError: an option has an invalid value.
-    """
-    if isinstance(positions, Positions):
-        return positions
-    options = Options(per=per, positions=positions, seed=seed)
-    return Positions(options.positions, options.seed) if options.per == "position" else None

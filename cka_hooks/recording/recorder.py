@@ -23,7 +23,7 @@ from cka_hooks.recording.describe import Description, described, left_out
 from cka_hooks.recording.layers import Layers, check_model, unwrap
 from cka_hooks.recording.long_way import Features, LongWay
 from cka_hooks.recording.padding import MaskOption
-from cka_hooks.recording.positions import Positions, positions_of
+from cka_hooks.recording.positions import Positions
 from cka_hooks.recording.routes import Consumer
 
 
@@ -110,8 +110,9 @@ class LayerRecorder:
                 raise OptionError(f"{function!r:.200} cannot be called: expected a function {name}")
         self._runnable, self._forward = unwrap(model, keeps_sharded=True), forward
         self._by_default = layers is None
-        options = Options(features=features, batch_dim=batch_dim, channel_dim=channel_dim, mask=mask, layers=layers)
-        self._way = LongWay(self._runnable, positions_of(per, positions, seed), options, detach)
+        shared = positions if isinstance(positions, Positions) else None
+        options = Options.of({**locals(), "positions": None if shared else positions})
+        self._way = LongWay(self._runnable, shared, options, detach)
         self.chosen = [selection.name for selection in self._way.selections]
         self.consumer = consumer
         self._entered, self._managed, self._started = 0, False, False

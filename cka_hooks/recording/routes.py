@@ -196,11 +196,10 @@ class Tap:
         if get_ident() != way.thread or _current_graph_task_id() != -1:
             self.elsewhere = self.elsewhere or way.thread not in (0, get_ident())
             return
+        self.ran = True
         for tap in self.below:
             if tap.calls:
-                self.ran = True
                 return
-        self.ran = True
         self.calls += 1
         for route in (self._routes.get(self.calls) or self._routes_of(self.calls))[0]:
             if not route(output, way.samples):

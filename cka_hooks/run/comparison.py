@@ -20,7 +20,7 @@ from cka_hooks.recording import batches
 from cka_hooks.recording.guest import RandomStream, untouched
 from cka_hooks.recording.layers import Layers, check_model, refuse_weights, select_layers, unwrap
 from cka_hooks.recording.padding import MaskOption
-from cka_hooks.recording.positions import positions_of
+from cka_hooks.recording.positions import Positions
 from cka_hooks.recording.recorder import LayerRecorder, nothing_ran
 from cka_hooks.results.result import CKAResult
 from cka_hooks.run import replay
@@ -97,7 +97,7 @@ class Comparison:
         self.models = {name: check_model(it) for name, it in self.entries.items() if not is_features(it)}
         self.types = {name: type(unwrap(it)).__qualname__ for name, it in self.entries.items()}
         self.steps: list[Step | None] | None = None
-        self.positions = positions_of(per, positions, self._options.seed)
+        self.positions = Positions(self._options.positions, self._options.seed) if per == "position" else None
         given = {name: it for name, it in self.entries.items() if isinstance(it, Precomputed)}
         self.seen = Seen(given, self._options.sample_ids, self.positions is not None)
         # Recorders reduce features.
