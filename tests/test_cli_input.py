@@ -11,8 +11,7 @@ import torch
 
 from cka_hooks import CKAResult
 from cka_hooks.command.cli import main, parser
-from cka_hooks.command.data import loader_of
-from cka_hooks.command.models import SpecError, load_model, load_weights
+from cka_hooks.command.inputs import SpecError, load_model, load_weights, loader_of
 from cka_hooks.command.shared import say
 
 pytestmark = pytest.mark.filterwarnings("ignore::cka_hooks.CKAWarning")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import time
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,6 @@ from cka_hooks.command.shared import check_output, output_words, say, whole, wri
 from cka_hooks.compare import compare
 from cka_hooks.errors import MissingExtraError
 from cka_hooks.progress import progress_bar
-from cka_hooks.results.result import CKAResult
 from cka_hooks.views.formats import FILES
 
 BLOCKS = "layer*.?"
@@ -39,26 +37,8 @@ def demo_words(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    check_output(arguments, arguments.out, FILES.values())
-    demo(arguments.out, epochs=arguments.epochs, progress=not arguments.quiet)
-    return 0
-
-
-def demo(out: Path, *, epochs: int = EPOCHS, progress: bool = True) -> CKAResult:
-    """Train both networks, compare all their residual blocks, and write pictures and the result into `out`.
-
-    Args:
-        out: a folder, created if it does not exist.
-        epochs: passes over the training images. Fewer make the demo quicker and the networks worse.
-        progress: whether to show progress bars on stderr.
-
-    Returns:
-        The result: the blocks of both networks against each other, 16 by 16.
-
-    Raises:
-        MissingExtraError: scikit-learn, torchvision or matplotlib is not installed.
-        OSError: `out` cannot be written to.
-    """
+    out, progress = arguments.out, not arguments.quiet
+    check_output(arguments, out, FILES.values())
     packages = {"sklearn": "scikit-learn", "torchvision": "torchvision", "matplotlib": "matplotlib"}
     if missing := [package for module, package in packages.items() if find_spec(module) is None]:
         raise MissingExtraError(f'the demo needs {" and ".join(missing)}: pip install "cka-hooks[demo]"')
@@ -67,7 +47,7 @@ def demo(out: Path, *, epochs: int = EPOCHS, progress: bool = True) -> CKAResult
     train, held_out = digits()
     networks = {}
     for seed in (0, 1):
-        network = trained(train, seed, epochs=epochs, progress=progress)
+        network = trained(train, seed, epochs=arguments.epochs, progress=progress)
         networks[f"seed {seed}"] = network
         say(f"seed {seed}: {accuracy(network, held_out):.1%} of {len(held_out)} held-out digits right")
 
@@ -75,7 +55,7 @@ def demo(out: Path, *, epochs: int = EPOCHS, progress: bool = True) -> CKAResult
     result = compare(networks, shuffled, layers=BLOCKS, progress=progress)
     write_all(result, out)
     say(f"\n{time.perf_counter() - started:.0f} seconds in all")
-    return result
+    return 0
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:

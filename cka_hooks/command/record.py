@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cka_hooks.command.data import DrawnSamples, data_words, loader_of
-from cka_hooks.command.models import LoadedModel, SpecError, load_model, model_words
+from cka_hooks.command import inputs
 from cka_hooks.command.shared import check_output, output_words, say, whole
 from cka_hooks.errors import OptionError, warn
 from cka_hooks.progress import progress_bar
@@ -30,7 +29,7 @@ def layers(parser: argparse.ArgumentParser) -> None:
       cka-hooks layers --model torchvision:resnet18
       cka-hooks layers --model nets.py:net --data nets.py:test_loader
     """
-    model_words(parser, weights="none")
+    inputs.model_words(parser, weights="none")
     add = parser.add_argument
     add("--data", metavar="DATA", help="take the first batch of this data, as for run, instead of random images")
     shape = "the shape of one random input, such as 3,224,224"
@@ -39,18 +38,18 @@ def layers(parser: argparse.ArgumentParser) -> None:
 
 
 def _layers(arguments: argparse.Namespace) -> int:
-    loaded = load_model(arguments.model, arguments.weights)
+    loaded = inputs.load_model(arguments.model, arguments.weights)
     if arguments.data:
-        batch = next(iter(loader_of(arguments, loaded.transform)), None)
+        batch = next(iter(inputs.loader_of(arguments, loaded.transform)), None)
         if batch is None:
-            raise SpecError(f"--data {arguments.data} yields no batch: it is empty")
+            raise inputs.SpecError(f"--data {arguments.data} yields no batch: it is empty")
     else:
         batch = _random_batch(loaded, arguments.input)
     say(LayerRecorder(loaded.model, arguments.layers).describe(batch))
     return 0
 
 
-def _random_batch(loaded: LoadedModel, shape: list[int] | None) -> Any:
+def _random_batch(loaded: inputs.LoadedModel, shape: list[int] | None) -> Any:
     if shape is None and loaded.transform is not None:
         from PIL import Image
 
@@ -60,7 +59,9 @@ def _random_batch(loaded: LoadedModel, shape: list[int] | None) -> Any:
     vocabulary = getattr(getattr(loaded.model, "config", None), "vocab_size", None)
     if isinstance(vocabulary, int):
         return {"input_ids": torch.randint(vocabulary, (_SAMPLES, 16))}
-    raise SpecError(f"nothing says what input {loaded.name} takes: pass its shape with --input C,H,W, or --data")
+    raise inputs.SpecError(
+        f"nothing says what input {loaded.name} takes: pass its shape with --input C,H,W, or --data"
+    )
 
 
 def record(parser: argparse.ArgumentParser) -> None:
@@ -74,8 +75,8 @@ def record(parser: argparse.ArgumentParser) -> None:
       cka-hooks record --model torchvision:resnet18 --data photos/ --layers 'layer?' --out resnet18.safetensors
       cka-hooks run --model torchvision:resnet50 --data photos/ --layers 'layer?' --against resnet18.safetensors
     """
-    model_words(parser)
-    data_words(parser)
+    inputs.model_words(parser)
+    inputs.data_words(parser)
     kinds = "mean over positions (the default), token, token:K, last or flatten"
     parser.add_argument("--features", default="mean", metavar="F", help=kinds)
     output_words(parser, None)
@@ -88,10 +89,10 @@ def _record(arguments: argparse.Namespace) -> int:
         raise OptionError(f"--out {out}: expected a file that ends with .safetensors")
     check_output(arguments, out.parent, [out.name])
     bound = vars(arguments).setdefault("samples", None)
-    loaded = load_model(arguments.model, arguments.weights, seed=arguments.seed)
-    loader, key = loader_of(arguments, loaded.transform), arguments.sample_ids
+    loaded = inputs.load_model(arguments.model, arguments.weights, seed=arguments.seed)
+    loader, key = inputs.loader_of(arguments, loaded.transform), arguments.sample_ids
     drawn = getattr(loader, "dataset", None)
-    ids: list[Identifier] = drawn.sample_ids if key is None and isinstance(drawn, DrawnSamples) else []
+    ids: list[Identifier] = drawn.sample_ids if key is None and isinstance(drawn, inputs.DrawnSamples) else []
 
     def batches() -> Iterator[Any]:
         for batch in loader:
@@ -111,7 +112,7 @@ def _record(arguments: argparse.Namespace) -> int:
             if bound is not None and samples >= bound:
                 break
     if not rows:
-        raise SpecError("the loader yielded no batch: it is empty")
+        raise inputs.SpecError("the loader yielded no batch: it is empty")
     arrays = {layer: torch.cat(parts)[:bound] for layer, parts in rows.items()}
     samples = min(samples, bound or samples)
     for layer in [layer for layer, array in arrays.items() if len(array) < samples]:

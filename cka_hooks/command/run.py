@@ -15,8 +15,7 @@ from typing import Any, get_args
 import torch
 from tqdm import tqdm
 
-from cka_hooks.command.data import data_words, described, features_of, loader_of
-from cka_hooks.command.models import LoadedModel, load_model, model_words
+from cka_hooks.command import inputs
 from cka_hooks.command.shared import check_output, output_words, say, write_all
 from cka_hooks.compare import compare
 from cka_hooks.errors import CKAError, CKAWarning, NonFiniteError, OptionError, warn
@@ -54,8 +53,8 @@ def run(parser: argparse.ArgumentParser) -> None:
     positions in another data set, from 0. Without identifiers, the rows are those of the whole data set, in its own
     order.
     """
-    model_words(parser)
-    data_words(parser, samples=f"{SAMPLES}; all with --tolerance")
+    inputs.model_words(parser)
+    inputs.data_words(parser, samples=f"{SAMPLES}; all with --tolerance")
     add = parser.add_argument_group("the comparison").add_argument
     add("--against", metavar="MODEL", help="a second model, over the same data, or a file of features")
     add("--against-weights", metavar="W", help="its weights")
@@ -87,12 +86,12 @@ def _run(arguments: argparse.Namespace) -> int:
     options = Options.of({**vars(arguments), "max_samples": arguments.samples})
     loaded = _models(arguments)
     entries: dict[str, Any] = {one.name: one.model.to(arguments.device) for one in loaded}
-    loader = loader_of(arguments, loaded[0].transform)
+    loader = inputs.loader_of(arguments, loaded[0].transform)
     if arguments.against is not None and is_feature_file(arguments.against):
-        entries |= features_of(arguments.against, loader, arguments.sample_ids, loaded[0].name)
+        entries |= inputs.features_of(arguments.against, loader, arguments.sample_ids, loaded[0].name)
     arguments.out.mkdir(parents=True, exist_ok=True)
     if not arguments.quiet:
-        what = f"{' and '.join(entries)} on {arguments.device}, {described(arguments.data, loader)}"
+        what = f"{' and '.join(entries)} on {arguments.device}, {inputs.described(arguments.data, loader)}"
         models = {one.name: entries[one.name] for one in loaded}
         say(what + _plan(models, loader, options), file=sys.stderr if arguments.json else sys.stdout)
     torch.manual_seed(arguments.seed)
@@ -112,8 +111,7 @@ def _run(arguments: argparse.Namespace) -> int:
         say(f"cka-hooks: {failure}", file=sys.stderr)
     asked = {name: getattr(arguments, name) for name in _PROVENANCE}
     result = replace(result, settings={**result.settings, "command": asked})
-    errors = result.stderr[~result.stderr.isnan()]
-    largest = float(errors.max()) if len(errors) else None
+    largest = max(result.stderr[~result.stderr.isnan()].tolist(), default=None)
     reached = result.settings.get("tolerance_reached")
     if reached is False:
         found = "there is no standard error" if largest is None else f"the largest standard error is {largest:.2g}"
@@ -157,14 +155,14 @@ def _plan(models: dict[str, Any], loader: Any, options: Options) -> str:
     return f"\n{len(layers)} layers, {layers[0]} to {layers[-1]}: {cost}"
 
 
-def _models(arguments: argparse.Namespace) -> list[LoadedModel]:
+def _models(arguments: argparse.Namespace) -> list[inputs.LoadedModel]:
     """One model, or two with different names."""
-    first = load_model(arguments.model, arguments.weights, seed=arguments.seed)
+    first = inputs.load_model(arguments.model, arguments.weights, seed=arguments.seed)
     if arguments.against is None or is_feature_file(arguments.against):
         if arguments.against_weights is not None:
             raise OptionError("--against-weights is for a second model: name that model with --against")
         return [first]
-    second = load_model(arguments.against, arguments.against_weights, seed=arguments.seed + 1)
+    second = inputs.load_model(arguments.against, arguments.against_weights, seed=arguments.seed + 1)
     if first.name != second.name:
         return [first, second]
     stems = [Path(it).stem if it else "default" for it in (arguments.weights, arguments.against_weights)]
