@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -210,12 +211,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         SpecError: the file does not exist, holds more than tensors, or does not fit the model.
     """
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         state = next((state[key] for key in _NESTED if isinstance(state.get(key), Mapping)), state)
         for prefix in _PREFIXES:
             if not model.state_dict().keys() & state.keys() and all(key.startswith(prefix) for key in state):

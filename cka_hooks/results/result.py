@@ -127,8 +127,7 @@ class CKAResult:
     permuted: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name, value in checked(self).items():
-            object.__setattr__(self, name, value)
+        vars(self).update(checked(self))  # frozen for others
 
     # ---- reading values -------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from scipy.special import stdtrit
+from torch import Tensor
 
 from cka_hooks.errors import OptionError
 from cka_hooks.null import null_tail
@@ -53,7 +54,7 @@ def t_quantile(level: float, degrees_of_freedom: int) -> float:
 
 
 def paired_difference(
-    hsic: torch.Tensor, first: tuple[int, int], second: tuple[int, int], degrees_of_freedom: int
+    hsic: Tensor, first: tuple[int, int], second: tuple[int, int], degrees_of_freedom: int
 ) -> Difference:
     """CKA of the pair ``first`` minus CKA of the pair ``second``, from the HSIC of every minibatch.
 
@@ -71,7 +72,7 @@ def paired_difference(
     return Difference(value - other, stderr, degrees_of_freedom)
 
 
-def _linearised(hsic: torch.Tensor, i: int, j: int) -> tuple[float, torch.Tensor]:
+def _linearised(hsic: Tensor, i: int, j: int) -> tuple[float, Tensor]:
     """CKA of a pair, and each minibatch's contribution to its error to first order: float, (B,)."""
     own = hsic[:, [i, j], [i, j]]
     total = own.sum(0)
@@ -82,12 +83,8 @@ def _linearised(hsic: torch.Tensor, i: int, j: int) -> tuple[float, torch.Tensor
 
 
 def adjusted(
-    alone: torch.Tensor,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    permuted: torch.Tensor | None = None,
-    null: tuple[torch.Tensor, ...] = (),
-) -> torch.Tensor:
+    alone: Tensor, rows: Sequence[str], columns: Sequence[str], permuted: Tensor | None, null: Sequence[Tensor]
+) -> Tensor:
     """Adjust p-values for the number of pairs.
 
     With permutations, count how often the smallest p-value of a permutation is as small, among all pairs except those
@@ -106,7 +103,7 @@ def adjusted(
 
     Example:
         >>> alone = torch.tensor([[0.01, 0.04, 0.3]], dtype=torch.float64)
-        >>> [round(p, 3) for p in adjusted(alone, "a", "bcd")[0].tolist()]
+        >>> [round(p, 3) for p in adjusted(alone, "a", "bcd", None, ())[0].tolist()]
         [0.03, 0.08, 0.3]
     """
     entries: dict[frozenset[str], list[tuple[int, int]]] = {}
