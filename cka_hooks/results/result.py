@@ -26,7 +26,7 @@ from cka_hooks.names import closest, matching
 from cka_hooks.null import null_tail
 from cka_hooks.results import tables, words
 from cka_hooks.results.uncertainty import Difference, adjusted, paired_difference, t_quantile
-from cka_hooks.views import heatmap, page, profile
+from cka_hooks.views import page, pictures
 
 # Number of dimensions, of which the last two are layers.
 _DIMENSIONS = {"matrix": 2, "stderr": 2, "null_variance": 2, "null_skewness": 2, "permuted": 3, "minibatch_hsic": 3}
@@ -443,7 +443,7 @@ class CKAResult:
 
     to_dataframe, to_csv, to_npz = tables.to_dataframe, tables.to_csv, tables.to_npz
     to_html, _repr_html_ = page.to_html, page.notebook_html
-    plot, plot_profile = heatmap.plot, profile.plot_profile
+    plot, plot_profile = pictures.plot, pictures.plot_profile
     summary = words.summary
 
     def __repr__(self) -> str:
