@@ -17,7 +17,6 @@ from cka_hooks.command.shared import check_output, output_words, say, whole, wri
 from cka_hooks.compare import compare
 from cka_hooks.errors import MissingExtraError
 from cka_hooks.progress import progress_bar
-from cka_hooks.views.formats import FILES
 
 BLOCKS = "layer*.?"
 HELD_OUT = 599
@@ -38,7 +37,7 @@ def demo_words(parser: argparse.ArgumentParser) -> None:
 
 def _demo(arguments: argparse.Namespace) -> int:
     out, progress = arguments.out, not arguments.quiet
-    check_output(arguments, out, FILES.values())
+    check_output(arguments)
     packages = {"sklearn": "scikit-learn", "torchvision": "torchvision", "matplotlib": "matplotlib"}
     if missing := [package for module, package in packages.items() if find_spec(module) is None]:
         raise MissingExtraError(f'the demo needs {" and ".join(missing)}: pip install "cka-hooks[demo]"')

@@ -87,7 +87,7 @@ def _record(arguments: argparse.Namespace) -> int:
     out = arguments.out
     if out.suffix != ".safetensors":
         raise OptionError(f"--out {out}: expected a file that ends with .safetensors")
-    check_output(arguments, out.parent, [out.name])
+    check_output(arguments, out)
     bound = vars(arguments).setdefault("samples", None)
     loaded = inputs.load_model(arguments.model, arguments.weights, seed=arguments.seed)
     loader, key = inputs.loader_of(arguments, loaded.transform), arguments.sample_ids

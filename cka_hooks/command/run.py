@@ -26,7 +26,6 @@ from cka_hooks.run.comparison import Comparison
 from cka_hooks.run.precomputed import is_feature_file
 from cka_hooks.run.replay import Randomness, lengths
 from cka_hooks.similarity.kernels import KERNELS
-from cka_hooks.views.formats import FILES
 
 SAMPLES, MINIBATCH = 2048, 32
 # The arguments of the command, for the result's file.
@@ -79,7 +78,7 @@ def _gone(_: str) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    check_output(arguments, arguments.out, FILES.values())
+    check_output(arguments)
     vars(arguments).setdefault("samples", SAMPLES if arguments.tolerance is None else None)
     if arguments.minibatch is None and arguments.per == "sample":
         arguments.minibatch = MINIBATCH
@@ -109,8 +108,8 @@ def _run(arguments: argparse.Namespace) -> int:
             raise
         result, failure = error.partial, error
         say(f"cka-hooks: {failure}", file=sys.stderr)
-    asked = {name: getattr(arguments, name) for name in _PROVENANCE}
-    result = replace(result, settings={**result.settings, "command": asked})
+    command = {name: getattr(arguments, name) for name in _PROVENANCE}
+    result = replace(result, settings={**result.settings, "command": command})
     largest = max(result.stderr[~result.stderr.isnan()].tolist(), default=None)
     reached = result.settings.get("tolerance_reached")
     if reached is False:
@@ -118,9 +117,8 @@ def _run(arguments: argparse.Namespace) -> int:
         warn(f"--tolerance was not reached before the data ended: {found}")
     paths = write_all(result, arguments.out, printed=not arguments.json)
     if arguments.json:
-        report = {
-            name: getattr(result, name) for name in ("layers", "samples", "minibatches", "skipped", "degenerate")
-        }
+        shown = ("layers", "samples", "minibatches", "skipped", "degenerate")
+        report = {name: getattr(result, name) for name in shown}
         report |= {"complete": not failure, "files": paths, "summary": result.summary().splitlines()}
         print(json.dumps({**report, "largest_stderr": largest, "tolerance_reached": reached}, indent=2))
     return 1 if failure else 0

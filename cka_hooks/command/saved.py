@@ -9,8 +9,7 @@ from pathlib import Path
 from cka_hooks.command.shared import say
 from cka_hooks.errors import OptionError
 from cka_hooks.results.diff import diff as difference
-from cka_hooks.results.result import CKAResult
-from cka_hooks.views.formats import FORMATS
+from cka_hooks.results.result import FORMATS, CKAResult
 
 
 def show(parser: argparse.ArgumentParser) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 from cka_hooks.errors import OptionError
 from cka_hooks.names import printable
 from cka_hooks.results.result import CKAResult
-from cka_hooks.views.formats import FILES, export_all
+
+#: What ``run`` and ``demo`` call their files, and their names; ``between`` is written only for two models.
+FILES = {"result": "cka.json", "heatmap": "cka.png", "page": "cka.html", "between": "between.png"}
 
 # The seed of a second model is one more, and torch takes 64 bits.
 MOST = 2**63 - 1
@@ -58,12 +60,13 @@ def output_words(parser: Any, default: str | None) -> None:
     parser.add_argument("--quiet", action="store_true", help="show neither what is run nor the progress")
 
 
-def check_output(arguments: argparse.Namespace, folder: Path, files: Iterable[str]) -> None:
-    """Check before a run that its files can be written into a folder, which need not exist yet.
+def check_output(arguments: argparse.Namespace, file: Path | None = None) -> None:
+    """Check before a run that its file, or all of `FILES`, can be written into a folder, which need not exist yet.
 
     Raises:
         OptionError: they cannot, or an earlier run wrote some of them and ``--overwrite`` was not given.
     """
+    folder, files = (arguments.out, FILES.values()) if file is None else (file.parent, [file.name])
     earlier = [name for name in files if (folder / name).exists()]
     if earlier and not arguments.overwrite:
         raise OptionError(
@@ -78,14 +81,29 @@ def check_output(arguments: argparse.Namespace, folder: Path, files: Iterable[st
 def write_all(result: CKAResult, out: Path, *, printed: bool = True) -> dict[str, str]:
     """Write a result into the folder ``out``, and every picture that can be drawn of it. Print its summary.
 
-    If a picture cannot be drawn, stderr says so; the result and the other pictures are written all the same.
+    The result itself is first. If a picture cannot be drawn, stderr says so, and the others are written all the same.
 
     Returns:
         A short name and the path of each file that was written.
+
+    Raises:
+        OSError: ``cka.json``, the result itself, cannot be written.
     """
-    paths, failed = export_all(result, out)
+    written: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    for name, file in FILES.items():
+        if name == "between" and len(result.models) != 2:
+            continue
+        try:
+            (result.between(*result.models) if name == "between" else result).export(out / file)
+        except Exception as error:  # matplotlib's, too: its settings come from the environment
+            if name == "result":
+                raise
+            failed[name] = str(error) or type(error).__name__
+        else:
+            written[name] = str(out / file)
     for name, reason in failed.items():
         say(f"cka-hooks: could not write the {name} ({FILES[name]}): {reason}", file=sys.stderr)
     if printed:
-        say("\n".join(["", result.summary(), "", *(f"{name:<10}{path}" for name, path in paths.items())]))
-    return {name: str(path) for name, path in paths.items()}
+        say("\n".join(["", result.summary(), "", *(f"{name:<10}{path}" for name, path in written.items())]))
+    return written

@@ -12,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral, Real
@@ -435,9 +436,13 @@ class CKAResult:
             ...     print(open(f"{folder}/cka.csv").readline())
             layer,conv1,conv2,fc
         """
-        from cka_hooks.views.formats import export
-
-        export(self, path)
+        suffix = os.path.splitext(os.fspath(path))[1].lower()
+        if suffix not in FORMATS:
+            raise OptionError(
+                f"{os.fspath(path)} ends in {suffix or 'no suffix'}, which is not a format of a result: use one of "
+                f"{', '.join(FORMATS)}"
+            )
+        FORMATS[suffix](self, path)
 
     # ---- what other files make of a result: functions that take it first --------------------------
 
@@ -486,6 +491,18 @@ class CKAResult:
             minibatch_hsic=matrix.expand(20, -1, -1) / 20,
             minibatch_layers=labels,
         )
+
+
+# The formats that matplotlib can always write.
+_PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps", ".pgf", ".svgz")
+#: What writes a result into a file with this suffix: for :meth:`CKAResult.export` and ``cka-hooks show --out``.
+FORMATS: dict[str, Callable[[CKAResult, PathLike], object]] = {
+    ".json": CKAResult.save,
+    ".html": page.to_html,
+    ".csv": tables.to_csv,
+    ".npz": tables.to_npz,
+    **dict.fromkeys(_PICTURES, pictures.plot),
+}
 
 
 def _labels_of(pair: tuple[str, str]) -> tuple[str, str]:
