@@ -449,10 +449,7 @@ class CKAResult:
     to_dataframe, to_csv, to_npz = tables.to_dataframe, tables.to_csv, tables.to_npz
     to_html, _repr_html_ = page.to_html, page.notebook_html
     plot, plot_profile = pictures.plot, pictures.plot_profile
-    summary = words.summary
-
-    def __repr__(self) -> str:
-        return tables.as_text(self)
+    summary, __repr__ = words.summary, tables.as_text
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, CKAResult):

@@ -7,6 +7,7 @@ has for each layer its CKA with the one that it follows, or with its best match 
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -137,11 +138,9 @@ def _ends(vmin: End, vmax: End, shown: Floats, by_error: bool) -> tuple[float, f
     low = 0.0 if vmin is None else fitting[0] if vmin == "data" else vmin
     largest = fitting[-1] if by_error else 1.0
     high = largest if vmax is None else fitting[-1] if vmax == "data" else vmax
-    try:
+    with suppress(TypeError):
         if -math.inf < low < high < math.inf:
             return float(low), float(high)
-    except TypeError:
-        pass
     raise OptionError(
         f"vmin={vmin!r}, vmax={vmax!r} would be a scale from {low} to {high}: pass two numbers, the smaller one "
         'first, or "data" for a scale that fits the values'
