@@ -160,9 +160,9 @@ def shortened(labels: Iterable[str], most: int = 36) -> dict[str, str]:
 def title_of(result: CKAResult, what: str) -> str:
     """The default title: the models, what is shown of them, and the number of samples."""
     names = list(shortened(result.models).values())
-    layers = shortened(result.layer_of(label) for label in result.layers)
+    layers = {result.layer_of(label) for label in result.layers}
     joined = " against " if len(names) == 2 and not result.square else ", "
     models = joined.join(names) if len(names) <= 3 else f"{len(names)} models"
     if len(names) > 1 and len(layers) == 1:
-        models = f"{next(iter(layers.values()))} of {models}"
+        models = f"{', '.join(shortened(layers).values())} of {models}"
     return f"{models and f'{models}: '}{what}, {result.samples:,} samples"
