@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from cka_hooks.results.result import CKAResult
 
     Floats = npt.NDArray[np.float64]
-    Ints = npt.NDArray[np.intp]
     End = float | Literal["data"] | None
 
 _CELL = {0: 0.5, 1: 0.36, 2: 0.48}  # inches of a cell at most, or with one or two lines in it at least
@@ -275,7 +274,7 @@ class _Line(NamedTuple):
 
     name: str
     side: Side
-    entries: tuple[Ints, Ints]
+    entries: tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]
 
 
 def _steps(result: CKAResult) -> list[_Line]:
