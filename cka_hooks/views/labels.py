@@ -7,6 +7,7 @@ alike gets one label, at its middle.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -139,11 +140,14 @@ def _spaced(spans: list[Span], gap: float) -> list[Span]:
 def shortened(labels: Iterable[str], most: int = 36) -> dict[str, str]:
     """Each label on one line. Long ones lose their middle, because layers differ at the ends.
 
-    If different labels would become the same text, all of them keep more.
+    If different labels would become the same text, they lose most of what all of them begin with. If that is not
+    enough, they keep more.
 
     Example:
         >>> shortened(["layer1.conv", "features.denseblock1.conv"], most=16)
         {'layer1.conv': 'layer1.conv', 'features.denseblock1.conv': 'featu…lock1.conv'}
+        >>> list(shortened([f"run/of/july/{day}/at/night/epoch.pt" for day in (1, 2)], most=22).values())
+        ['…uly/1/at/night.pt', '…uly/2/at/night.pt']
     """
     lines = {label: printable(label) for label in labels}
     while True:
@@ -154,7 +158,11 @@ def shortened(labels: Iterable[str], most: int = 36) -> dict[str, str]:
         }
         if len(set(texts.values())) == len(set(lines.values())):
             return texts
-        most += 12
+        shared = len(os.path.commonprefix(list(lines.values()))) - 4
+        if shared > 1:
+            lines = {label: f"…{line[shared:]}" for label, line in lines.items()}
+        else:
+            most += most // 2
 
 
 def title_of(result: CKAResult, what: str) -> str:
