@@ -158,7 +158,7 @@ def shortened(labels: Iterable[str], most: int = 36) -> dict[str, str]:
         }
         if len(set(texts.values())) == len(set(lines.values())):
             return texts
-        shared = len(os.path.commonprefix(list(lines.values()))) - 4
+        shared = len(os.path.commonprefix(list(lines.values()))) - 4  # noqa: RUF071 - characters, not folders
         if shared > 1:
             lines = {label: f"…{line[shared:]}" for label, line in lines.items()}
         else:
