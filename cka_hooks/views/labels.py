@@ -147,13 +147,13 @@ def shortened(labels: Iterable[str], most: int = 36) -> dict[str, str]:
         >>> shortened(["layer1.conv", "features.denseblock1.conv"], most=16)
         {'layer1.conv': 'layer1.conv', 'features.denseblock1.conv': 'featu…lock1.conv'}
         >>> list(shortened([f"run/of/july/{day}/at/night/epoch.pt" for day in (1, 2)], most=22).values())
-        ['…uly/1/at/night.pt', '…uly/2/at/night.pt']
+        ['…uly/1/…night/epoch.pt', '…uly/2/…night/epoch.pt']
     """
     lines = {label: printable(label) for label in labels}
     while True:
         front = (most - 1) // 3
         texts = {
-            label: line if len(line) <= most else f"{line[:front]}…{line[len(line) - (most - 1 - front) :]}"
+            label: line if len(line) <= most else f"{line[:front]}…{line[front + 1 - most :]}"
             for label, line in lines.items()
         }
         if len(set(texts.values())) == len(set(lines.values())):
