@@ -22,14 +22,14 @@ Masks = Sequence[tuple[Tensor, Sequence[int]]]
 REDUCTIONS = ("flatten", "mean", "token", "last")
 
 
-def check_reduction(features: object) -> None:
-    """Raise :class:`OptionError` unless `features` names a reduction or can be called."""
-    if not callable(features):
-        _position(features)
+def check_reduction(features: object) -> int:
+    """Return the position that a reduction takes, 0 if it takes none.
 
-
-def _position(features: object) -> int:
-    """The position that a reduction takes, if it takes one."""
+    Raises:
+        OptionError: `features` neither names a reduction nor can be called.
+    """
+    if callable(features):
+        return 0
     found = (
         re.fullmatch(r"flatten|mean|last|token(?::([+-]?\d{1,18}))?", features) if isinstance(features, str) else None
     )
@@ -77,7 +77,7 @@ def feature_rows(
     tokens, kept = tokens_of(activation, batch_dim, masks, channels)
     if features == "mean":
         return _mean(tokens, kept)
-    positions, position = tokens.flatten(1, -2), _position(features)
+    positions, position = tokens.flatten(1, -2), check_reduction(features)
     if features == "last" and kept is not None:
         number = torch.arange(positions.shape[1], device=positions.device)
         last = torch.where(kept.flatten(1), number, 0).amax(1)

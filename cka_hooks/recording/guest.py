@@ -158,16 +158,14 @@ class Snapshot:
         # Sharding replaces parameters before and after each forward pass.
         seen: dict[int, Any] = {id(module._parameters): module._parameters for module in model.modules()}
         self._undo = [undo for module in model.modules() for undo in undoing(vars(module), seen)]
-        self._random = random_state()
+        states, python, numpy = self._random = random_state()
+        self._undo += [partial(restore_torch_random, states), partial(random.setstate, python)]
+        self._undo.append(partial(np.random.set_state, numpy))
 
     def restore(self) -> None:
         """Restore everything. Calling it again is harmless."""
         for undo in self._undo:
             undo()
-        states, python, numpy = self._random
-        restore_torch_random(states)
-        random.setstate(python)
-        np.random.set_state(numpy)
 
     def drew(self) -> bool:
         """Whether random numbers have been drawn since."""

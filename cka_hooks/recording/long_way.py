@@ -35,7 +35,7 @@ _ways: WeakSet[LongWay] = WeakSet()
 
 
 class LongWay:
-    """Takes a module's output to the consumer, and opens a route for the next one.
+    """A forward pass, which takes a module's output to the consumer and opens a route for the next one.
 
     Args:
         model: the model, without wrappers but those that shard it.
@@ -239,11 +239,11 @@ class LongWay:
             return activation.movedim(route.axis, 0)
         found = [] if callable(route.reduction) else self._padding.of(name, label, tuple(activation.shape))
         masks = [(mask[: self._limit], dims) for mask, dims in found]
-        options: Any = {"batch_dim": route.axis, "masks": masks, "channels": route.channels}
         if self._positions is not None:
-            tokens, kept = tokens_of(activation, **options)
+            tokens, kept = tokens_of(activation, route.axis, masks, route.channels)
             return self._positions.rows(label, tokens, kept, frozenset(id(mask) for mask, _ in found))
-        options["masks"] = [(mask.to(activation.device, non_blocking=True), dims) for mask, dims in masks]
+        masks = [(mask.to(activation.device, non_blocking=True), dims) for mask, dims in masks]
+        options: Any = {"batch_dim": route.axis, "masks": masks, "channels": route.channels}
         rows = feature_rows(activation, route.reduction, **options)
         if label not in self._vanish and route.reduction == "mean" and activation.ndim > 2 and len(rows) > 1:
             size = feature_rows(activation.detach().abs(), "mean", **options)

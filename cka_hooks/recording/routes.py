@@ -82,7 +82,7 @@ class Route:
     ) -> None:
         """Let activations like this one take this route from here on."""
         self.axis, self.reduction, self.channels, self.product = axis, reduction, channels, product
-        self._direct = reduction == "flatten" and product is not None
+        self._direct = product if reduction == "flatten" else None
         self._rank, self._device, self.dtype = activation.ndim, activation.device, activation.dtype
 
     def __call__(self, given: Any, wanted: int | None) -> bool:
@@ -112,7 +112,7 @@ class Route:
             return False
         if activation.ndim != self._rank or (samples := activation.shape[self.axis]) != wanted:
             return False
-        if not self._direct:
+        if self._direct is None:
             self._detour(self, activation)
             return True
         if activation.requires_grad:
@@ -127,8 +127,7 @@ class Route:
             rows = activation.transpose(0, 1)
         else:
             rows = memory_order(activation.movedim(self.axis, 0))
-        assert self.product is not None
-        self.product(rows)
+        self._direct(rows)
         return True
 
 
