@@ -17,5 +17,4 @@ def progress_bar(name: str, unit: str, total: int | None, *, shown: bool) -> Abs
     """
     if not shown:
         return nullcontext(SimpleNamespace(update=lambda n: None, set_postfix_str=lambda s: None))
-    bar: AbstractContextManager[Any] = tqdm(total=total, unit=unit, unit_scale=True, desc=name)
-    return bar
+    return tqdm(total=total, unit=unit, unit_scale=True, desc=name)  # type: ignore[no-any-return]

@@ -141,8 +141,7 @@ def _median(distances: Tensor) -> Tensor:
         # In sorted order, the n zeros of the diagonal come first, then every other value twice.
         return below.kthvalue((rank - n + 1) // 2, dim=-1).values if rank > n else below.new_zeros(below.shape[:-1])
 
-    total = n * n
-    return (ranked((total + 1) // 2) + ranked(total // 2 + 1)) / 2
+    return (ranked((n * n + 1) // 2) + ranked(n * n // 2 + 1)) / 2
 
 
 def on_raw_features(function: Callable[[Tensor], Tensor]) -> Kernel:

@@ -109,8 +109,7 @@ def _sum_of(number: int) -> _Of:
 
 
 def _seen(minibatches: Minibatches, _: Tensor) -> Tensor:
-    layers, m = minibatches.parts.shape[:2]
-    return minibatches.parts.new_full((layers,), m)
+    return minibatches.parts.new_full(minibatches.parts.shape[:1], minibatches.parts.shape[1])
 
 
 def _bad(minibatches: Minibatches, _: Tensor) -> Tensor:
@@ -369,9 +368,8 @@ class State:
     def state_dict(self) -> dict[str, Any]:
         """Copies of all fields: numbers, text, lists and mappings of these, and float64 tensors."""
         fields = {"layers": list(self.layers), **{name: getattr(self, name) for name in DECLARED}}
-        count = len(self.layers)
         for name in CONCATENATED:
-            fields[name] = torch.cat([*fields[name], self.moments.new_empty(0, count, count)])
+            fields[name] = torch.cat([*fields[name], self.moments[:0]])
         return {name: it.clone() if isinstance(it, Tensor) else copy.deepcopy(it) for name, it in fields.items()}
 
     @classmethod
@@ -416,10 +414,7 @@ def _fits(value: Any, declared: _Declared, blank: Any, layers: int) -> bool:
             return False
         lead = value.shape[:1] if declared.lead == (0,) else declared.lead
         return value.shape == (*lead, *[layers] * declared.axes)
-    if isinstance(blank, dict):
-        return isinstance(value, dict) and all(
-            isinstance(key, str) and type(item) is declared.items for key, item in value.items()
-        )
-    if isinstance(blank, list):
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if isinstance(blank, dict | list):
+        fits = isinstance(value, type(blank)) and all(isinstance(it, str) for it in value)
+        return fits and (isinstance(value, list) or all(type(it) is declared.items for it in value.values()))
     return type(value) is int and value >= blank if isinstance(blank, int) else isinstance(value, str | None)

@@ -103,7 +103,12 @@ def cka_matrix(
     gram = as_kernel(kernel, bandwidth=options.bandwidth, sigma=options.sigma)
     rows = _several(xs, "xs")
     columns = [] if ys is None else _several(ys, "ys")
-    tensors = _checked([*rows, *columns])
+    tensors = [as_features(value, f"tensor {i}") for i, value in enumerate([*rows, *columns])]
+    _check_counts(tensors)
+    for i, tensor in enumerate(tensors):
+        # PyTorch computes almost nothing in one-byte floats.
+        if not bool(torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor).all()):
+            raise NonFiniteError(f"tensor {i} has NaN or infinity in it", {str(i): 0}, None)
     subset = whole("subset", subset, MIN_SAMPLES, len(tensors[0]))
     with without_gradients():
         if subset is not None:
@@ -184,16 +189,6 @@ def _several(xs: Any, name: str) -> list[Any]:
     return list(xs)
 
 
-def _checked(values: Sequence[Any]) -> list[Tensor]:
-    tensors = [as_features(value, f"tensor {i}") for i, value in enumerate(values)]
-    _check_counts(tensors)
-    for i, tensor in enumerate(tensors):
-        # PyTorch computes almost nothing in one-byte floats.
-        if not bool(torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor).all()):
-            raise NonFiniteError(f"tensor {i} has NaN or infinity in it", {str(i): 0}, None)
-    return tensors
-
-
 def _check_counts(tensors: Sequence[Tensor]) -> None:
     """Raise :class:`SampleCountError` or :class:`TooFewSamplesError` unless all have the same samples, 4 or more."""
     counts = [len(tensor) for tensor in tensors]
@@ -247,8 +242,7 @@ class _Side:
         if self.features is not None and other.features is not None:
             hsic = _feature_space_hsic(self.features, other.features.to(self.features.device), self._estimator)
         else:
-            mine, theirs = self.gram[0], other.gram[0]
-            hsic = float(mine @ theirs.to(mine.device))
+            hsic = float(self.gram[0] @ other.gram[0].to(self.gram[0].device))
         return float(hsic / (self.own * other.own) ** 0.5)
 
 

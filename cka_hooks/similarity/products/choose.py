@@ -38,31 +38,26 @@ def linear_grams(features: Tensor, minibatches: int = 1, dtype: torch.dtype | No
     if features.dtype.itemsize == 1:
         # PyTorch computes nothing in one-byte floats, and float16 holds all of their values.
         features = features.half()
-    rows, positions, channels = features.shape
-    grouped = features.view(minibatches, rows // minibatches, positions, channels)
+    n, width = features.shape[0] // minibatches, features.shape[1:].numel()
+    grouped = features.view(minibatches, n, *features.shape[1:])
     if features.requires_grad and torch.is_grad_enabled():
         return reference.differentiable(grouped)
     if dtype is not None:
         return reference.shifted(grouped.to(accumulation_device(features.device)), dtype)
     if not _can_branch(features):
         return exactly(features.device, reference.shifted, grouped, scaled=True)
-    return _on_cpu(grouped)
-
-
-def _on_cpu(grouped: Tensor) -> Grams:
-    """Use float32 products, and those in float64 if the Gram matrix shows that rounding may matter."""
-    dtype, n, width = grouped.dtype, grouped.shape[1], grouped.shape[2:].numel()
     if native.takes(grouped) and n <= native.MAX_SAMPLES:
         values, measures = native.grams(grouped)
         grams, measured, chunk = Grams(values, measures[:, -1]), measures.tolist(), native.BLOCK
     else:
-        grams = exactly(grouped.device, reference.shifted, grouped)
-        if dtype is torch.float64:
+        grams = exactly(features.device, reference.shifted, grouped)
+        if features.dtype is torch.float64:
             return grams
         measured, chunk = _measured(grams), reference.chunk_of(n)
-    rounding = (4 * torch.finfo(dtype).eps) ** 2
+    rounding = (4 * torch.finfo(features.dtype).eps) ** 2
     if all(_is_precise(of_one, n, width, chunk, rounding) for of_one in measured):
         return grams
+    # The Gram matrix shows that rounding may matter.
     return reference.shifted(grouped, torch.float64)
 
 

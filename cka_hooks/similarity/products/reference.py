@@ -66,17 +66,16 @@ def _feature_blocks(features: Tensor, size: int) -> Iterator[Tensor]:
     if channels > chunk and positions > channels // chunk:
         for c in range(0, channels, chunk):
             yield from _feature_blocks(features[..., c : c + chunk], size)
-        return
-    if channels > chunk:
+    elif channels > chunk:
         whole = channels - channels % chunk
         for p in range(positions):
             yield from _feature_blocks(features[:, :, p, :whole].unflatten(-1, (-1, chunk)), size)
             if whole < channels:
                 yield features[:, :, p : p + 1, whole:]
-        return
-    step = max(1, size // max(1, channels))
-    for p in range(0, positions, step):
-        yield features[:, :, p : p + step]
+    else:
+        step = max(1, size // max(1, channels))
+        for p in range(0, positions, step):
+            yield features[:, :, p : p + step]
 
 
 def shifted(grouped: Tensor, dtype: torch.dtype | None = None, *, scaled: bool = False) -> Grams:
