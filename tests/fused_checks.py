@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 import cka_hooks
+from cka_hooks.options import Options
 from cka_hooks.similarity.batch import DIFFER, TRIANGLES, Minibatches, Step
 from cka_hooks.similarity.products import fused, fused_kernels
 from cka_hooks.similarity.products.reference import Grams
@@ -266,7 +267,7 @@ def added_up_in_one_launch_as_by_pytorch() -> None:
                 made = Minibatches.of(names, grams, "biased" if layers == 1 else "unbiased")
                 made.numbers[0, 0, DIFFER] = 1
                 state.passes = 1 + number // 2
-                state.add(Step(m * n + 1, m * n, [made, made], {}), keep=True)
+                state.add(Step(m * n + 1, m * n, [made, made], {}), Options(keep_minibatches=True))
             states.append(state)
         for name in DECLARED:
             one, other = (getattr(state, name) for state in states)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cka_hooks import CKAAccumulator, OptionError, cka, compare
+from cka_hooks.options import Options
 from cka_hooks.similarity import kernels
 from cka_hooks.similarity.kernels import as_kernel
 
@@ -83,7 +84,7 @@ def test_gram_matrices_equal_the_oracle(n: int, name: str, shift: float, equal: 
     )
     x[:, :equal] = x[:, :1]
     options, gram = OPTIONS[name]
-    kernel = as_kernel(**options)  # type: ignore[arg-type]
+    kernel = as_kernel(Options(**options))  # type: ignore[arg-type]
     found = kernel(x.flatten(0, 1).unsqueeze(1), 2).values
     wanted = np.stack([gram(group.numpy()) for group in x])
     # Where the median is 0, K tells equal samples from different ones, and rounding must not.

@@ -18,10 +18,12 @@ from torch import Tensor
 from cka_hooks import CKAAccumulator, OptionError
 from cka_hooks.hsic import centre
 from cka_hooks.null import null_cumulants, null_numbers
+from cka_hooks.options import Options
 from cka_hooks.run import checkpoint
 from cka_hooks.similarity import reduce
 from cka_hooks.similarity.state import DECLARED, State, Step, _field, append, keep_first, sum_up
 
+KEPT = Options(keep_minibatches=True, permutations=3)
 LAYERS = ("a", "b", "c")
 few = settings(max_examples=25, deadline=None)
 
@@ -53,9 +55,9 @@ def runs(draw: st.DrawFn) -> list[dict[str, Tensor]]:
 
 
 def added(steps: list[Step], kind: type[State] = State) -> State:
-    state = kind.blank(3)
+    state = kind.blank(KEPT)
     for number, step in enumerate(steps):
-        state.add(step, keep=True)
+        state.add(step, KEPT)
         state.merge(kind(classes={str(number % 3): step.samples}, neighbours=step.samples - 1))
     state.skipped = {"head": "did not run"} if steps else {}
     return state
@@ -126,7 +128,7 @@ def in_turn(steps: list[Step], state: State) -> State:
             dtypes = {layer: dtype for layer, dtype in step.dtypes.items() if layer in chosen}
             parts[name].append(step._replace(groups=groups, dtypes=dtypes))
     states = {name: added(its, type(state)) for name, its in parts.items()}
-    return type(state).joined(states, parts, keep=True, permutations=3)
+    return type(state).joined(states, parts, KEPT)
 
 
 def through_a_file(state: State, path: Path) -> State:
@@ -148,9 +150,9 @@ def test_any_split_gives_the_same_state(run: list[dict[str, Tensor]], data: st.D
     def states() -> list[State]:
         found, at = [], 0
         for part in parts:
-            state = State.blank(3)
+            state = State.blank(KEPT)
             for number, step in enumerate(part, at):
-                state.add(step, keep=True)
+                state.add(step, KEPT)
                 state.merge(State(classes={str(number % 3): step.samples}, neighbours=step.samples - 1))
             state.skipped = {"head": "did not run"} if part else {}
             found.append(state)
@@ -218,7 +220,7 @@ def test_a_field_that_is_declared_goes_every_way(monkeypatch: pytest.MonkeyPatch
     for state in ways.values():
         state.tags.clear()
     states = {"first": state_of(steps, "one"), "second": Extended()}
-    both = Extended.joined(states, {}, keep=False)
+    both = Extended.joined(states, {}, Options())
     assert (both.colours, both.tags) == ({"a": "red"}, ["one"])
 
 

@@ -305,7 +305,7 @@ class TrainingCKA:
         states = {name: its for name, (its, _) in named.items()}
         steps = {name: its for name, (_, its) in named.items()}
         types = {name: part["type"] for name, part in parts.items()}
-        return finished(State.joined(states, steps, keep=False), types, {**now["settings"], "step": step})
+        return finished(State.joined(states, steps, Options()), types, {**now["settings"], "step": step})
 
 
 def _part(comparison: Comparison, loader: Iterable[Any]) -> Part:

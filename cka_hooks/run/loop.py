@@ -254,8 +254,7 @@ def added_up_in_turn(
         settings = comparison.settings | options.spelled("layers", "forward", "permutations")
         # Build the next model when nothing holds this one any more.
         del model, comparison
-    kept = {"permutations": options.permutations, "seed": options.seed}
-    state = State.joined(states, steps, keep=options.keep_minibatches, **kept)
+    state = State.joined(states, steps, options)
     return state if ranks is None else ranks.meet(state, phase=DONE)[0], types, settings
 
 

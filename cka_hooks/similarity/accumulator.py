@@ -101,7 +101,7 @@ class CKAAccumulator:
         self._options = Options.of(locals())
         check_reduction(features)
         self._estimator: Estimator = estimator
-        self._kernel = as_kernel(kernel, bandwidth=self._options.bandwidth, sigma=self._options.sigma)
+        self._kernel = as_kernel(self._options)
         size_matters = estimator == "biased" or callable(kernel) or (kernel == "rbf" and sigma is None)
         self._split_by_default = minibatch is None and not size_matters and per == "sample"
         # The Gram matrices of the current batch, for each group of equal minibatches.
@@ -110,16 +110,13 @@ class CKAAccumulator:
 
     def reset(self) -> None:
         """Forget everything that was added."""
-        # The layers of the current batch, in order, with rows only if these are to be joined; how it is split.
-        self._pending: dict[str, Tensor | None] = {}
+        self.discard()
+        # The samples of the current batch, and how they are split.
         self._samples = 0
         self._parts: list[tuple[int, int]] = []
-        # For layers that were not seen before: the dtype, and whether features differ.
-        self._asked: dict[str, tuple[torch.dtype, Tensor]] = {}
-        self.discard()
         self._batches = 0
         self._own: State | None = None
-        self.state = State.blank(self._options.permutations)
+        self.state = State.blank(self._options)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -269,7 +266,7 @@ class CKAAccumulator:
                 dtypes = {layer: str(dtype).removeprefix("torch.") for layer, (dtype, _) in asked.items()}
                 counted = sum(count * size for count, size in self._parts)
                 step = Step(self._samples, counted, groups, dtypes)
-                self.state.add(step, keep=self._options.keep_minibatches, seed=self._options.seed)
+                self.state.add(step, self._options)
         except memory.EXHAUSTED as error:
             memory.raise_unless_exhausted(error)
             raise OutOfMemoryError(
@@ -282,8 +279,10 @@ class CKAAccumulator:
 
     def discard(self) -> None:
         """Forget what was observed since the last `step`, after a forward pass that was cut short."""
-        self._pending.clear()
-        self._asked = {}
+        # The layers of the current batch, in order, with rows only if these are to be joined.
+        self._pending: dict[str, Tensor | None] = {}
+        # For layers that were not seen before: the dtype, and whether features differ.
+        self._asked: dict[str, tuple[torch.dtype, Tensor]] = {}
         for group in self._groups:
             group.release()
 

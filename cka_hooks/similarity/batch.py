@@ -131,17 +131,16 @@ class Batch:
             OutOfMemoryError: even in smaller pieces.
         """
         if isinstance(self._kernel, OfLinear) and fused.takes(features, minibatches):
-            device = features.device
             try:
-                shelf = self._shelves.get(device)
+                shelf = self._shelves.get(features.device)
                 if shelf is None:
-                    shelf = self._shelves[device] = fused.Shelf(device)
+                    shelf = self._shelves[features.device] = fused.Shelf(features.device)
                 shelf.add(features, minibatches)
                 self._grams[layer] = shelf, shelf.rows - 1
                 return
             except torch.OutOfMemoryError:
                 # There was no room for its buffers. Other ways need less.
-                memory.release(device)
+                memory.release(features.device)
             except Exception as error:
                 fused.fail(error)
         self._grams[layer] = self._made(layer, features, minibatches)

@@ -165,15 +165,12 @@ def _result(
     shares = (state.peak[0] * (state.minibatches / max(state.first_minibatches, 1)) / own).clamp_max(1.0)
     found = map(json.loads, state.identifiers)
     identifiers = [one for batch in found for one in (batch if isinstance(batch, list) else [None] * batch)]
-    influence = {
-        layer: Influence(
-            share=float(shares[position[layer]]),
-            sample=(sample := int(state.peak[1, position[layer]])),
-            identifier=identifiers[sample] if sample < len(identifiers) else None,
-        )
-        for layer in layers
-        if layer not in undefined_layers
-    }
+    influence = {}
+    for layer, i in zip(layers, index.tolist(), strict=True):
+        if layer not in undefined_layers:
+            sample = int(state.peak[1, i])
+            identifier = identifiers[sample] if sample < len(identifiers) else None
+            influence[layer] = Influence(share=float(shares[i]), sample=sample, identifier=identifier)
     _warn(state, influence)
     null: dict[str, Tensor] = {}
     # Later passes bring no new samples.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cka_hooks.errors import OptionError
 from cka_hooks.hsic import centre
+from cka_hooks.options import Options
 from cka_hooks.precision import accumulation_device, exactly
 from cka_hooks.similarity.products.choose import linear_grams
 from cka_hooks.similarity.products.reference import Grams
@@ -195,13 +196,14 @@ KERNELS: dict[str, Callable[..., Kernel]] = {
 }
 
 
-def as_kernel(kernel: str | Callable[[Tensor], Tensor], **options: float | None) -> Kernel:
-    """The kernel for a name, or for a callable (n, d) -> (n, n), with its options; None: not given.
+def as_kernel(options: Options) -> Kernel:
+    """The kernel that is named in the options, or made of a callable (n, d) -> (n, n), with its own options.
 
     Raises:
         OptionError: the name is unknown, or an option is not in the signature of the kernel's function.
     """
-    given = {name: value for name, value in options.items() if value is not None}
+    kernel = options.kernel
+    given = {name: value for name in ("bandwidth", "sigma") if (value := getattr(options, name)) is not None}
     if not callable(kernel) and not (isinstance(kernel, str) and kernel in KERNELS):
         raise OptionError(
             f"kernel={kernel!r} is unknown: use one of {', '.join(map(repr, KERNELS))}, "

@@ -22,6 +22,7 @@ from torch import Tensor
 from cka_hooks.errors import OptionError, SampleCountError
 from cka_hooks.hsic import all_pairs
 from cka_hooks.null import null_cumulants, null_weights, permuted_pairs
+from cka_hooks.options import Options
 from cka_hooks.similarity.batch import DIFFER, FINITE, SIZE, SPREAD, TRIANGLES, Minibatches, Step
 from cka_hooks.similarity.products import fused
 
@@ -207,18 +208,18 @@ class State:
         return self.samples + self.left_out
 
     @classmethod
-    def blank(cls, permutations: int) -> State:
-        """An empty state, for this many permutations of the samples."""
-        return cls(permuted=torch.zeros(permutations, 0, 0, dtype=torch.float64, device="cpu"))
+    def blank(cls, options: Options) -> State:
+        """An empty state of a run with these options."""
+        return cls(permuted=torch.zeros(options.permutations, 0, 0, dtype=torch.float64, device="cpu"))
 
-    def add(self, step: Step, *, keep: bool, seed: int = 0) -> None:
+    def add(self, step: Step, options: Options) -> None:
         """Add a batch as a whole: everything that may fail comes before the first change.
 
         Args:
             step: the batch.
-            keep: whether to keep the values of its minibatches.
-            seed: seed of the permutations.
+            options: whether to keep the values of its minibatches, and the seed of the permutations.
         """
+        keep = options.keep_minibatches
         if not self._add_in_place(step.groups, keep):
             made = []
             for group in step.groups:
@@ -229,7 +230,8 @@ class State:
                     # Later passes bring no new samples, so the null is that of the first pass.
                     tensors["null"].zero_()
                 elif count := len(self.permuted):
-                    tensors["permuted"] = permuted_pairs(group.vectors, hsic, group.parts.shape[-1], count, seed)
+                    n = group.parts.shape[-1]
+                    tensors["permuted"] = permuted_pairs(group.vectors, hsic, n, count, options.seed)
                 made.append(type(self)(group.layers, **tensors, **self._counts(group)))
             for state in made:
                 self.merge(state)
@@ -315,27 +317,19 @@ class State:
 
     @classmethod
     def joined(
-        cls,
-        states: Mapping[str, State],
-        steps: Mapping[str, Sequence[Step | None]],
-        *,
-        keep: bool,
-        permutations: int = 0,
-        seed: int = 0,
+        cls, states: Mapping[str, State], steps: Mapping[str, Sequence[Step | None]], options: Options
     ) -> State:
         """The state of models that ran one after another over the same batches, as if they had run together.
 
         Args:
             states: the sums of each model's run, with different layers.
             steps: each model's part of each batch. None in all models marks the start of another pass.
-            keep: whether to keep the values of single minibatches.
-            permutations: number of permutations.
-            seed: seed of the permutations.
+            options: of the run: what to keep, and how often to permute.
 
         Raises:
             SampleCountError: a batch had different numbers of samples in two models.
         """
-        total = cls.blank(permutations)
+        total = cls.blank(options)
         for number, of_batch in enumerate(zip_longest(*steps.values())):
             parts = dict(zip(steps, of_batch, strict=True))
             there = {name: part for name, part in parts.items() if part is not None}
@@ -352,7 +346,7 @@ class State:
                     )
             groups = zip(*(part.groups for part in there.values()), strict=True)
             step = there[first]._replace(groups=[Minibatches.joined(group) for group in groups])
-            total.add(step, keep=keep, seed=seed)
+            total.add(step, options)
         # Fields that are not made of Gram matrices: of layers, each model's own; of the data, what the first model
         # saw.
         for i, state in enumerate(states.values()):

@@ -99,8 +99,7 @@ def cka_matrix(
         >>> cka_hooks.cka_matrix([x, x[:, :5]], [x]).shape
         torch.Size([2, 1])
     """
-    options = Options(kernel=kernel, bandwidth=bandwidth, sigma=sigma, estimator=estimator)
-    gram = as_kernel(kernel, bandwidth=options.bandwidth, sigma=options.sigma)
+    gram = as_kernel(Options(kernel=kernel, bandwidth=bandwidth, sigma=sigma, estimator=estimator))
     rows = _several(xs, "xs")
     columns = [] if ys is None else _several(ys, "ys")
     tensors = [as_features(value, f"tensor {i}") for i, value in enumerate([*rows, *columns])]
@@ -166,8 +165,7 @@ def cka_loss(
         >>> student.grad.shape
         torch.Size([32, 10])
     """
-    options = Options(kernel=kernel, bandwidth=bandwidth, sigma=sigma, estimator=estimator)
-    gram = as_kernel(kernel, bandwidth=options.bandwidth, sigma=options.sigma)
+    gram = as_kernel(Options(kernel=kernel, bandwidth=bandwidth, sigma=sigma, estimator=estimator))
     sides = as_features(x, "x"), as_features(y, "y")
     _check_counts(sides)
     (mine, defined), (theirs, also) = (_unit(side, gram, estimator) for side in sides)

@@ -280,8 +280,7 @@ class Shelf:
         """Add the next layer's features, (m * n, P, C), see `takes`; m and n are the same for all layers."""
         if not self.rows:
             self._m, self._n = minibatches, features.shape[0] // minibatches
-        shape: Any = features.shape
-        program = program_of(shape, features.stride(), features.dtype, minibatches, self._processors)
+        program = program_of(features.shape, features.stride(), features.dtype, minibatches, self._processors)
         stream = current_stream(self._device)
         known = self._lanes.get(stream)
         if known is None:

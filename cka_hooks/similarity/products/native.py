@@ -32,18 +32,10 @@ def takes(features: Tensor) -> bool:
 
     Subclasses of tensors, and tensors under ``torch.func``, may have no memory of their own to read.
     """
-    return (
-        bool(VARIANTS)
-        and type(features) is Tensor
-        and features.device.type == "cpu"
-        and features.dtype is torch.float32
-        and features.layout is torch.strided
-        and features.numel() > 0
-        and _has_memory(features)
-    )
-
-
-def _has_memory(features: Tensor) -> bool:
+    if not VARIANTS or type(features) is not Tensor or features.device.type != "cpu":
+        return False
+    if features.dtype is not torch.float32 or features.layout is not torch.strided or not features.numel():
+        return False
     try:
         return features.data_ptr() != 0
     except RuntimeError:
