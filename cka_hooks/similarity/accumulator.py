@@ -110,10 +110,13 @@ class CKAAccumulator:
 
     def reset(self) -> None:
         """Forget everything that was added."""
-        self.discard()
-        # The samples of the current batch, and how they are split.
+        # The layers of the current batch, in order, with rows only if these are to be joined; how it is split.
+        self._pending: dict[str, Tensor | None] = {}
         self._samples = 0
         self._parts: list[tuple[int, int]] = []
+        # For layers that were not seen before: the dtype, and whether features differ.
+        self._asked: dict[str, tuple[torch.dtype, Tensor]] = {}
+        self.discard()
         self._batches = 0
         self._own: State | None = None
         self.state = State.blank(self._options)
@@ -279,10 +282,9 @@ class CKAAccumulator:
 
     def discard(self) -> None:
         """Forget what was observed since the last `step`, after a forward pass that was cut short."""
-        # The layers of the current batch, in order, with rows only if these are to be joined.
-        self._pending: dict[str, Tensor | None] = {}
-        # For layers that were not seen before: the dtype, and whether features differ.
-        self._asked: dict[str, tuple[torch.dtype, Tensor]] = {}
+        # In place, because copies of an accumulator share it.
+        self._pending.clear()
+        self._asked = {}
         for group in self._groups:
             group.release()
 
@@ -374,8 +376,7 @@ class CKAAccumulator:
             return
         for theirs in exchanged(self.settings, group):
             self._check_settings(theirs)
-        own = self.state
-        self.state, self._own = reduced(own, group), own
+        self.state, self._own = reduced(self.state, group), self.state
 
     def unsync(self) -> None:
         """Undo `sync` and go on from this rank's own minibatches."""

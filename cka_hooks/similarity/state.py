@@ -303,9 +303,8 @@ class State:
 
     def to(self, device: torch.device | str) -> State:
         """A copy with its tensors on another device. Tensors that are already there stay the same objects."""
-        return self._with_tensors(
-            lambda tensor, _: tensor.to(device, non_blocking=torch.device(device).type != "cpu"), self.layers
-        )
+        non_blocking = torch.device(device).type != "cpu"
+        return self._with_tensors(lambda tensor, _: tensor.to(device, non_blocking=non_blocking), self.layers)
 
     def _with_tensors(self, change: Callable[[Tensor, _Declared], Tensor], layers: tuple[str, ...]) -> State:
         changed: dict[str, Any] = {}

@@ -76,10 +76,8 @@ def _measured(grams: Grams) -> list[list[float]]:
     values = grams.values
     diagonal = values.diagonal(dim1=-2, dim2=-1)
     sums = values.sum(-1)
-    whole, own, rows = (
-        torch.linalg.vector_norm(part, dim=-1).square() for part in (values.flatten(1), diagonal, sums - diagonal)
-    )
-    found = [*grams.traces(), whole, own, rows, sums.sum(-1), diagonal.sum(-1)]
+    squares = (torch.linalg.vector_norm(it, dim=-1).square() for it in (values.flatten(1), diagonal, sums - diagonal))
+    found = [*grams.traces(), *squares, sums.sum(-1), diagonal.sum(-1)]
     # One by one: under torch.func, PyTorch 2.6 reads single numbers only.
     return [[float(number) for number in numbers] for numbers in torch.stack(found, -1)]
 

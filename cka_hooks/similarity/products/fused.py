@@ -422,6 +422,5 @@ def _adding(m: int, layers: int, n: int, weights: tuple[float, ...]) -> Program:
 @lru_cache(maxsize=256)
 def _centring(rows: int, n: int) -> Program:
     tile = tile_of(n)
-    return Program(
-        "centre_grams", (rows, 1, 1), (n,), {"N": tile, "BLOCK": min(32, tile)}, {"num_warps": 8, "num_stages": 1}
-    )
+    options = {"num_warps": 8, "num_stages": 1}
+    return Program("centre_grams", (rows, 1, 1), (n,), {"N": tile, "BLOCK": min(32, tile)}, options)
