@@ -393,7 +393,7 @@ def test_similarities_of_all_samples_belong_to_two_of_them() -> None:
             return x @ x.T
 
     result = check(Similar(), data(N, 3), {"project": same})
-    assert "followed the samples" in result.skipped["similarity"]
+    assert "no dimension alone followed the samples" in result.skipped["similarity"]
     with pytest.raises(cka_hooks.LayerError, match=r"similarity.*batch_dim="):
         cka_hooks.compare(Similar(), data(N, 3), layers="similarity", progress=False)
     named = cka_hooks.compare(Similar(), data(N, 3), layers="similarity", batch_dim={"similarity": 0}, progress=False)
@@ -492,7 +492,7 @@ def test_samples_in_an_order_that_no_random_number_makes(kind: str, n: int, widt
 
     result = cka_hooks.compare(Mixes(), data(n, 5, count=4), layers=["first", "*"], progress=False)
     assert result.layers == ("first",)
-    assert "followed the samples when their order changed" in result.skipped["other"]
+    assert "no dimension alone followed the samples when their order changed" in result.skipped["other"]
 
 
 def test_noise_of_a_position_is_no_other_sample() -> None:

@@ -199,7 +199,8 @@ def _by_order(label: str, whole: Look, turned: Look, problem: str | None) -> int
         return next(iter(sure), None)
     if problem:
         return _unknown(problem)
-    return f"of {list(alike)}, dimensions {sure} followed the samples when their order changed, where one should"
+    followed = f"dimensions {sure} all" if sure else "no dimension alone"
+    return f"{followed} followed the samples when their order changed"
 
 
 def _alike(before: Glance, after: Glance, order: Sequence[int]) -> dict[int, bool | None]:
