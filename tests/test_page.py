@@ -450,6 +450,14 @@ def test_labels_do_not_overlap_also_when_zoomed(open_page, result):
     assert not any(labels_overlap(page, selector) for selector in ticks)
 
 
+def test_names_that_differ_in_the_middle_stay_different_when_they_are_shortened(open_page):
+    page = open_page(result_of([f"{'a' * 40} {i} {'b' * 60}" for i in range(3)]))
+    for selector in ("#heatmap .ytick", "#heatmap .xtick", "#against .ytick"):
+        found = page.texts(selector)
+        assert len(set(found)) == 3, found
+        assert max(map(len, found)) < 40
+
+
 def test_400_layers_answer_quickly(open_page):
     page = open_page(result_of(RESNET152[:400]))
     start = time.monotonic()
