@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import textwrap
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from cka_hooks.errors import MissingExtraError, OptionError
@@ -69,15 +68,17 @@ class Canvas:
                 expected = "expected width and height in inches, such as (6, 5)"
                 raise OptionError(f"figsize is {figsize!r}: {expected}") from error
 
-    def rounds(self) -> Iterator[None]:
-        """Rounds in which to write what depends on the size of the axes. What is written decides the next size.
+    def label(self, title: str, handles: list[Any], sides: dict[Axis, Side]) -> None:
+        """Write title, legend and the labels along each axis, in rounds, since what is written decides the size.
 
         Raises:
             OptionError: ``figsize`` has no room for the labels.
         """
         engine = self.figure.get_layout_engine() if self.given else None
         for _ in range(3 if self.figsize is not None or engine else 1):
-            yield
+            _write_title(self.axes, title, handles)
+            for axis, side in sides.items():
+                _write_side(self.axes, axis, side)
             if engine:
                 engine.execute(self.figure)
             elif not self.given:
@@ -143,7 +144,7 @@ def inches(axes: Axes) -> Size:
     return box.width / axes.figure.dpi, box.height / axes.figure.dpi
 
 
-def write_side(axes: Axes, axis: Axis, side: Side) -> None:
+def _write_side(axes: Axes, axis: Axis, side: Side) -> None:
     """Write along one axis thinned labels, in the room that it has now, and beyond them the names of the models."""
     horizontal = axis is axes.xaxis
     room, dpi = inches(axes)[0 if horizontal else 1] / len(side.names), axes.figure.dpi
@@ -176,7 +177,7 @@ def write_side(axes: Axes, axis: Axis, side: Side) -> None:
             break
 
 
-def write_title(axes: Axes, title: str, handles: list[Any]) -> None:
+def _write_title(axes: Axes, title: str, handles: list[Any]) -> None:
     """Write the title at the left, wrapped to the axes, above a short legend; a long one stands beside the axes."""
     width, height = inches(axes)
     above = len(handles) <= 3

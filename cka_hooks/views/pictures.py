@@ -17,7 +17,7 @@ from cka_hooks.errors import OptionError, warn
 from cka_hooks.files import PathLike
 from cka_hooks.results.order import steps
 from cka_hooks.results.words import UNRELATED, unrelated
-from cka_hooks.views.canvas import FONT, MISSING, PITCH, SIDE, Canvas, Size, inches, write_side, write_title
+from cka_hooks.views.canvas import FONT, MISSING, PITCH, SIDE, Canvas, Size, inches
 from cka_hooks.views.labels import Side, runs, title_of
 
 if TYPE_CHECKING:
@@ -101,16 +101,13 @@ def plot(
     if np.isnan(shown).any():
         axes.patch.set(facecolor=MISSING, edgecolor="0.6", hatch="////", linewidth=0, label="undefined")
         legend.append(axes.patch)
-    sides = Side.of(result, result.rows), Side.of(result, result.columns)
-    for side, line in zip(sides, (axes.axhline, axes.axvline), strict=True):
+    sides = {axes.yaxis: Side.of(result, result.rows), axes.xaxis: Side.of(result, result.columns)}
+    for side, line in zip(sides.values(), (axes.axhline, axes.axvline), strict=True):
         for place in side.section_lines():
             line(place, color="white", linewidth=0.5, alpha=0.55)
         for place in side.model_lines():
             line(place, color="white", linewidth=2.0)
-    for _ in canvas.rounds():
-        write_title(axes, title_of(result, what) if title is None else title, legend)
-        write_side(axes, axes.yaxis, sides[0])
-        write_side(axes, axes.xaxis, sides[1])
+    canvas.label(title_of(result, what) if title is None else title, legend, sides)
     if values:
         _write_values(axes, image, result, stderr=stderr)
     return canvas.written()
@@ -262,10 +259,8 @@ def plot_profile(
     axes.set_ylabel(what, fontsize=FONT + 1)
     if not shared:
         axes.set_xlabel("depth, first layer to last", fontsize=FONT + 1)
-    for _ in canvas.rounds():
-        write_title(axes, title_of(result, what) if title is None else title, handles)
-        if shared:
-            write_side(axes, axes.xaxis, lines[0].side)
+    heading = title_of(result, what) if title is None else title
+    canvas.label(heading, handles, {axes.xaxis: lines[0].side} if shared else {})
     return canvas.written()
 
 
