@@ -149,9 +149,9 @@ def _write_side(axes: Axes, axis: Axis, side: Side) -> None:
     horizontal = axis is axes.xaxis
     room, dpi = inches(axes)[0 if horizontal else 1] / len(side.names), axes.figure.dpi
     spans = side.thinned(PITCH / room)
-    names = [span.name.split(" → ") for span in spans]  # of a best match, two
-    short = shortened(part for name in names for part in name)
-    texts = [" → ".join(short[part] for part in name) for name in names]
+    matches = [span.name.split(" → ") for span in spans]  # one name, or a layer's and its best match's
+    short = shortened(name for match in matches for name in match)
+    texts = [" → ".join(short[name] for name in match) for match in matches]
     flat = all(len(text) * FONT * 0.65 / 72 <= room for text in texts) and len(spans) == len(side.names)
     style: dict[str, Any] = {"fontsize": FONT, "parse_math": False}
     axis.set_ticks([span.middle for span in spans], texts, rotation=90 if horizontal and not flat else 0, **style)
