@@ -26,7 +26,7 @@ from cka_hooks.recording.outputs import NotRecordable, tensors_in
 from cka_hooks.recording.padding import Padding
 from cka_hooks.recording.positions import Positions
 from cka_hooks.recording.probe import Probe, Take
-from cka_hooks.recording.routes import Consumer, Route, slots_of, taps_of
+from cka_hooks.recording.routes import Consumer, Route, Tap, slots_of, taps_of
 
 Features = Reduction | str | Mapping[str, Reduction | str]
 
@@ -54,7 +54,7 @@ class LongWay:
         dimension: knows which dimension holds the samples.
         followed: modules that :meth:`follow` has to see when they run.
         shapes: for each label, the shape of one sample when the layer was first recorded.
-        recorded: for each label that was recorded, its module.
+        recorded: for each label that was recorded, the hooks of its module.
         left_out: for each label that was not, the reason.
 
     Raises:
@@ -87,7 +87,7 @@ class LongWay:
         self.taps = taps_of(self.selections, self, only_leaves=options.layers is None)
         self.consumer: Consumer | None = None
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.recorded: dict[str, nn.Module] = {}
+        self.recorded: dict[str, Tap] = {}
         self.left_out: dict[str, str] = {}
         self._vanish: dict[str, bool] = {}
         self._limit: int | None = None
@@ -201,7 +201,7 @@ class LongWay:
                 self.left_out.setdefault(label, str(reason))
             return
         self.left_out.pop(label, None)
-        self.recorded[label] = route.selection.module
+        self.recorded[label] = self.taps[id(route.selection.module)]
         self.shapes.setdefault(label, tuple(activation.movedim(axis, 0).shape[1:]))
         is_reduced = isinstance(reduction, str) and reduction != "flatten"
         channels = self._channels.of(name, label, activation, axis) if is_reduced else None

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-INPUT = "input"
-
 
 class NotRecordable(Exception):
     """Why a value holds no activation. The recorder decides what to do about it."""

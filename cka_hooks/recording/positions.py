@@ -35,10 +35,8 @@ class Positions:
     def start(self, number: int) -> None:
         """Begin a batch."""
         self.number = number
-        self._label = ""
+        # No layer has decided yet.
         self._shape: tuple[int, ...] | None = None
-        self._sources: frozenset[int] = frozenset()
-        self._places: tuple[Tensor, ...] | None = None
 
     def rows(self, label: str, tokens: Tensor, kept: Tensor | None, sources: frozenset[int]) -> Tensor:
         """The chosen positions of an activation, (m, 1, C).

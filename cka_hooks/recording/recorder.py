@@ -335,8 +335,7 @@ class LayerRecorder:
             3 layers, 1.54 k features per sample, 4 samples
         """
         shapes = self._run(batch, lambda activation: tuple(activation.shape), guest.RandomStream())
-        taps = {layer: self._way.taps[id(self._way.recorded[layer])] for layer in shapes}
-        return described(shapes, taps, self.skipped)
+        return described(shapes, self._way.recorded, self.skipped)
 
     def _run(self, batch: Any, keep: Callable[[Tensor], Any], random_stream: guest.RandomStream) -> dict[str, Any]:
         """Run the model on one batch, past the recorder's own consumer, and keep something of each activation."""

@@ -46,7 +46,7 @@ def slots_of(consumer: Consumer | None) -> Callable[[str], Product | None] | Non
 
 def is_input(selection: Selection) -> bool:
     """Whether the layer is the input of its module."""
-    return selection.part.split(":")[0] == outputs.INPUT
+    return selection.part.split(":")[0] == "input"
 
 
 class Route:
