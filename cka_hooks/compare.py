@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -150,7 +149,7 @@ def compare(
     arguments = locals()
     ranks = Ranks.of(distributed, group)
     started = time.perf_counter()
-    with ranks or nullcontext(), RandomStream(), torch.no_grad():
+    with ranks, RandomStream(), torch.no_grad():
         models = named_models(model)
         check_loader(loader)
         options = Options.of(arguments)
@@ -159,8 +158,7 @@ def compare(
         if all(isinstance(it, nn.Module | Precomputed) for it in models.values()):
             comparison = Comparison.of(models, options)
             comparison.seen.check(loader)
-            if ranks is not None:
-                ranks.agree({"models": comparison.types, "chosen": comparison.chosen, **options.spelled()})
+            ranks.agree({"models": comparison.types, "chosen": comparison.chosen, **options.spelled()})
             path = None if checkpoint is None else path_of_rank(checkpoint, ranks)
             identity = {} if path is None else _identity(comparison, options, loader)
             keeper = Keeper(path, checkpoint_every, loader, identity)
@@ -175,7 +173,7 @@ def compare(
     settings |= options.spelled("tolerance", "max_samples", "epochs")
     if options.tolerance is not None:
         settings["tolerance_reached"] = state.stopped is not None or largest_stderr(state) < options.tolerance
-    if ranks is not None:
+    if ranks.size > 1:
         settings["ranks"] = ranks.size
     settings["seconds"] = round(time.perf_counter() - started, 3)
     return finished(state, types, settings)

@@ -222,7 +222,7 @@ class Keeper:
             self._lock = None
 
 
-def path_of_rank(given: str | os.PathLike[str], ranks: Ranks | None) -> Path:
+def path_of_rank(given: str | os.PathLike[str], ranks: Ranks) -> Path:
     """The file of one rank.
 
     Raises:
@@ -231,8 +231,8 @@ def path_of_rank(given: str | os.PathLike[str], ranks: Ranks | None) -> Path:
     """
     try:
         path = Path(given)
-        names = [path.name] if ranks is None else [f"{path.name}.rank{i}-of-{ranks.size}" for i in range(ranks.size)]
-        own = [path.with_name(name) for name in names]
+        suffixes = [f".rank{rank}-of-{ranks.size}" for rank in range(ranks.size)] if ranks.size > 1 else [""]
+        own = [path.with_name(path.name + suffix) for suffix in suffixes]
     except (TypeError, ValueError):
         raise OptionError(f"checkpoint={given!r}: expected the path of a file") from None
     if path.is_dir():
@@ -245,7 +245,7 @@ def path_of_rank(given: str | os.PathLike[str], ranks: Ranks | None) -> Path:
                 f"{other} is the checkpoint of a run on another number of ranks, and this one is on {len(own)}: "
                 "start as many, name another file with checkpoint=, or delete it"
             )
-    return own[0 if ranks is None else ranks.rank]
+    return own[ranks.rank]
 
 
 @contextmanager

@@ -49,20 +49,20 @@ class Loop:
         loader: whose batches the keeper has.
         options: the options that end a run: `epochs`, `max_samples`, `tolerance`.
         keeper: keeps the run in a file.
-        ranks: the ranks to share the run with; None for a single process, where an empty loader is an error.
+        ranks: the ranks to share the run with. In a process alone, an empty loader is an error.
     """
 
     comparison: Comparison
     loader: Iterable[Any]
     options: Options
     keeper: Keeper
-    ranks: Ranks | None
+    ranks: Ranks
 
     def __post_init__(self) -> None:
-        self._next_look = FIRST_LOOK if self.ranks is None else -(-FIRST_LOOK // self.ranks.size)
+        self._next_look = -(-FIRST_LOOK // self.ranks.size)
         collective = any(is_sharded(model) for model in self.comparison.models.values())
         share = self.options.max_samples
-        if self.ranks is not None and share is not None:
+        if share is not None:
             of_rank = len(range(self.ranks.rank, share, self.ranks.size))
             share = -(-share // self.ranks.size) if collective else of_rank
         bounds = [bound for bound in (share, replay.own_samples(self.loader)) if bound is not None]
@@ -81,7 +81,7 @@ class Loop:
         Returns:
             The sums of all ranks together.
         """
-        progress = progress and (self.ranks is None or self.ranks.rank == 0)
+        progress = progress and self.ranks.rank == 0
         sampler = replay.distributed_sampler(self.loader)
         shuffle = getattr(sampler, "epoch", 0)
         try:
@@ -108,7 +108,7 @@ class Loop:
     def _passes(self, sampler: Any, shuffle: int) -> bool:
         """Make all passes over the loader. Return whether small standard errors ended them."""
         comparison, epochs = self.comparison, self.options.epochs
-        if self.ranks is not None:
+        if self.ranks.size > 1:
             comparison.state.repeats = comparison.state.repeats or replay.repeats_samples(self.loader)
         for epoch in range(comparison.state.passes - 1, epochs):
             if sampler is not None:
@@ -123,7 +123,7 @@ class Loop:
                 comparison.flush()
             if not self._is_full:
                 comparison.seen.end_pass()
-            if self.ranks is None and not epoch and not comparison.seen.row:
+            if self.ranks.size == 1 and not epoch and not comparison.seen.row:
                 raise TooFewSamplesError("the loader yielded no batch: it is empty, or exhausted already")
             if not epoch and epochs > 1 and self.options.tolerance is not None and self._meet(LOOKED):
                 return True
@@ -133,7 +133,7 @@ class Loop:
         """Make one pass. Return whether small standard errors ended the run."""
         comparison, seen = self.comparison, self.comparison.seen
         # After how many batches it is known, or likely, that all are too small for an estimate.
-        tries = self.ranks is None and self.options.join_batches is None
+        tries = self.ranks.size == 1 and self.options.join_batches is None
         small_after = small_batches(self.loader) if tries else None
         for batch in () if self._is_full else stream:
             before = seen.row
@@ -147,7 +147,7 @@ class Loop:
             if seen.batches == small_after and not comparison.state.minibatches:
                 raise too_few(comparison.state)
             self.keeper.save_if_due(self._state)
-            if self.ranks is not None and self.ranks.called():
+            if self.ranks.called():
                 self.ranks.meet(comparison.state, phase=LOOKING)
             if self._is_full:
                 break
@@ -165,9 +165,7 @@ class Loop:
         """
         tolerance = self.options.tolerance
         while True:
-            self._total, lowest = self.comparison.state, phase
-            if self.ranks is not None:
-                self._total, lowest = self.ranks.meet(self._total, phase=phase)
+            self._total, lowest = self.ranks.meet(self.comparison.state, phase=phase)
             if tolerance is not None and lowest == LOOKING:
                 largest = largest_stderr(self._total)
                 self._bar.set_postfix_str(f"largest stderr {largest:.2g}")
@@ -210,7 +208,7 @@ def small_batches(loader: Iterable[Any]) -> int | None:
 
 
 def added_up_in_turn(
-    models: Mapping[str, Builder], loader: Iterable[Any], options: Options, ranks: Ranks | None, *, progress: bool
+    models: Mapping[str, Builder], loader: Iterable[Any], options: Options, ranks: Ranks, *, progress: bool
 ) -> tuple[State, dict[str, str], dict[str, Any]]:
     """Run all batches through one model before the next one is built.
 
@@ -230,7 +228,8 @@ def added_up_in_turn(
         BatchError: the loader brings other batches for another model.
         SampleCountError: a batch had different numbers of samples, or other positions, in two models.
     """
-    if ranks is not None:
+    if ranks.size > 1:
+        # This reads `layers`, which may be an iterator.
         ranks.agree({"models": list(models), **options.spelled()})
     layers, forwards = (per_model(getattr(options, name), models, name) for name in ("layers", "forward"))
     replayed = replay.Replayed(loader)
@@ -255,7 +254,7 @@ def added_up_in_turn(
         # Build the next model when nothing holds this one any more.
         del model, comparison
     state = State.joined(states, steps, options)
-    return state if ranks is None else ranks.meet(state, phase=DONE)[0], types, settings
+    return ranks.meet(state, phase=DONE)[0], types, settings
 
 
 class _Steps(list[Step | None]):

@@ -28,12 +28,19 @@ _runs: Counter[str] = Counter()
 
 
 class Ranks:
-    """The ranks that share a run, seen from one of them."""
+    """The ranks that share a run, seen from one of them. A process alone is the only rank, and never waits.
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self.group = group
+    Args:
+        group: their process group, None for the default one.
+        size: how many they are.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, size: int = 1) -> None:
+        self.group, self.size, self.rank = group, size, 0
+        self._store: Any = None
+        if size == 1:
+            return
         self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
         members = dist.get_process_group_ranks(group or dist.group.WORLD)  # PyTorch 2.6 knows no None
         name = f"cka_hooks/{'-'.join(map(str, members))}"
         _runs[name] += 1
@@ -42,8 +49,8 @@ class Ranks:
         self._listen_at = time.monotonic() + _LISTEN_EVERY
 
     @classmethod
-    def of(cls, distributed: bool | None, group: dist.ProcessGroup | None) -> Ranks | None:
-        """The ranks of `group`, or of the default process group; None for a run of one process alone.
+    def of(cls, distributed: bool | None, group: dist.ProcessGroup | None) -> Ranks:
+        """The ranks of `group`, or of the default process group; this process alone if there is none.
 
         Raises:
             OptionError: a process group was asked for and there is none, or this rank is not in it.
@@ -51,7 +58,7 @@ class Ranks:
         if distributed is False:
             if group is not None:
                 raise OptionError("distributed=False and group= exclude each other")
-            return None
+            return cls()
         if not dist.is_available() or not dist.is_initialized():
             if distributed or group is not None:
                 raise OptionError("distributed=True needs torchrun and torch.distributed.init_process_group()")
@@ -60,17 +67,17 @@ class Ranks:
                     "torchrun started this process, and no process group is initialised: every rank gets a result of "
                     "its own. Call torch.distributed.init_process_group() first, or pass distributed=False"
                 )
-            return None
+            return cls()
         if dist.get_rank(group) < 0:
             raise OptionError("this rank is not in the process group group=: only its members may call compare()")
-        return cls(group) if dist.get_world_size(group) > 1 else None
+        return cls(group, dist.get_world_size(group))
 
     def __enter__(self) -> Ranks:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Tell the other ranks of an error inside, so that they end with one, too, and do not wait for this one."""
-        if error is None:
+        if error is None or self.size == 1:
             return
         text = f"{type(error).__name__}: {error}"
         waits = isinstance(error, Exception) and not isinstance(error, RankError)
@@ -89,10 +96,9 @@ class Ranks:
         Raises:
             RankError: a rank was stopped and does not wait.
         """
-        now = time.monotonic()
-        if now < self._listen_at or self._store is None:
+        if self._store is None or time.monotonic() < self._listen_at:
             return False
-        self._listen_at = now + _LISTEN_EVERY
+        self._listen_at = time.monotonic() + _LISTEN_EVERY
         try:
             note = self._store.get(self._note).decode() if self._store.check([self._note]) else ""
         except RuntimeError as error:
@@ -107,7 +113,8 @@ class Ranks:
         Raises:
             RankError: a rank failed or does not answer.
         """
-        everyone = exchanged({**mine, "error": None}, self.group)
+        mine = {**mine, "error": None}
+        everyone = exchanged(mine, self.group) if self.size > 1 else [mine]
         failures = [f"rank {rank} failed: {its['error']}" for rank, its in enumerate(everyone) if its["error"]]
         if failures:
             raise RankError("; ".join(failures))
@@ -136,4 +143,4 @@ class Ranks:
             RankError: a rank failed or does not answer.
         """
         lowest = min(its["phase"] for its in self.exchange({"phase": phase}))
-        return reduced(state, self.group), lowest
+        return (reduced(state, self.group) if self.size > 1 else state), lowest
