@@ -94,6 +94,13 @@ def test_strides(variant: str, name: str, minibatches: int) -> None:
     assert centred_error(view(name, (features(20, 864) + 3).float().unflatten(1, (24, 6, 6))), minibatches) < 1e-6
 
 
+def test_minibatches_of_one_sample(variant: str) -> None:
+    x = features(5, 24).float().view(5, 4, 6).mT
+    values, measures = native.grams(x.unflatten(0, (5, 1)))
+    assert not values.any()
+    torch.testing.assert_close(measures[:, -1], x.double().flatten(1).norm(dim=1), rtol=1e-6, atol=0)
+
+
 def test_what_it_measures(variant: str) -> None:
     x = memory_order((features(48, 3000) + 1).float())
     values, measures = native.grams(x.unflatten(0, (3, -1)))

@@ -52,7 +52,9 @@ def grams(grouped: Tensor) -> tuple[Tensor, Tensor]:
         The matrices, and for each the numbers of `choose._measured`, then the norm of the vector that was subtracted.
     """
     m, n, positions, channels = grouped.shape
-    sample, position, channel = grouped.stride()[1:]
+    group, sample, position, channel = grouped.stride()
+    # A dimension of size 1 may have any stride.
+    sample = group if n == 1 else sample
     if channels == 1:
         positions, channels, position, channel = 1, positions, 0, position
     values = torch.zeros(m, n, n, dtype=torch.float64, device="cpu")
