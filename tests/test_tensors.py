@@ -201,6 +201,7 @@ def test_bad_input(case: str) -> None:
 def test_tensors_that_need_gradients() -> None:
     x = features(20, 4).requires_grad_()
     assert not cka_matrix([x]).requires_grad
+    assert cka_matrix([x, x], []).shape == (2, 0)
     with torch.inference_mode():
         assert cka(x, x * 2) == pytest.approx(1)
 

@@ -115,7 +115,7 @@ def cka_matrix(
             chosen = torch.randperm(len(tensors[0]), generator=generator, device=where)[:subset]
             tensors = [tensor[chosen.to(tensor.device)] for tensor in tensors]
         sides = [_Side(tensor.detach(), gram, estimator, kernel == "linear") for tensor in tensors]
-        others = sides[len(rows) :] or sides
+        others = sides if ys is None else sides[len(rows) :]
         out = torch.empty(len(rows), len(others), dtype=torch.float64, device="cpu")
         for i, row in enumerate(sides[: len(rows)]):
             for j, column in enumerate(others):
