@@ -495,6 +495,80 @@ def test_samples_in_an_order_that_no_random_number_makes(kind: str, n: int, widt
     assert "no dimension alone followed the samples when their order changed" in result.skipped["other"]
 
 
+@pytest.mark.parametrize("kind", ["flip", "roll", "randperm"])
+@pytest.mark.parametrize("n", [16, 128])
+def test_samples_in_another_order_under_noise(kind: str, n: int) -> None:
+    change: dict[str, Callable[[Tensor], Tensor]] = {
+        "flip": lambda x: x.flip(0),
+        "roll": lambda x: x.roll(1, 0),
+        "randperm": lambda x: x[torch.randperm(len(x))],
+    }
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.other = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.other(change[kind](self.first(x + 0.001 * torch.randn_like(x))))
+
+    result = cka_hooks.compare(Noisy(), data(n, 64), progress=False)
+    assert result.layers == ("first",)
+    assert "another order than those of the batch" in result.skipped["other"]
+
+
+def test_sorted_samples_beside_an_unrelated_random_number() -> None:
+    class Sorts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.other = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            torch.rand(1)
+            return self.other(self.first(x)[x.sum(1).argsort()])
+
+    assert cka_hooks.compare(Sorts(), data(N, 64, count=2), progress=False).layers == ("first",)
+
+
+def test_samples_that_are_sorted_by_length_with_ties() -> None:
+    class Sorts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.last = nn.Embedding(100, 8), nn.Linear(8, 8)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            _, order = (ids != 0).sum(1).sort(descending=True, stable=True)
+            return self.last(self.embed(ids[order]).mean(1)[order.argsort()])
+
+    for seed in range(4):
+        torch.manual_seed(seed)
+        lengths = torch.randint(5, 50, (24,)).clamp(max=16)
+        # Where the first and the middle one are tied, sorting leaves them in place.
+        lengths[[0, 8]] = 16
+        ids = torch.randint(1, 100, (24, 16)) * (torch.arange(16) < lengths[:, None])
+        result = cka_hooks.compare(Sorts(), [ids], features="mean", progress=False)
+        assert result.layers == ("last",)
+        assert "no dimension alone followed" in result.skipped["embed"]
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_sorted_images_with_a_border(value: float) -> None:
+    """Each number of an image is looked at, not only those of some columns."""
+
+    class Sorts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.other = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.other(x[x.mean((1, 2, 3)).argsort()])
+
+    images = torch.rand(16, 3, 64, 64)
+    images[..., :4] = value
+    assert cka_hooks.compare(Sorts(), [images], progress=False).layers == ("first",)
+
+
 def test_noise_of_a_position_is_no_other_sample() -> None:
     """Where samples are black, or a ReLU leaves zeros, a slice may be equal to that of another one."""
 

@@ -284,14 +284,18 @@ def test_a_later_pass_keeps_what_the_first_one_knew() -> None:
 
 
 @pytest.mark.parametrize("affine", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_averages_that_a_norm_subtracts_are_no_features(affine: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "size", "offset"), [(torch.float32, 20, 3), (torch.bfloat16, 20, 3), (torch.float32, 64, 30)]
+)
+def test_averages_that_a_norm_subtracts_are_no_features(
+    affine: bool, dtype: torch.dtype, size: int, offset: float
+) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8, affine=affine), nn.ReLU(), nn.Conv2d(8, 8, 3))
     if affine:
         nn.init.normal_(model[1].weight)
         nn.init.normal_(model[1].bias)
-    batches = [torch.randn(16, 3, 20, 20) + 3 for _ in range(2)]
+    batches = [torch.randn(16, 3, size, size) + offset for _ in range(2)]
     model, batches = model.to(dtype), [batch.to(dtype) for batch in batches]
     result = cka_hooks.compare(model, batches, features="mean", progress=False)
     assert result.layers == ("0", "2", "3")

@@ -191,6 +191,13 @@ def test_a_batch_that_comes_twice_is_a_warning() -> None:
     cka_hooks.compare(net(), batches(), epochs=2, progress=False)
 
 
+def test_images_with_equal_borders_are_no_batch_that_comes_twice(recwarn: pytest.WarningsRecorder) -> None:
+    images = torch.rand(2, 8, 3, 64, 64)
+    images[..., 0] = 0
+    cka_hooks.compare(nn.Sequential(nn.Conv2d(3, 4, 9), nn.ReLU()), list(images), progress=False)
+    assert not [it for it in recwarn if "came twice" in str(it.message)]
+
+
 # What may go on from a checkpoint
 
 

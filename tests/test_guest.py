@@ -592,3 +592,19 @@ def test_objects_of_a_batch_are_not_changed_by_the_probe() -> None:
     log = Log()
     cka_hooks.compare(Net(), [{"x": torch.randn(10, 5), "log": log}], progress=False)
     assert log.calls == 1
+
+
+def test_a_bank_of_many_tensors_is_as_before_the_probe() -> None:
+    class Remembers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bank: dict[int, Any] = {i: i for i in range(20_000)} | {3: torch.zeros(4)}
+            self.first = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.bank[3].add_(1)
+            return self.first(x + self.bank[3])
+
+    model = Remembers()
+    cka_hooks.compare(model, [torch.randn(8, 4)], progress=False)
+    assert model.bank[3].tolist() == [1.0] * 4

@@ -584,3 +584,22 @@ def test_a_mask_that_a_layer_sees_by_itself_still_belongs_to_the_others(both: bo
         pooled = [(it * there).sum(1) / there.sum(1) for it in (one, hidden.relu())]
         by_hand.update({"one": pooled[0].detach(), "act": pooled[1].detach()})
     assert result["one", "act"] == pytest.approx(by_hand.compute()["one", "act"], abs=1e-6)
+
+
+@pytest.mark.parametrize("length", [64, 1024])
+def test_padding_of_a_model_that_pads_to_a_multiple(length: int) -> None:
+    """One position less changes one position of what is as long as before."""
+
+    class Pads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.last = nn.Embedding(100, 32), nn.Linear(32, 8)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            h = self.embed(input_ids)
+            return self.last(nn.functional.pad(h, (0, 0, 0, -input_ids.shape[1] % 64)))
+
+    mask = (torch.arange(length) < torch.randint(length // 4, length, (8, 1))).long()
+    batch = {"input_ids": torch.randint(100, (8, length)), "attention_mask": mask}
+    with pytest.warns(cka_hooks.CKAWarning, match="padding in 'last' counts as data"):
+        cka_hooks.compare(Pads(), [batch], features="mean", progress=False)

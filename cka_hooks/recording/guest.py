@@ -29,8 +29,8 @@ _stance: list[Any] = []
 # Modules that drop parts at random, and the attributes that may have the rate.
 _RANDOM = nn.modules.dropout._DropoutNd | nn.RNNBase | nn.MultiheadAttention
 _RANDOM_BY_NAME, _RATES = ("DropPath", "StochasticDepth"), ("p", "dropout", "drop_prob")
-# Containers with more entries than this hold data. Looking at each entry would take too long.
-_MANY = 10_000
+# What cannot change. A container may have millions of these.
+_CONSTANT = frozenset({bool, int, float, complex, str, bytes, type(None)})
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -202,8 +202,9 @@ def undoing(value: Any, seen: dict[int, Any]) -> Iterator[Callable[[], object]]:
         contents = value
     elif dataclasses.is_dataclass(value) and hasattr(value, "__dict__") and not isinstance(value, type):
         contents = [vars(value)]
-    for item in contents if len(contents) <= _MANY else ():
-        yield from undoing(item, seen)
+    for item in contents:
+        if type(item) not in _CONSTANT:
+            yield from undoing(item, seen)
 
 
 def _write_back(tensor: Tensor, copy: Tensor, version: int) -> None:

@@ -16,14 +16,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cka_hooks.recording.batches import cut
+from cka_hooks.recording.batches import cut, with_tensors
 from cka_hooks.recording.guest import Snapshot, is_sharded
+from cka_hooks.recording.outputs import tensors_in
 
 # Samples in the smaller pass. With one or two, dimensions of that size may be squeezed away, or exist anyway.
 FEW = 3
-# How many slices of the whole batch to look at, and how many numbers of each slice and of all of them together.
+# How many slices of the whole batch to look at, and how many sums of each slice and of all of them together.
 _SLICES = 256
 _OF_EACH, _OF_ALL = 512, 8192
+# With more samples, hardly any of an order drawn at random is that of a roll or a flip.
+_FEW_ORDERS = 12
+# So many numbers are not alike by chance.
+_MANY = 8
 # Two slices are of the same sample if they differ by at most this share of the difference between samples.
 _ALIKE = 0.1
 
@@ -71,17 +76,17 @@ class Look:
     problem: str | None = None
 
     def take(self, label: str, activation: Tensor, second: bool) -> None:
-        """Look at a layer's activation: at some numbers of some slices, the same in each slice."""
+        """Look at a layer's activation: at sums of the numbers of some slices, the same in each slice."""
         if label in self.seen:
             return
         slices: dict[int, Tensor] = {}
         index = torch.tensor(self.positions, device=activation.device)
-        # The same numbers in each pass that this one may be compared with.
+        # The same sums in each pass that this one may be compared with.
         numbers = min(_OF_EACH, _OF_ALL // len(index))
         for dim, size in enumerate(activation.shape):
             if size == self.samples:
                 rows = activation.detach().index_select(dim, index).movedim(dim, 0).reshape(len(index), -1)
-                slices[dim] = rows[:, :: max(1, rows.shape[1] // numbers)].cpu().double()
+                slices[dim] = _folded(rows, numbers).cpu().double()
         self.seen[label] = Glance(tuple(activation.shape), slices, second, torch.finfo(activation.dtype).eps)
 
 
@@ -104,10 +109,9 @@ class Probe:
         self._run, self._batch, self._samples = run, batch, samples
         # Ranks that make each pass together must make every pass, even if it is not needed.
         self._snapshot, self._always = Snapshot(model), is_sharded(model)
-        count = min(samples, FEW)
-        self.chosen = [samples * i // count for i in range(count)]
+        self.chosen = _unlike(batch, samples)
         self.few = cut(batch, samples, self.chosen)
-        self.first = self.look(self.few, count)
+        self.first = self.look(self.few, len(self.chosen))
 
     def look(self, batch: Any, samples: int, positions: Sequence[int] | None = None) -> Look:
         """Make a pass over a batch of that many samples, and look at those at `positions`, or at all."""
@@ -153,11 +157,40 @@ class Probe:
         return found, whole.problem
 
 
-def _turned(samples: int) -> list[int]:
-    """An order in which shuffles show: all samples but the last moved round in a ring.
+def _unlike(batch: Any, samples: int) -> list[int]:
+    """A few samples of a batch: that with the most numbers that are not 0, that with the fewest, and one in between.
 
-    A shuffle shows unless it and this order may change places: n - 1 of all n! do, and neither flipping nor rolling.
+    A model that sorts its samples by length moves these, whichever way it sorts.
     """
+    tensors = [it for it in tensors_in(with_tensors(batch)) if it.layout is torch.strided and not it.is_nested]
+    whole = [(it != 0).reshape(samples, -1).sum(1).cpu() for it in tensors if it.ndim and len(it) == samples]
+    order = torch.stack([torch.zeros(samples), *whole]).sum(0).argsort(stable=True).tolist()
+    return [order[i] for i in (-1, 0, samples // 2)][: min(samples, FEW)]
+
+
+def _folded(rows: Tensor, numbers: int) -> Tensor:
+    """(n, d) numbers as (n, at most `numbers`): blocks of them are added, so that each one counts.
+
+    Signs drawn at random keep what all numbers share from adding up.
+    """
+    rows = (rows if rows.dtype is torch.float64 else rows.float()).nan_to_num(0, 0, 0)
+    blocks = -(-rows.shape[1] // numbers)
+    if blocks < 2:
+        return rows
+    signs = torch.randint(2, (blocks, 1), generator=torch.Generator().manual_seed(0), device="cpu") * 2 - 1
+    rows = nn.functional.pad(rows, (0, blocks * numbers - rows.shape[1])).view(-1, blocks, numbers)
+    return (rows * signs.to(rows)).sum(1)
+
+
+def _turned(samples: int) -> list[int]:
+    """An order in which shuffles show.
+
+    A shuffle shows unless it and this order may change places. Few samples, all but the last, move round in a ring:
+    n - 1 of all n! shuffles may change places with that, and neither flipping nor rolling. More are in an order drawn
+    at random.
+    """
+    if samples > _FEW_ORDERS:
+        return torch.randperm(samples, generator=torch.Generator().manual_seed(0), device="cpu").tolist()
     ring = max(2, samples - 1)
     step = next(step for step in range(ring // 2, 0, -1) if math.gcd(step, ring) == 1)
     return [*((i + step) % ring for i in range(ring)), *range(ring, samples)]
@@ -165,9 +198,9 @@ def _turned(samples: int) -> list[int]:
 
 def is_same(before: Glance, after: Glance) -> bool:
     """Whether two passes showed the same numbers."""
-    largest = {dim: float(a.nan_to_num().abs().max()) for dim, a in before.slices.items() if a.numel()}
+    largest = {dim: float(a.abs().max()) for dim, a in before.slices.items() if a.numel()}
     return before.shape == after.shape and all(
-        torch.allclose(before.slices[dim], after.slices[dim], rtol=0, atol=8 * before.eps * most, equal_nan=True)
+        torch.allclose(before.slices[dim], after.slices[dim], rtol=0, atol=8 * before.eps * most)
         for dim, most in largest.items()
     )
 
@@ -213,8 +246,6 @@ def _alike(before: Glance, after: Glance, order: Sequence[int]) -> dict[int, boo
         alike[dim] = None
         a, b = before.slices[dim], after.slices[dim]
         if a.shape[1] == b.shape[1]:
-            finite = a.isfinite().all(0) & b.isfinite().all(0)
-            a, b = a[:, finite], b[:, finite]
             spread = torch.cdist(a, a).max()
             if a.shape[1] and spread > 8 * before.eps * a.norm(dim=1).max():
                 alike[dim] = bool((b - a[list(order)]).norm(dim=1).max() <= _ALIKE * spread)
@@ -231,25 +262,31 @@ def _may_be_fixed(before: tuple[int, ...], after: tuple[int, ...], samples: int,
 
 
 def _shuffled(label: str, whole: Look, turned: Look, dim: int) -> bool:
-    """Whether several slices are those of other samples, to the last digits.
+    """Whether many slices are those of other samples, although the model drew random numbers.
 
-    Slices that look like others of the same pass, such as zeros, do not count. Neither do slices at the same
-    position: random numbers are the same there, and where a sample is black they are all there is.
+    Slices that look like others of the same pass, such as zeros, do not count.
     """
     before, after = whole.seen.get(label), turned.seen.get(label)
     if before is None or after is None or dim not in before.slices.keys() & after.slices.keys():
         return False
-    a, b = before.slices[dim].nan_to_num(), after.slices[dim].nan_to_num()
+    a, b = before.slices[dim], after.slices[dim]
     if a.shape != b.shape:
         return False
     nearly = 8 * before.eps * a.norm(dim=1).max()
+    distances = torch.cdist(b, a)
+    own = distances.diagonal()[:, None]
+    unique = (torch.cdist(a, a) <= nearly).sum(0) == 1
     at, was_at = (torch.tensor(look.positions, device="cpu") for look in (turned, whole))
-    others = (torch.cdist(b, a) <= nearly) & (at[:, None] != was_at)
-    others.fill_diagonal_(False)
-    others &= (torch.cdist(a, a) <= nearly).sum(0) == 1
-    # Of a shuffled batch, so many of what is looked at are found again. A few numbers may be alike by chance.
+    same_place = at[:, None] == was_at
+    # Elsewhere, a sample has got other random numbers, which may hide what it was.
+    level = torch.maximum(nearly, _ALIKE * own) if a.shape[1] >= _MANY else nearly
+    elsewhere = ((distances <= level) & (distances < own) & ~same_place & unique).any(1)
+    # Where the random numbers are the same, a sorted batch is as it was. Black samples are too, so most must be.
+    in_place = (distances <= nearly) & (own > nearly) & same_place & unique
+    # Of a shuffled batch, so many of what is looked at are found again.
     expected = len(a) ** 2 / whole.samples
-    return int(others.any(1).sum()) >= max(min(4, len(a) // 2), expected / 4)
+    several = max(min(4, len(a) // 2), expected / 4)
+    return int(elsewhere.sum()) >= several or int(in_place.sum()) >= max(several, 0.75 * int(same_place.sum()))
 
 
 def _unknown(problem: str | None) -> str:

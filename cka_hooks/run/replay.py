@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
+import math
 import random
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -163,7 +165,9 @@ def fingerprint(batch: Any) -> str:
 
 def _some(tensor: Tensor) -> Tensor:
     rows = tensor.reshape(len(tensor), -1) if tensor.ndim else tensor.reshape(1, 1)
-    some = rows[:, :: max(1, rows.shape[1] // _LOOKED_AT)]
+    # A step without a common divisor with the width comes by every column of an image.
+    step = max(1, rows.shape[1] // _LOOKED_AT)
+    some = rows[:, :: next(it for it in itertools.count(step) if math.gcd(it, rows.shape[1]) == 1)]
     return some.to(torch.float64) if some.is_floating_point() else some
 
 
