@@ -158,7 +158,8 @@ def compare(
         if all(isinstance(it, nn.Module | Precomputed) for it in models.values()):
             comparison = Comparison.of(models, options)
             comparison.seen.check(loader)
-            ranks.agree({"models": comparison.types, "chosen": comparison.chosen, **options.spelled()})
+            if ranks.size > 1:
+                ranks.agree({"models": comparison.types, "chosen": comparison.chosen, **options.spelled()})
             path = None if checkpoint is None else path_of_rank(checkpoint, ranks)
             identity = {} if path is None else _identity(comparison, options, loader)
             keeper = Keeper(path, checkpoint_every, loader, identity)

@@ -512,3 +512,12 @@ def test_labels_go_where_a_forward_takes_them(signature: str, kept: bool) -> Non
     kind = type("Net", (nn.Module,), {"forward": scope["forward"]})
     _, keywords = batches.arguments({"x": X, "label": Y}, kind())
     assert set(keywords) == ({"x", "label"} if kept else {"x"})
+
+
+def test_a_loaders_generator_matters_only_to_a_checkpoint() -> None:
+    class Odd(list[Tensor]):
+        @property
+        def generator(self) -> torch.Generator:
+            raise RuntimeError("no generator yet")
+
+    assert cka_hooks.compare(nn.Linear(4, 4), Odd(torch.randn(3, 8, 4)), progress=False).samples == 24

@@ -605,3 +605,9 @@ def test_a_group_of_a_file_is_no_array(tmp_path: Path) -> None:
         file["group/A"], file["other"] = np.zeros((8, 2)), np.zeros((8, 2))
     with pytest.raises(cka_hooks.OptionError, match="no array 'group'"):
         cka_hooks.Precomputed.load(f"{tmp_path}/a.h5::group")
+
+
+def test_layers_that_can_be_read_once_are_in_the_settings() -> None:
+    rows = torch.randn(32, 8)
+    result = cka_hooks.compare({"V4": Precomputed(rows)}, rows.split(16), layers=iter(["x"]), progress=False)
+    assert result.settings["layers"] == ["x"]

@@ -514,3 +514,12 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_the_model_itself_is_a_layer_by_name() -> None:
     result = cka_hooks.compare(net(), [X], layers=[ROOT, "2"], progress=False)
     assert result["2", ROOT] == pytest.approx(1)
+
+
+def test_a_module_that_is_replaced_inside_its_wrapper_is_refused() -> None:
+    """Hooks are on the modules that were there when the recorder was made."""
+    wrapped = nn.DataParallel(nn.Sequential(nn.Linear(8, 4)))
+    recorder = cka_hooks.LayerRecorder(wrapped)
+    wrapped.module = nn.Sequential(nn.Linear(8, 7))
+    with pytest.raises(cka_hooks.LayerError, match="none of the chosen layers"):
+        recorder.describe(torch.randn(4, 8))

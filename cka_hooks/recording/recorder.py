@@ -108,11 +108,11 @@ class LayerRecorder:
         for name, function in {"forward(model, batch)": forward, "consumer(label, activation)": consumer}.items():
             if function is not None and not callable(function):
                 raise OptionError(f"{function!r:.200} cannot be called: expected a function {name}")
-        self._runnable, self._forward = unwrap(model, keeps_sharded=True), forward
+        self._forward = forward
         self._by_default = layers is None
         shared = positions if isinstance(positions, Positions) else None
         options = Options.of({**locals(), "positions": None if shared else positions})
-        self._way = LongWay(self._runnable, shared, options, detach)
+        self._way = LongWay(unwrap(model, keeps_sharded=True), shared, options, detach)
         self.chosen = [selection.name for selection in self._way.selections]
         self.consumer = consumer
         self._entered, self._managed, self._started = 0, False, False
@@ -238,7 +238,7 @@ class LayerRecorder:
         return Given(batch, batch, self._form, self._form.shape(batch), value, call)
 
     def _call(self, batch: Any, number: int | None = None) -> Any:
-        return batches.call(self._runnable, batch, self._forward, self._form, number)
+        return batches.call(unwrap(self.model, keeps_sharded=True), batch, self._forward, self._form, number)
 
     @contextmanager
     def _pass(self, given: Given, limit: int | None) -> Iterator[None]:
@@ -340,7 +340,7 @@ class LayerRecorder:
     def _run(self, batch: Any, keep: Callable[[Tensor], Any], random_stream: guest.RandomStream) -> dict[str, Any]:
         """Run the model on one batch, past the recorder's own consumer, and keep something of each activation."""
         kept: dict[str, Any] = {}
-        before, depth, visit = self.consumer, self._entered, guest.untouched(self._runnable)
+        before, depth, visit = self.consumer, self._entered, guest.untouched(unwrap(self.model, keeps_sharded=True))
         with_gradients = torch.is_grad_enabled()
         try:
             self.consumer = lambda layer, activation: kept.update({layer: keep(activation)})

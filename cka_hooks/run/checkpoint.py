@@ -82,7 +82,7 @@ class Keeper:
         self._outer: dict[str, Any] | None = None
         self._every = above_zero("checkpoint_every", every) or 0.0
         self._next_save = time.monotonic() + self._every
-        self._randomness = replay.Randomness(loader)
+        self._randomness = replay.Randomness(loader if path is not None else None)
         if path is not None and not hasattr(loader, "load_state_dict"):
             self._check_order()
 
