@@ -495,13 +495,14 @@ def test_samples_in_an_order_that_no_random_number_makes(kind: str, n: int, widt
     assert "no dimension alone followed the samples when their order changed" in result.skipped["other"]
 
 
-@pytest.mark.parametrize("kind", ["flip", "roll", "randperm"])
+@pytest.mark.parametrize("kind", ["flip", "roll", "randperm", "sort"])
 @pytest.mark.parametrize("n", [16, 128])
 def test_samples_in_another_order_under_noise(kind: str, n: int) -> None:
     change: dict[str, Callable[[Tensor], Tensor]] = {
         "flip": lambda x: x.flip(0),
         "roll": lambda x: x.roll(1, 0),
         "randperm": lambda x: x[torch.randperm(len(x))],
+        "sort": lambda x: x[x.sum(1).argsort()],
     }
 
     class Noisy(nn.Module):

@@ -9,10 +9,12 @@ whole batch runs as it is and in another order.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -113,10 +115,19 @@ class Probe:
         self.few = cut(batch, samples, self.chosen)
         self.first = self.look(self.few, len(self.chosen))
 
-    def look(self, batch: Any, samples: int, positions: Sequence[int] | None = None) -> Look:
-        """Make a pass over a batch of that many samples, and look at those at `positions`, or at all."""
+    def look(
+        self, batch: Any, samples: int, positions: Sequence[int] | None = None, *, redraws: bool = False
+    ) -> Look:
+        """Make a pass over a batch of that many samples, and look at those at `positions`, or at all.
+
+        With `redraws`, the model draws other random numbers than in the other passes.
+        """
         look = Look(samples, list(range(samples) if positions is None else positions))
         try:
+            if redraws:
+                torch.manual_seed(torch.initial_seed() ^ 1)
+                random.seed(torch.initial_seed())
+                np.random.seed(torch.initial_seed() % (1 << 32))
             self._run(batch, look.take)
         except Exception as error:
             look.problem = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -148,11 +159,13 @@ class Probe:
         turned_round = _turned(samples)
         now_at = {sample: place for place, sample in enumerate(turned_round)}
         turned = self.look(cut(batch, samples, turned_round), samples, [now_at[i] for i in looked_at])
+        drew = drew or whole.drew
+        redrawn = self.look(cut(batch, samples, range(samples)), samples, looked_at, redraws=True) if drew else whole
         for label in {**labels, **whole.seen}:
             dim = found.get(label, OPEN)
             if dim == OPEN:
                 found[label] = _by_order(label, whole, turned, problem or whole.problem or turned.problem)
-            elif drew and isinstance(dim, int) and _shuffled(label, whole, turned, dim):
+            elif drew and isinstance(dim, int) and _shuffled(label, whole, turned, redrawn, dim):
                 found[label] = "its samples are in another order than those of the batch: the model shuffles them"
         return found, whole.problem
 
@@ -261,18 +274,17 @@ def _may_be_fixed(before: tuple[int, ...], after: tuple[int, ...], samples: int,
     return before != after and not folded and math.prod(before) * fewer == math.prod(after) * samples
 
 
-def _shuffled(label: str, whole: Look, turned: Look, dim: int) -> bool:
+def _shuffled(label: str, whole: Look, turned: Look, redrawn: Look, dim: int) -> bool:
     """Whether many slices are those of other samples, although the model drew random numbers.
 
     Slices that look like others of the same pass, such as zeros, do not count.
     """
-    before, after = whole.seen.get(label), turned.seen.get(label)
-    if before is None or after is None or dim not in before.slices.keys() & after.slices.keys():
+    glances = [look.seen[label] for look in (whole, turned, redrawn) if label in look.seen]
+    found = [glance.slices[dim] for glance in glances if dim in glance.slices]
+    if len(found) < 3 or len({it.shape for it in found}) > 1:
         return False
-    a, b = before.slices[dim], after.slices[dim]
-    if a.shape != b.shape:
-        return False
-    nearly = 8 * before.eps * a.norm(dim=1).max()
+    a, b, other = found
+    nearly = 8 * glances[0].eps * a.norm(dim=1).max()
     distances = torch.cdist(b, a)
     own = distances.diagonal()[:, None]
     unique = (torch.cdist(a, a) <= nearly).sum(0) == 1
@@ -281,8 +293,10 @@ def _shuffled(label: str, whole: Look, turned: Look, dim: int) -> bool:
     # Elsewhere, a sample has got other random numbers, which may hide what it was.
     level = torch.maximum(nearly, _ALIKE * own) if a.shape[1] >= _MANY else nearly
     elsewhere = ((distances <= level) & (distances < own) & ~same_place & unique).any(1)
-    # Where the random numbers are the same, a sorted batch is as it was. Black samples are too, so most must be.
-    in_place = (distances <= nearly) & (own > nearly) & same_place & unique
+    # A sorted batch is as it was. Random numbers, the same at each place in both passes, do not explain it if they
+    # are small.
+    small = (a - other).norm(dim=1) <= _ALIKE * own
+    in_place = (distances <= _ALIKE * own) & (own > nearly) & same_place & unique & small
     # Of a shuffled batch, so many of what is looked at are found again.
     expected = len(a) ** 2 / whole.samples
     several = max(min(4, len(a) // 2), expected / 4)
