@@ -301,3 +301,10 @@ def test_averages_that_a_norm_subtracts_are_no_features(
     assert result.layers == ("0", "2", "3")
     assert "it subtracts its averages, as an InstanceNorm does" in result.skipped["1"]
     assert cka_hooks.compare(model, batches, features={"1": "flatten", "**": "mean"}, progress=False).skipped == {}
+
+
+def test_averages_beside_a_large_offset_are_features() -> None:
+    model = nn.Sequential(nn.Identity(), nn.Conv2d(3, 8, 1))
+    images = [torch.randn(16, 3, 64, 64) + 1000]
+    result = cka_hooks.compare(model, images, features="mean", channel_dim=1, progress=False)
+    assert result.layers == ("0", "1")

@@ -246,8 +246,10 @@ class LongWay:
         options: Any = {"batch_dim": route.axis, "masks": masks, "channels": route.channels}
         rows = feature_rows(activation, route.reduction, **options)
         if label not in self._vanish and route.reduction == "mean" and activation.ndim > 2 and len(rows) > 1:
-            size = feature_rows(activation.detach().abs(), "mean", **options)
-            self._vanish[label] = _vanishes(rows.detach(), size, activation.detach(), route.axis)
+            plain = activation.detach()
+            apart = (plain - plain.narrow(route.axis, 0, 1)).abs()
+            size, apart = (feature_rows(it, "mean", **options) for it in (plain.abs(), apart))
+            self._vanish[label] = _vanishes(rows.detach(), size, apart.amax(0), torch.finfo(plain.dtype).eps)
         if self._vanish.get(label):
             raise NotRecordable(
                 "it subtracts its averages, as an InstanceNorm does, and what is left of them is rounding: pass "
@@ -266,19 +268,18 @@ class LongWay:
         return rows_of(function, activation)
 
 
-def _vanishes(rows: Tensor, size: Tensor, activation: Tensor, axis: int) -> bool:
+def _vanishes(rows: Tensor, size: Tensor, apart: Tensor, eps: float) -> bool:
     """Whether averages (n, 1, C) of an activation are alike for all samples, which differ, but for rounding.
 
     Args:
         rows: averages.
         size: averages of absolute values.
-        activation: what was averaged.
-        axis: its dimension with the samples.
+        apart: averages of how far values are from those of one sample, for that which is farthest, (1, C).
+        eps: eps of the activation's dtype.
     """
+    noise = 4 * eps * size
     # A norm's own averages are as exact as its input, which may have a large offset.
-    noise = max(4 * torch.finfo(activation.dtype).eps, 1e-4) * size
-    differs = (activation - activation.narrow(axis, 0, 1)).abs().amax() > noise.amax()
-    return bool(((rows - rows.mean(0)).abs() <= noise).all() & differs)
+    return bool(((rows - rows.mean(0)).abs() <= noise + 1e-4 * apart).all() & (apart.amax() > noise.amax()))
 
 
 def _refuse_vmap(activation: Tensor) -> None:
