@@ -57,7 +57,8 @@ def test_the_kernels_compile_and_get_their_arguments(capability: int, samples: S
     library = tmp_path / "libcuda.so.1"
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, CHECKS.with_name("no_gpu.c")], check=True)
     places = {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_LIBCUDA_PATH": str(tmp_path)}
-    environment = os.environ | places | {"LD_LIBRARY_PATH": str(tmp_path)}
+    # Importing fused_checks.py, as the search for doctests does, chooses the interpreter.
+    environment = os.environ | places | {"LD_LIBRARY_PATH": str(tmp_path), "TRITON_INTERPRET": "0"}
     words = map(str, (CHECKS.with_name("launch_checks.py"), library, capability, *samples))
     done = finished(*words, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -177,7 +177,7 @@ def _unlike(batch: Any, samples: int) -> list[int]:
     """
     tensors = [it for it in tensors_in(with_tensors(batch)) if it.layout is torch.strided and not it.is_nested]
     whole = [(it != 0).reshape(samples, -1).sum(1).cpu() for it in tensors if it.ndim and len(it) == samples]
-    order = torch.stack([torch.zeros(samples), *whole]).sum(0).argsort(stable=True).tolist()
+    order = torch.stack([torch.zeros(samples, device="cpu"), *whole]).sum(0).argsort(stable=True).tolist()
     return [order[i] for i in (-1, 0, samples // 2)][: min(samples, FEW)]
 
 
