@@ -471,15 +471,19 @@ def test_a_model_that_shuffles_its_samples_inside(n: int) -> None:
         assert "another order than those of the batch" in result.skipped["shuffled"]
 
 
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "flip": lambda x: x.flip(0),
+    "roll": lambda x: x.roll(1, 0),
+    "halves": lambda x: torch.cat([x[len(x) // 2 :], x[: len(x) // 2]]),
+    "randperm": lambda x: x[torch.randperm(len(x))],
+    "sort": lambda x: x[x.sum(1).argsort()],
+}
+
+
 @pytest.mark.parametrize(("n", "width"), [(4, 6), (5, 6), (N, 6), (9, 6), (N, 7000), (40, 7000)])
 @pytest.mark.parametrize("kind", ["flip", "roll", "halves"])
 def test_samples_in_an_order_that_no_random_number_makes(kind: str, n: int, width: int) -> None:
     """As in mixing samples, or in the negatives of a contrastive loss; of wide layers, some numbers are looked at."""
-    change: dict[str, Callable[[Tensor], Tensor]] = {
-        "flip": lambda x: x.flip(0),
-        "roll": lambda x: x.roll(1, 0),
-        "halves": lambda x: torch.cat([x[len(x) // 2 :], x[: len(x) // 2]]),
-    }
 
     class Mixes(nn.Module):
         def __init__(self) -> None:
@@ -488,7 +492,7 @@ def test_samples_in_an_order_that_no_random_number_makes(kind: str, n: int, widt
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.first(x)
-            return x + self.other(change[kind](x))
+            return x + self.other(CHANGES[kind](x))
 
     result = cka_hooks.compare(Mixes(), data(n, 5, count=4), layers=["first", "*"], progress=False)
     assert result.layers == ("first",)
@@ -498,20 +502,13 @@ def test_samples_in_an_order_that_no_random_number_makes(kind: str, n: int, widt
 @pytest.mark.parametrize("kind", ["flip", "roll", "randperm", "sort"])
 @pytest.mark.parametrize("n", [16, 128])
 def test_samples_in_another_order_under_noise(kind: str, n: int) -> None:
-    change: dict[str, Callable[[Tensor], Tensor]] = {
-        "flip": lambda x: x.flip(0),
-        "roll": lambda x: x.roll(1, 0),
-        "randperm": lambda x: x[torch.randperm(len(x))],
-        "sort": lambda x: x[x.sum(1).argsort()],
-    }
-
     class Noisy(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.first, self.other = nn.Linear(64, 64), nn.Linear(64, 64)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.other(change[kind](self.first(x + 0.001 * torch.randn_like(x))))
+            return self.other(CHANGES[kind](self.first(x + 0.001 * torch.randn_like(x))))
 
     result = cka_hooks.compare(Noisy(), data(n, 64), progress=False)
     assert result.layers == ("first",)
@@ -954,3 +951,17 @@ def test_a_layer_that_returns_one_number_a_sample_is_a_layer() -> None:
 
     result = cka_hooks.compare(Net(), [torch.randn(16, 5)], progress=False)
     assert (result.layers, result.skipped) == (("a", "b", "flat"), {})
+
+
+def test_a_batch_may_hold_tensors_without_numbers() -> None:
+    class Takes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, extra: Tensor) -> Tensor:
+            return self.first(x) + 1
+
+    for extra in (torch.zeros(N, 0), torch.zeros(N, 3, dtype=torch.float8_e4m3fn)):
+        batch = {"x": torch.randn(N, 4), "extra": extra}
+        assert cka_hooks.compare(Takes(), [batch], progress=False).layers == ("first",)

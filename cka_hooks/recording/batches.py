@@ -293,6 +293,12 @@ def arguments(batch: Any, model: nn.Module, form: Form | None = None) -> tuple[t
     return (), {key: item for key, item in named.items() if key not in LABELS or keeps_labels(model, key, named)}
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has numbers that can be read as they are."""
+    is_other = tensor.is_nested or tensor.is_quantized or tensor.is_meta
+    return type(tensor) is Tensor and tensor.layout is torch.strided and not is_other
+
+
 def with_tensors(value: Any) -> Any:
     """A batch with tensors in place of NumPy arrays of numbers.
 

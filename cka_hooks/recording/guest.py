@@ -263,8 +263,21 @@ def random_state() -> tuple[list[Tensor], Any, Any]:
 
 def torch_random_state() -> list[Tensor]:
     """The states of torch's random generators, on the CPU and on devices in use."""
-    in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if in_use else [])]
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if _uses_cuda() else [])]
+
+
+def draw_anew() -> None:
+    """Let all of these go on with other numbers. A device that is not in use yet keeps the seed that waits for it."""
+    seed = torch.initial_seed() ^ 1
+    torch.default_generator.manual_seed(seed)
+    if _uses_cuda():
+        torch.cuda.manual_seed_all(seed)
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+
+
+def _uses_cuda() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
 
 
 def restore_torch_random(states: list[Tensor]) -> None:

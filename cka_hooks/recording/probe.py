@@ -9,17 +9,15 @@ whole batch runs as it is and in another order.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cka_hooks.recording.batches import cut, with_tensors
-from cka_hooks.recording.guest import Snapshot, is_sharded
+from cka_hooks.recording.batches import cut, is_plain, with_tensors
+from cka_hooks.recording.guest import Snapshot, draw_anew, is_sharded
 from cka_hooks.recording.outputs import tensors_in
 
 # Samples in the smaller pass. With one or two, dimensions of that size may be squeezed away, or exist anyway.
@@ -125,9 +123,7 @@ class Probe:
         look = Look(samples, list(range(samples) if positions is None else positions))
         try:
             if redraws:
-                torch.manual_seed(torch.initial_seed() ^ 1)
-                random.seed(torch.initial_seed())
-                np.random.seed(torch.initial_seed() % (1 << 32))
+                draw_anew()
             self._run(batch, look.take)
         except Exception as error:
             look.problem = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -175,8 +171,8 @@ def _unlike(batch: Any, samples: int) -> list[int]:
 
     A model that sorts its samples by length moves these, whichever way it sorts.
     """
-    tensors = [it for it in tensors_in(with_tensors(batch)) if it.layout is torch.strided and not it.is_nested]
-    whole = [(it != 0).reshape(samples, -1).sum(1).cpu() for it in tensors if it.ndim and len(it) == samples]
+    tensors = [it for it in tensors_in(with_tensors(batch)) if is_plain(it) and it.ndim and len(it) == samples]
+    whole = [(it != 0).reshape(samples, -1).sum(1).cpu() for it in tensors]
     order = torch.stack([torch.zeros(samples, device="cpu"), *whole]).sum(0).argsort(stable=True).tolist()
     return [order[i] for i in (-1, 0, samples // 2)][: min(samples, FEW)]
 

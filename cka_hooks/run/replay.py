@@ -28,7 +28,7 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from cka_hooks.errors import BatchError, OptionError
-from cka_hooks.recording.batches import sample_count, with_tensors
+from cka_hooks.recording.batches import is_plain, sample_count, with_tensors
 from cka_hooks.recording.guest import random_state
 from cka_hooks.recording.outputs import tensors_in
 from cka_hooks.run.precomputed import Identifier, identifiers
@@ -156,8 +156,7 @@ def fingerprint(batch: Any) -> str:
         if tensor.is_nested:
             continue
         hasher.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-        is_plain = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_quantized
-        if is_plain and tensor.device.type == "cpu" and tensor.numel():
+        if is_plain(tensor) and tensor.device.type == "cpu" and tensor.numel():
             hasher.update(_some(tensor).numpy(force=True).tobytes())
             is_seen = True
     return ("" if is_seen else "?") + hasher.hexdigest()
