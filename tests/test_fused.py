@@ -226,6 +226,26 @@ def test_a_batch_that_broke_off_leaves_nothing(launches: Launches) -> None:
     assert cka.compute()["x", "y"] == pytest.approx(result_of([{"x": x, "y": y}])["x", "y"])
 
 
+def test_a_stream_waits_for_its_table(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is copied on the stream on which matrices are taken, and read on those of the hooks."""
+    now, log = [1], list[Any]()
+    monkeypatch.setattr(fused, "current_stream", lambda device: now[0])
+    monkeypatch.setattr(fused, "_stream", lambda handle, device: SimpleNamespace(wait_stream=log.append))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(wait_stream=log.append))
+    shelf = fused.Shelf(torch.device("cpu"))
+    for now[0] in (1, 2):
+        shelf.add(torch.randn(16, 1, 40), 1)
+    # More layers than in the tables so far.
+    shelf.add(torch.randn(16, 1, 40), 1)
+    now[0] = 1
+    make = shelf._table
+    monkeypatch.setattr(shelf, "_table", lambda pending: log.append("table") or make(pending))
+    monkeypatch.setattr(fused, "launch", lambda *_: log.append("launch"))
+    monkeypatch.setattr(shelf, "_lead", lambda: log.append("lead"))
+    shelf.finish()
+    assert [it for it in log if isinstance(it, str)] == ["launch", "table", "lead", "launch"]
+
+
 def test_what_is_captured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that is launched while a CUDA graph is captured does not run, and its buffers would be added up."""
     cka = CKAAccumulator()
@@ -394,6 +414,10 @@ def test_it_is_compiled_once_for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> N
     x = torch.zeros(16, 14, 64)[:, ::2]
     fused.launch(fused.program_of(x.shape, x.stride(), x.dtype, 1, 132), 0, (x,), 5)
     assert len(compiled) == 2
+    # And two of one width, which reads as it is, with elements of two sizes.
+    for x in (torch.zeros(16, 1, 7), torch.zeros(16, 1, 7).half()):
+        fused.launch(fused.program_of(x.shape, x.stride(), x.dtype, 1, 132), 0, (x,), 5)
+    assert len(compiled) == 4
 
 
 def test_the_handle_0_is_the_default_stream(monkeypatch: pytest.MonkeyPatch) -> None:

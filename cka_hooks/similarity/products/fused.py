@@ -115,7 +115,7 @@ class Program:
         kind: identifies what is compiled once for programs of all sizes.
         slots: number of programs, each of which fills a slot.
         room: number of slots in a buffer of ROOM numbers.
-        compiled: launchers by (device, whether the address of the first tensor is a multiple of 16 bytes).
+        compiled: launchers by (device, dtype of the first tensor, whether its address is a multiple of 16 bytes).
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Program:
         self.kind = (kernel, *constants.values(), *options.values(), *(number >= 1 << 31 for number in numbers))
         self.slots = grid[0] * grid[1]
         self.room = ROOM // constants["N"] ** 2
-        self.compiled: dict[tuple[int | None, bool], Callable[..., None]] = {}
+        self.compiled: dict[tuple[int | None, torch.dtype, bool], Callable[..., None]] = {}
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -145,7 +145,7 @@ def launch(program: Program, stream: int, tensors: Sequence[Tensor], *numbers: i
     """Launch a kernel. All launches come through here."""
     device = tensors[0].device
     places = [tensor.data_ptr() for tensor in tensors]
-    key = device.index, places[0] % 16 == 0
+    key = device.index, tensors[0].dtype, places[0] % 16 == 0
     run = program.compiled.get(key)
     if run is None and (program.kind, key) in _compiled:
         run = program.compiled[key] = _compiled[program.kind, key][program.grid]
@@ -360,9 +360,13 @@ class Shelf:
         key = (self._m, self._n, *lane.pending)
         found = self._tables.get(key)
         if found is None:
+            # A table is made on the current stream, perhaps in place of one that another stream still reads, and read
+            # on the lane's.
+            self._follow()
             if len(self._tables) >= KEPT:
                 self._tables.clear()
             found = self._tables[key] = self._table(lane.pending)
+            self._lead()
         program, table = found
         launch(program, lane.stream, (*lane.buffers, table, self._values, self._shift))
         lane.pending.clear()
