@@ -19,8 +19,8 @@ MIN_SAMPLES = 4
 CENTRING_NOISE = (16 * torch.finfo(torch.float64).eps) ** 2
 
 
-# How many samples to look at feature by feature.
-_LOOKED_AT = 32
+# How many samples to look at feature by feature, and how many features at a time.
+_LOOKED_AT, _AT_ONCE = 32, 1 << 17
 
 
 def resolution(dtype: torch.dtype) -> float:
@@ -55,15 +55,26 @@ def features_differ(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _differ(rows: Tensor, dtype: torch.dtype) -> Tensor:
     some = rows.detach().flatten(1)
-    some = some if some.dtype is torch.float64 else some.float()
     if not some.numel():
         return some.new_zeros((), dtype=torch.bool)
+    mean, variance = map(torch.cat, zip(*map(_moments, some.split(_AT_ONCE, 1)), strict=True))
+    size = variance + mean.square()
+    usual = _median_above_0(size) if size.device.type != "cpu" else torch.where(size > 0, size, torch.nan).nanmedian()
+    return (variance > resolution(dtype) * torch.maximum(size, usual)).any()
+
+
+def _moments(some: Tensor) -> tuple[Tensor, Tensor]:
+    some = some if some.dtype is torch.float64 else some.float()
     mean = some.mean(0)
     # Ten times as fast as torch.var over the first dimension.
-    variance = (some - mean).square_().mean(0)
-    size = variance + mean.square()
-    usual = torch.where(size > 0, size, torch.nan).nanmedian()
-    return (variance > resolution(dtype) * torch.maximum(size, usual)).any()
+    return mean, (some - mean).square_().mean(0)
+
+
+def _median_above_0(sizes: Tensor) -> Tensor:
+    """The lower median of (k,) numbers above 0, as (1,). On a GPU, `nanmedian` would wait for it."""
+    zeros, others = (sizes == 0).sum(), (sizes > 0).sum()
+    # NaN comes last.
+    return sizes.sort().values.gather(0, (zeros + (others - 1) // 2).clamp_min(0).view(1))
 
 
 def centre(grams: Tensor, estimator: Estimator = "unbiased") -> Tensor:

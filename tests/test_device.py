@@ -16,12 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cka_hooks
 from cka_hooks import precision
+from cka_hooks.hsic import features_differ
 from cka_hooks.precision import accumulation_device
 from cka_hooks.recording import long_way
 from cka_hooks.similarity.state import State
 
 # What waits for a value of the device, or has a size that depends on values.
 WAITING = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "_unique2"}
+# Of all numbers of a tensor, which look at a count inside.
+WAITING |= {"median", "nanmedian"}
 # What launches no kernel.
 VIEWS = {
     "device",
@@ -170,6 +173,8 @@ def test_launches_of_tokens_do_not_grow_with_their_number(samples: int) -> None:
     def layer(tokens: int) -> float:
         accumulator = cka_hooks.CKAAccumulator()
         activation = torch.randn(tokens, samples, 2500, device="cuda").transpose(0, 1)
+        # In the first batch features are looked at one by one.
+        accumulator.update({"layer": activation})
         with torch.no_grad(), NoHostSync() as counted:
             accumulator.observe("layer", activation)
         return sum(counted.launches.values())
@@ -230,6 +235,28 @@ def test_reductions_with_a_mask_do_not_wait(features: Any, monkeypatch: pytest.M
                 model(**{key: value.to("cuda", non_blocking=True) for key, value in batch.items()})
             accumulator.step()
     assert accumulator.layers == ("embed", "out")
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes that an operator put into memory that it was not given."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ not in VIEWS and isinstance(out, Tensor):
+            self.bytes = max(self.bytes, out.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.usefixtures("pretended")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_first_look_takes_little_memory(dtype: torch.dtype) -> None:
+    """At the first blocks of a ResNet-50, where a forward pass has most."""
+    features = torch.empty(64, 1, 256 * 56 * 56, device="cuda", dtype=dtype)
+    with Largest() as largest:
+        features_differ(features, dtype)
+    assert 0 < largest.bytes < 1 << 25
 
 
 class Finished(Exception):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cka_hooks.hsic import all_pairs, centre, pack, sample_parts
+from cka_hooks.hsic import _median_above_0, all_pairs, centre, pack, sample_parts
 
 
 def grams(layers: int, minibatches: int, n: int, shared: float = 0.0) -> Tensor:
@@ -85,3 +85,13 @@ def test_all_pairs_is_one_symmetric_product(layers: int) -> None:
     assert torch.equal(pairs, pairs.mT)
     expected = np.einsum("imp,jmp->mij", vectors.numpy(), vectors.numpy())
     np.testing.assert_allclose(pairs.numpy(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("zeros", [0, 3, 8])
+@pytest.mark.parametrize("nans", [0, 1, 4])
+def test_the_median_on_a_gpu_is_that_on_a_cpu(zeros: int, nans: int) -> None:
+    sizes = torch.rand(12, generator=torch.Generator().manual_seed(0)) + 0.1
+    sizes[:zeros], sizes[12 - nans :] = 0, torch.nan
+    expected = torch.where(sizes > 0, sizes, torch.nan).nanmedian()
+    found = _median_above_0(sizes[torch.randperm(12, generator=torch.Generator().manual_seed(1))])
+    assert float(found) == (0 if expected.isnan() else float(expected))
