@@ -52,11 +52,15 @@ def null_numbers(centred: Tensor) -> Tensor:
     """
     size = torch.linalg.vector_norm(centred, dim=(-2, -1), keepdim=True)
     unit = (centred / torch.where(size > 0, size, 1)).float()
-    squared = exactly(unit.device, torch.matmul, unit, unit)
-    flat = unit.flatten(-2)
-    cubes = torch.stack([torch.linalg.vecdot(other, flat) for other in (squared.flatten(-2), flat.square())], -1)
     scale: Tensor = size.squeeze(-1) ** 3
-    return cubes.to(size) * scale
+    return exactly(unit.device, _cubes, unit).to(size) * scale
+
+
+def _cubes(unit: Tensor) -> Tensor:
+    flat = unit.flatten(-2)
+    both = (unit @ unit).flatten(-2), flat.square()
+    # `vecdot` is a product, too, and rounds as products do.
+    return torch.stack([torch.linalg.vecdot(other, flat) for other in both], -1)
 
 
 def null_cumulants(own: Tensor, numbers: Tensor, n: int) -> Tensor:

@@ -145,6 +145,23 @@ def test_a_layer_whose_samples_do_not_differ_is_degenerate(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::cka_hooks.CKAWarning")
+@pytest.mark.parametrize("name", OPTIONS)
+def test_where_pytorch_has_to_be_deterministic(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.randn(9, 5), torch.randn(9, 4)
+    expected = cka(x, y, **OPTIONS[name][0])  # type: ignore[arg-type]
+
+    def refused(*_: object, **__: object) -> None:
+        # As a GPU does.
+        raise RuntimeError("kthvalue CUDA does not have a deterministic implementation")
+
+    monkeypatch.setattr(Tensor, "kthvalue", refused)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert cka(x, y, **OPTIONS[name][0]) == expected  # type: ignore[arg-type]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_samples_that_are_equal_but_for_a_few() -> None:
     """Their median distance is 0; K is then its limit for a small bandwidth."""
     x = torch.zeros(12, 3)

@@ -55,6 +55,13 @@ def test_moments_are_those_of_all_permutations(n: int, heavy: bool) -> None:
             assert float((third - values.pow(3).mean()) / variance**1.5) == pytest.approx(0, abs=limit)
 
 
+def test_autocast_changes_nothing() -> None:
+    matrices = centred(3, 12, seed=0)
+    expected = null_numbers(matrices)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(null_numbers(matrices), expected)
+
+
 def test_minibatches_of_several_sizes_add_up() -> None:
     total, wanted = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for n in (4, 5):

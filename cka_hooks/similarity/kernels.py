@@ -140,7 +140,12 @@ def _median(distances: Tensor) -> Tensor:
 
     def ranked(rank: int) -> Tensor:
         # In sorted order, the n zeros of the diagonal come first, then every other value twice.
-        return below.kthvalue((rank - n + 1) // 2, dim=-1).values if rank > n else below.new_zeros(below.shape[:-1])
+        if rank <= n:
+            return below.new_zeros(below.shape[:-1])
+        place = (rank - n + 1) // 2
+        # A GPU has no `kthvalue` where PyTorch has to be deterministic.
+        is_exact = torch.are_deterministic_algorithms_enabled()
+        return below.sort(-1).values[..., place - 1] if is_exact else below.kthvalue(place, dim=-1).values
 
     return (ranked((n * n + 1) // 2) + ranked(n * n // 2 + 1)) / 2
 
