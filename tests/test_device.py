@@ -278,6 +278,18 @@ def test_compare_waits_for_nothing_before_it_reads_the_result(monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("pretended")
+def test_what_was_restored_goes_on_where_activations_are() -> None:
+    x = torch.empty(16, 5, 40, device="cuda")
+    cka = cka_hooks.CKAAccumulator()
+    cka.update({"x": x, "y": x[:, 0]})
+    # As a checkpoint has it.
+    cka.state = cka.state.to("cpu")
+    with NoHostSync():
+        cka.update({"x": x, "y": x[:, 0]})
+    assert cka.state.moments.device.type == "cuda"
+
+
+@pytest.mark.usefixtures("pretended")
 def test_a_read_back_is_refused_here() -> None:
     with NoHostSync():
         x = torch.ones(3, device="cuda")

@@ -220,6 +220,10 @@ class State:
             options: whether to keep the values of its minibatches, and the seed of the permutations.
         """
         keep = options.keep_minibatches
+        device = step.groups[0].vectors.device if step.groups else self.moments.device
+        if self.moments.device.type == "cpu" and device.type != "cpu":
+            # It was read from a file. Everything that is added would have to come here, and be waited for.
+            vars(self).update(vars(self.to(device)))
         if not self._add_in_place(step.groups, keep):
             made = []
             for group in step.groups:
