@@ -54,10 +54,10 @@ def cka_hooks_matrix(model: nn.Module, loader: DataLoader, layers: list[str]) ->
 
 
 def pytorch_cka_matrix(model: nn.Module, loader: DataLoader, layers: list[str]) -> Tensor:
-    """One forward pass serves both sides when they are the same object."""
+    """One forward pass serves both sides when they are the same object. A list alone would be one of loaders."""
     from cka import compute_cka
 
-    return compute_cka(model, model, loader, layers=layers, device=device_of(model), progress=False)[0].cpu()
+    return compute_cka(model, model, [loader], layers=layers, device=device_of(model), progress=False)[0].cpu()
 
 
 def cka_pytorch_matrix(model: nn.Module, loader: DataLoader, layers: list[str]) -> Tensor:

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import processes
 import pytest
@@ -85,6 +86,18 @@ def test_peers_runs_with_the_packages_that_are_installed(tmp_path: Path) -> None
     assert float(found[0][4]) < 1e-6
     assert found[0][5:] == ["0.0%", "0"]
     assert figure.stat().st_size > 10_000
+
+
+def test_pytorch_cka_gets_a_list_of_batches_as_one_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`gpu.py` has a list. Given alone, that would be several loaders."""
+
+    def compute_cka(model: object, same: object, *loaders: object, **_: object) -> list[torch.Tensor]:
+        assert loaders == ([batches],)
+        return [torch.eye(2)]
+
+    peers, batches = load("peers"), [(torch.randn(4, 3), torch.zeros(4))] * 2
+    monkeypatch.setitem(sys.modules, "cka", SimpleNamespace(compute_cka=compute_cka))
+    assert torch.equal(peers.pytorch_cka_matrix(torch.nn.Linear(3, 2), batches, ["0"]), torch.eye(2))
 
 
 def test_host_prints_microseconds_of_a_layer() -> None:
