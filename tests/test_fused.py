@@ -354,6 +354,15 @@ def test_nothing_is_allocated_from_the_second_batch_on(
     assert not any(counts[2:])
 
 
+def test_a_run_may_move_to_another_gpu(pretended: OnlyCounted) -> None:
+    cka = CKAAccumulator()
+    for number in (0, 1, 0):
+        x = torch.randn(32, 40, device=f"cuda:{number}")
+        cka.update({"x": x, "y": x[:, :20]})
+    assert cka.state.moments.device == torch.device("cuda:0")
+    assert cka.minibatches == 3
+
+
 def test_padded_text_is_added_up_by_one_table(pretended: OnlyCounted) -> None:
     """The same programs for every length, so that `add_partials` is told nothing new."""
     cka = CKAAccumulator()

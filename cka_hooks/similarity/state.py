@@ -252,15 +252,15 @@ class State:
         if not groups or len(self.permuted) or not fused.adds_up(groups[0].vectors):
             return False
         layers, sizes = groups[0].layers, [group.vectors.shape[1] for group in groups]
-        room = self._hsic
-        if room is None or room.shape[1] != len(layers) or len(room) < sum(sizes):
+        room, device = self._hsic, groups[0].vectors.device
+        if room is None or room.device != device or room.shape[1] != len(layers) or len(room) < sum(sizes):
             room = groups[0].vectors.new_empty(sum(sizes), len(layers), len(layers))
         hsics = room[: sum(sizes)].split(sizes)
         for group, hsic in zip(groups, hsics, strict=True):
             vectors = group.vectors.transpose(0, 1)
             torch.bmm(vectors, vectors.mT, out=hsic)
-        self._cover(layers, room.device)
-        if self.layers != layers or self.moments.device != room.device:
+        self._cover(layers, device)
+        if self.layers != layers or self.moments.device != device:
             return False
         sums = self.moments, self.null, self.spread, self.size, self.differ, self.seen, self.bad, self.peak
         for group, hsic in zip(groups, hsics, strict=True):
