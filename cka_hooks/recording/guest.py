@@ -131,7 +131,6 @@ class untouched:
                 self._undo.append(partial(module._buffers.update, dict(module._buffers)))
                 self._undo.append(partial(module._parameters.update, unset))
                 self._undo += [undo for buffer in module._buffers.values() for undo in undoing(buffer, {})]
-            for module in self._model.modules():
                 module.training = False
         except BaseException:
             self.__exit__()
@@ -181,30 +180,28 @@ def undoing(value: Any, seen: dict[int, Any]) -> Iterator[Callable[[], object]]:
         value: a container, a tensor, an array or a generator of random numbers; nothing else is copied.
         seen: what was copied before, by its id. It is held, so that no other object can get the same id meanwhile.
     """
-    if id(value) in seen or isinstance(value, nn.Module | nn.Parameter):
-        return
-    seen[id(value)] = value
-    contents: Any = ()
-    if isinstance(value, Tensor):
-        if value.layout is torch.strided and not (value.is_inference() or value.is_meta or value.is_nested):
-            yield partial(_write_back, value, value.detach().clone(), value._version)
-    elif isinstance(value, np.ndarray):
-        yield partial(np.copyto, value, value.copy())
-    elif isinstance(value, torch.Generator):
-        yield partial(value.set_state, value.get_state())
-    elif isinstance(value, dict):
-        yield partial(_fill, value, dict(value))
-        contents = value.values()
-    elif isinstance(value, list | deque | set):
-        yield partial(_refill, value, list(value))
-        contents = value
-    elif isinstance(value, tuple):
-        contents = value
-    elif dataclasses.is_dataclass(value) and hasattr(value, "__dict__") and not isinstance(value, type):
-        contents = [vars(value)]
-    for item in contents:
-        if type(item) not in _CONSTANT:
-            yield from undoing(item, seen)
+    for one in (todo := [value]):
+        if id(one) in seen or isinstance(one, nn.Module):
+            continue
+        seen[id(one)] = one
+        contents: Any = ()
+        if isinstance(one, dict):
+            yield partial(_fill, one, dict(one))
+            contents = one.values()
+        elif isinstance(one, list | deque | set | tuple):
+            yield partial(_refill, one, list(one))
+            contents = one
+        elif isinstance(one, Tensor):
+            is_other = isinstance(one, nn.Parameter) or one.is_inference() or one.is_meta or one.is_nested
+            if not is_other and one.layout is torch.strided:
+                yield partial(_write_back, one, one.detach().clone(), one._version)
+        elif isinstance(one, np.ndarray):
+            yield partial(np.copyto, one, one.copy())
+        elif isinstance(one, torch.Generator):
+            yield partial(one.set_state, one.get_state())
+        elif dataclasses.is_dataclass(one) and hasattr(one, "__dict__") and not isinstance(one, type):
+            contents = [vars(one)]
+        todo += [item for item in contents if type(item) not in _CONSTANT]
 
 
 def _write_back(tensor: Tensor, copy: Tensor, version: int) -> None:
@@ -222,11 +219,11 @@ def _write_back(tensor: Tensor, copy: Tensor, version: int) -> None:
 def _fill(mapping: dict[Any, Any], items: dict[Any, Any]) -> None:
     # The mapping is never empty in between, since Ctrl-C would then leave a module without its attributes.
     mapping.update(items)
-    for key in [key for key in mapping if key not in items]:
+    for key in mapping.keys() - items if len(mapping) > len(items) else ():
         del mapping[key]
 
 
-def _refill(container: list[Any] | deque[Any] | set[Any], entries: list[Any]) -> None:
+def _refill(container: Any, entries: list[Any]) -> None:
     if len(container) == len(entries) and all(map(operator.is_, container, entries)):
         return
     container.clear()
