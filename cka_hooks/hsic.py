@@ -46,10 +46,14 @@ def features_differ(rows: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: dtype of the activation.
     """
     # If this does not wait for a device, ask some features of two samples first, which nearly always differ.
-    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling() and rows.numel():
         _, positions, channels = rows.shape
-        if of_two := _differ(rows[:2, :: positions // 64 + 1, :: channels // 64 + 1], dtype):
-            return of_two
+        some = rows.detach()[:2, :: positions // 64 + 1, :: channels // 64 + 1]
+        wide = some.float() if some.dtype.itemsize < 4 else some
+        apart, largest = float(torch.dist(wide[0], wide[-1], torch.inf)), float(wide.abs().max())
+        # Far more than rounding of the largest one, and no square leaves the range of float32.
+        if 1e-15 < 32 * torch.finfo(dtype).eps * largest < apart < 1e12 or _differ(some, dtype):
+            return torch.ones((), dtype=torch.bool, device="cpu")
     return _differ(rows[:_LOOKED_AT], dtype)
 
 
