@@ -7,6 +7,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 from cka_hooks.errors import OptionError
@@ -16,6 +17,10 @@ from cka_hooks.hsic import MIN_SAMPLES
 _OF_SAMPLES = ("positions", "minibatch", "join_batches", "max_samples")
 _WHOLE = {**dict.fromkeys(_OF_SAMPLES, MIN_SAMPLES), "seed": 0, "epochs": 1, "permutations": 0}
 _ABOVE_ZERO = ("bandwidth", "sigma", "tolerance")
+
+
+# Slow, and asked for in each run.
+_signature = cache(inspect.signature)
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ class Options:
 
     def arguments_of(self, function: Callable[..., Any]) -> dict[str, Any]:
         """The options that a function or class takes, by name."""
-        return {name: vars(self)[name] for name in inspect.signature(function).parameters if name in vars(self)}
+        return {name: vars(self)[name] for name in _signature(function).parameters if name in vars(self)}
 
     def spelled(self, *names: str) -> dict[str, Any]:
         """These options, or all of them, as a result's settings have them: plain JSON values."""

@@ -83,7 +83,7 @@ def check_model(model: object) -> nn.Module:
             found = "a ScriptModule ({}), whose layers hooks do not see: give the eager model it was made from"
         elif _is_exported(module):
             found = "an exported program, which calls no submodules: torch.export.unflatten(program) does"
-        elif any(is_lazy(tensor) for tensor in (*module.parameters(False), *module.buffers(False))):
+        elif any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
             found = "a {}, whose first input sets its shapes: run one batch first, with torch.no_grad(): model(batch)"
         if found is not None:
             where = f"its submodule {name!r}" if name else "the model"

@@ -179,9 +179,9 @@ class Keeper:
     def save_if_due(self, state: Callable[[], dict[str, Any]]) -> None:
         """Save if it is time to."""
         if self._path is not None and time.monotonic() >= self._next_save:
-            self.save(state())
+            self.save(state)
 
-    def save(self, state: dict[str, Any], *, finished: bool = False) -> bool:
+    def save(self, state: Callable[[], dict[str, Any]], *, finished: bool = False) -> bool:
         """Write this state of the run to the file. If that fails, warn; the run continues.
 
         Returns:
@@ -192,7 +192,7 @@ class Keeper:
             return True
         place = None if finished else self._place
         try:
-            write(self._path, {"settings": self._settings, "finished": finished, "place": place, "run": state})
+            write(self._path, {"settings": self._settings, "finished": finished, "place": place, "run": state()})
         except OSError as error:
             warn(f"the checkpoint {self._path} could not be written ({error}); the run goes on, with the last save")
             return False
@@ -204,7 +204,7 @@ class Keeper:
         if self._place is None or self.finished:
             return
         note = f"saved to {self._path} up to here: the same call continues from there"
-        if not self.save(state()):
+        if not self.save(state):
             note = f"the checkpoint {self._path} holds the last save"
         _log.warning("run ended by %s; %s", type(error).__name__, note)
         if isinstance(error, KeyboardInterrupt) and not error.args:

@@ -91,7 +91,7 @@ class Loop:
             with self.comparison, progress_bar(name, "sample", total, shown=progress) as self._bar:
                 self._bar.update(self.comparison.seen.row)
                 stopped = not self.keeper.finished and self._passes(sampler, shuffle)
-                self.keeper.save(self._state(), finished=True)
+                self.keeper.save(self._state, finished=True)
                 if not stopped:
                     self._meet(DONE)
         except BaseException as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
-from inspect import signature
 from typing import Any
 
 import torch
@@ -124,7 +123,7 @@ class CKAAccumulator:
     @property
     def settings(self) -> dict[str, Any]:
         """The options as a result has them: plain JSON values."""
-        settings = self._options.spelled(*signature(CKAAccumulator).parameters)
+        settings = self._options.spelled(*self._options.arguments_of(CKAAccumulator))
         if self._split_by_default:
             settings["minibatch"] = f"at most {LARGEST_BY_DEFAULT}"
         # Settings of earlier versions do not have it.
