@@ -67,10 +67,17 @@ def test_sizes_of_a_batch(samples: int, minibatch: int | None) -> None:
 
 
 @pytest.mark.parametrize("allowed", [True, False])
-def test_tf32(allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
-    assert error(vision.resnet50().cuda().eval(), images()) < 1e-6
+def test_tf32(allowed: bool) -> None:
+    # Attributes that monkeypatch cannot give back.
+    switches: Any = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = allowed
+        assert error(vision.resnet50().cuda().eval(), images()) < 1e-6
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
