@@ -50,7 +50,7 @@ def test_the_kernels_are_right_in_the_interpreter() -> None:
 
 # The largest tile is the first to find no room.
 @on_linux
-@pytest.mark.parametrize(("capability", "samples"), [(90, (12, 64)), (80, (100,))])
+@pytest.mark.parametrize(("capability", "samples"), [(90, (12, 64)), (80, (100,)), (100, (100,))])
 def test_the_kernels_compile_and_get_their_arguments(capability: int, samples: Sequence[int], tmp_path: Path) -> None:
     if (compiler := shutil.which("cc")) is None:
         pytest.skip("there is no C compiler")

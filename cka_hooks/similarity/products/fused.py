@@ -160,7 +160,12 @@ def launch(program: Program, stream: int, tensors: Sequence[Tensor], *numbers: i
     # Triton's own launch uses the current device and stream, and analyses its arguments anew each time, which takes
     # longer than the launch itself.
     with torch.cuda.stream(_stream(stream, device)) if device.type == "cuda" else nullcontext():
-        compiled = kernel(*tensors, *numbers, *program.numbers, **program.constants, **program.options)
+        given = (*tensors, *numbers, *program.numbers)
+        try:
+            compiled = kernel(*given, **program.constants, **program.options)
+        except _kernels().OutOfResources:
+            # The tensor memory of a B200 has no room for all sums of a large tile. Of more warps, it takes none.
+            compiled = kernel(*given, **program.constants, **program.options | {"num_warps": 16})
     if compiled is not None and _kernels().TAKES_CONSTANTS:
         _compiled[program.kind, key] = compiled
 

@@ -20,6 +20,7 @@ import os
 
 import triton
 import triton.language as tl
+from triton import OutOfResources as OutOfResources
 
 # Whether a compiled kernel also gets its constants when it is launched.
 TAKES_CONSTANTS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
