@@ -26,6 +26,11 @@ def accumulation_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type in _WITHOUT_FLOAT64 else device
 
 
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on another device. Only for a CPU this waits, which might read numbers before they are there."""
+    return tensor.to(device, non_blocking=device.type != "cpu")
+
+
 def exactly(device: torch.device, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call `function` with products in the dtype that they are written in: no autocast, no TF32, no bfloat16.
 

@@ -19,6 +19,10 @@ from cka_hooks import precision
 from cka_hooks.hsic import features_differ
 from cka_hooks.precision import accumulation_device
 from cka_hooks.recording import long_way
+from cka_hooks.recording.batches import to_device
+from cka_hooks.recording.positions import Positions
+from cka_hooks.similarity.batch import Minibatches
+from cka_hooks.similarity.products.reference import Grams
 from cka_hooks.similarity.state import State
 
 # What waits for a value of the device, or has a size that depends on values.
@@ -275,6 +279,28 @@ def test_compare_waits_for_nothing_before_it_reads_the_result(monkeypatch: pytes
     loader = [(torch.randn(32, 20, 8), None) for _ in range(2)]
     with NoHostSync(), pytest.raises(Finished):
         cka_hooks.compare(models, loader, minibatch=8, max_samples=2 * 32, batch_dim=0, progress=False)
+
+
+class ReadTooEarly(TorchDispatchMode):
+    """Refuses copies to a CPU that do not wait: it may read their memory before the numbers are there."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.device.type == "cpu" and (kwargs or {}).get("non_blocking"):
+            assert args[0].device.type == "cpu", func
+        return out
+
+
+@pytest.mark.usefixtures("pretended")
+def test_a_cpu_waits_for_its_numbers() -> None:
+    on_gpu, on_cpu = torch.randn(16, 6, 5, device="cuda"), torch.randn(16, 6, 5)
+    grams = [Grams(torch.randn(2, 6, 6, device=device), torch.ones(2, device=device)) for device in ("cpu", "cuda")]
+    positions = Positions(8, 0)
+    with ReadTooEarly():
+        assert Minibatches.of(("x", "y"), grams, "unbiased").vectors.device.type == "cpu"
+        assert to_device([on_gpu], torch.device("cpu"))[0].device.type == "cpu"
+        for activation in (on_gpu, on_cpu):
+            assert positions.rows("x", activation, None, frozenset()).device == activation.device
 
 
 @pytest.mark.usefixtures("pretended")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 from torch.utils import data
 
+from cka_hooks import precision
 from cka_hooks.errors import BatchError, CKAError, OptionError
 from cka_hooks.recording import outputs
 
@@ -225,18 +226,20 @@ def mapped(value: Any, change: Callable[[Any, str], Any], key: str = "") -> Any:
 
 
 def to_device(value: Any, device: torch.device | None) -> Any:
-    """Move every tensor of a batch to `device`, without waiting. Tensors already there stay the same objects.
+    """Move every tensor of a batch to `device`, by `precision.moved`. Tensors already there stay the same objects.
 
     Graphs and other objects with a method ``to`` are moved with it.
     """
+    if device is None:
+        return value
 
     def moved(item: Any, _: str) -> Any:
         if isinstance(item, Tensor):
-            return item if item.device == device else item.to(device, non_blocking=True)
+            return item if item.device == device else precision.moved(item, device)
         has_own = not isinstance(item, Mapping | type | nn.Module) and callable(getattr(item, "to", None))
         return item.to(device) if has_own else None
 
-    return value if device is None else mapped(value, moved)
+    return mapped(value, moved)
 
 
 def cut(value: Any, samples: int, index: Sequence[int]) -> Any:

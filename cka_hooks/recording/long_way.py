@@ -18,7 +18,7 @@ from cka_hooks.errors import BatchError, LayerError, OptionError
 from cka_hooks.features import Reduction, check_reduction, feature_rows, memory_order, rows_of, tokens_of
 from cka_hooks.names import PerLayer
 from cka_hooks.options import Options
-from cka_hooks.precision import without_gradients
+from cka_hooks.precision import moved, without_gradients
 from cka_hooks.recording.batches import Given
 from cka_hooks.recording.dimensions import Channels, SampleDimension, matters
 from cka_hooks.recording.layers import named_layers, select_layers
@@ -242,7 +242,7 @@ class LongWay:
         if self._positions is not None:
             tokens, kept = tokens_of(activation, route.axis, masks, route.channels)
             return self._positions.rows(label, tokens, kept, frozenset(id(mask) for mask, _ in found))
-        masks = [(mask.to(activation.device, non_blocking=True), dims) for mask, dims in masks]
+        masks = [(moved(mask, activation.device), dims) for mask, dims in masks]
         options: Any = {"batch_dim": route.axis, "masks": masks, "channels": route.channels}
         rows = feature_rows(activation, route.reduction, **options)
         if label not in self._vanish and route.reduction == "mean" and activation.ndim > 2 and len(rows) > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cka_hooks.precision import moved
 from cka_hooks.recording.outputs import NotRecordable
 
 
@@ -66,7 +67,7 @@ class Positions:
         if self._places is None:
             return tokens.reshape(-1, 1, tokens.shape[-1])
         if self._places[0].device != tokens.device:
-            self._places = tuple(place.to(tokens.device, non_blocking=True) for place in self._places)
+            self._places = tuple(moved(place, tokens.device) for place in self._places)
         return tokens[self._places].unsqueeze(1)
 
     def _chosen(self, kept: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor, ...] | None:

@@ -15,6 +15,7 @@ from cka_hooks import memory
 from cka_hooks.errors import OutOfMemoryError
 from cka_hooks.hsic import Estimator, centre, pack, sample_parts
 from cka_hooks.null import null_numbers
+from cka_hooks.precision import moved
 from cka_hooks.similarity.kernels import Kernel, OfLinear, linear
 from cka_hooks.similarity.products import fused
 from cka_hooks.similarity.products.reference import Grams
@@ -97,7 +98,7 @@ def _stacked(grams: Grams | Sequence[Grams], some: slice, device: torch.device) 
         return grams.of_layers(some)
     found: list[Any] = []
     for tensors in zip(*grams[some], strict=True):
-        there = [tensor.to(device, non_blocking=True) for tensor in tensors if tensor is not None]
+        there = [moved(tensor, device) for tensor in tensors if tensor is not None]
         found.append(torch.stack(there) if there else None)
     return Grams(*found)
 

@@ -23,6 +23,7 @@ from cka_hooks.errors import OptionError, SampleCountError
 from cka_hooks.hsic import all_pairs
 from cka_hooks.null import null_cumulants, null_weights, permuted_pairs
 from cka_hooks.options import Options
+from cka_hooks.precision import moved
 from cka_hooks.similarity.batch import DIFFER, FINITE, SIZE, SPREAD, TRIANGLES, Minibatches, Step
 from cka_hooks.similarity.products import fused
 
@@ -295,7 +296,7 @@ class State:
         """The same sums with every axis of layers in another order, filled for layers that were not seen."""
         position = {layer: i for i, layer in enumerate(layers)}
         index = torch.tensor([position[layer] for layer in self.layers], dtype=torch.int64, device="cpu")
-        index = index.to(self.moments.device, non_blocking=True)
+        index = moved(index, self.moments.device)
 
         def placed(tensor: Tensor, it: _Declared) -> Tensor:
             moved = tensor.new_full((*tensor.shape[: -it.axes], *[len(layers)] * it.axes), it.fill)
@@ -307,8 +308,7 @@ class State:
 
     def to(self, device: torch.device | str) -> State:
         """A copy with its tensors on another device. Tensors that are already there stay the same objects."""
-        non_blocking = torch.device(device).type != "cpu"
-        return self._with_tensors(lambda tensor, _: tensor.to(device, non_blocking=non_blocking), self.layers)
+        return self._with_tensors(lambda tensor, _: moved(tensor, torch.device(device)), self.layers)
 
     def _with_tensors(self, change: Callable[[Tensor, _Declared], Tensor], layers: tuple[str, ...]) -> State:
         changed: dict[str, Any] = {}
