@@ -13,7 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
 import triton

@@ -14,7 +14,8 @@ import struct
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,18 +32,18 @@ SHARED = 99 << 10
 
 class Config(ctypes.Structure):
     _fields_ = [("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint)]
-    _fields_ += [("stream", ctypes.c_void_p)]
+    _fields_ += [("stream", ctypes.c_void_p), ("kernel", ctypes.c_size_t)]
 
 
-def is_passed(number: int | float, bits: int) -> bool:
-    """Whether a number is what the 8 bytes at its place begin with: an int may have 4, and an old float."""
-    if isinstance(number, float):
-        passed = struct.pack("Q", bits)
-        return struct.pack("d", number) == passed or struct.pack("f", number) == passed[:4]
-    return number == bits or (number < 1 << 31 and number == bits & 0xFFFFFFFF)
+class Launched(NamedTuple):
+    """What the driver got: the bits of the arguments, and how to launch which kernel."""
+
+    arguments: list[int]
+    config: Config
 
 
-def main(library: str, capability: int, samples: Sequence[int]) -> None:
+def without_gpu(library: str, capability: int) -> Callable[..., Launched]:
+    """Let Triton launch into a driver that does nothing. Return :func:`fused.launch`, which tells what arrived."""
     # A launch that fails is one.
     warnings.simplefilter("error", CKAWarning)
     cuda = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
@@ -54,22 +55,44 @@ def main(library: str, capability: int, samples: Sequence[int]) -> None:
     here.get_current_device, here.get_current_stream = (lambda: 0), (lambda device: 0)
     here.get_device_capability = lambda device: divmod(capability, 10)
     driver.set_active(here)
-    real, seen = fused.launch, Counter[tuple[str, bool]]()
+    real = fused.launch
+    fused.takes = lambda features, minibatches: (
+        features.dtype in fused.PIECES
+        and features.shape[0] <= minibatches * fused.MAX_SAMPLES
+        and features.numel() > 0
+    )
+    fused.adds_up = lambda vectors: True
+
+    def launch(program: fused.Program, stream: int, tensors: Sequence[Tensor], *numbers: int) -> Launched:
+        before, wanted.value = launches.value, len(tensors) + len(numbers) + len(program.numbers)
+        real(program, stream, tensors, *numbers)
+        assert launches.value == before + 1
+        return Launched(arguments[: wanted.value], last)
+
+    return launch
+
+
+def is_passed(number: int | float, bits: int) -> bool:
+    """Whether a number is what the 8 bytes at its place begin with: an int may have 4, and an old float."""
+    if isinstance(number, float):
+        passed = struct.pack("Q", bits)
+        return struct.pack("d", number) == passed or struct.pack("f", number) == passed[:4]
+    return number == bits or (number < 1 << 31 and number == bits & 0xFFFFFFFF)
+
+
+def main(library: str, capability: int, samples: Sequence[int]) -> None:
+    real, seen = without_gpu(library, capability), Counter[tuple[str, bool]]()
 
     def launch(program: fused.Program, stream: int, tensors: Sequence[Tensor], *numbers: int) -> None:
         given = [*(tensor.data_ptr() for tensor in tensors), *numbers, *program.numbers]
-        before, wanted.value, was_compiled = launches.value, len(given), bool(program.compiled)
-        real(program, stream, tensors, *numbers)
-        assert launches.value == before + 1
-        found = arguments[: len(given)]
+        was_compiled = bool(program.compiled)
+        found, last = real(program, stream, tensors, *numbers)
         assert all(map(is_passed, given, found)), (program.kernel, was_compiled, given, found)
         assert tuple(last.grid) == program.grid
         assert last.shared <= SHARED, (program.kernel, program.constants, last.shared)
         seen[program.kernel, was_compiled] += 1
 
     fused.launch = launch
-    fused.takes = lambda features, minibatches: features.dtype in fused.PIECES
-    fused.adds_up = lambda vectors: True
     fused.processors_of = lambda device: 132
     for n in samples:
         cka = CKAAccumulator()

@@ -11,14 +11,17 @@ ACCEPTS(cuTensorMapEncodeTiled) ACCEPTS(cuTensorMapEncodeIm2col) ACCEPTS(cuInit)
 ANSWERS(cuCtxGetCurrent, uintptr_t, 1) ANSWERS(cuCtxGetDevice, int, 0) ANSWERS(cuCtxGetLimit, size_t, 1)
 ANSWERS(cuDeviceGet, int, 0) ANSWERS(cuDeviceGetCount, int, 1) ANSWERS(cuDevicePrimaryCtxRetain, uintptr_t, 1)
 ANSWERS(cuDriverGetVersion, int, 13000) ANSWERS(cuGetErrorString, const char *, "an error")
-ANSWERS(cuModuleGetFunction, uintptr_t, 1) ANSWERS(cuModuleLoadData, uintptr_t, 1)
+ANSWERS(cuModuleLoadData, uintptr_t, 1)
+
+/* Each kernel has a number. */
+int cuModuleGetFunction(uintptr_t *out) { static uintptr_t count; *out = ++count; return 0; }
 
 /* Any attribute of a device is large. Of a kernel, only the number of threads that it can have is. */
 ANSWERS(cuDeviceGetAttribute, int, 232448)
 int cuFuncGetAttribute(int *out, int attribute, void *function) { *out = attribute ? 0 : 1024; return 0; }
 int cuPointerGetAttribute(uint64_t *out, int attribute, uint64_t pointer) { *out = pointer; return 0; }
 
-struct config { unsigned grid[3], block[3], shared; void *stream; };
+struct config { unsigned grid[3], block[3], shared; void *stream, *kernel; };
 struct config last;
 int launches, wanted;
 uint64_t arguments[32];
@@ -26,7 +29,7 @@ uint64_t arguments[32];
 /* Triton 3.3 and older call this one. */
 int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned one, unsigned also_one,
                    unsigned shared, void *stream, void **parameters, void **extra) {
-    last = (struct config){{x, y, z}, {threads, one, also_one}, shared, stream};
+    last = (struct config){{x, y, z}, {threads, one, also_one}, shared, stream, function};
     launches++;
     for (int i = 0; i < wanted; i++) memcpy(&arguments[i], parameters[i], 8);
     return 0;
