@@ -362,6 +362,22 @@ def test_a_batch_of_graphs_is_counted_by_graphs() -> None:
     assert (nodes.layers, nodes.samples) == (("node",), 24)
 
 
+def test_a_batch_whose_first_tensor_has_no_samples() -> None:
+    class Bags(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag, self.last = nn.EmbeddingBag(10, 4), nn.Linear(4, 3)
+
+        def forward(self, words: Tensor, offsets: Tensor) -> Tensor:
+            return self.last(self.bag(words, offsets))
+
+    batches = [{"words": torch.randint(10, (20,)), "offsets": torch.tensor([0, 3, 5, 9, 12, 18])} for _ in range(2)]
+    with pytest.raises(cka_hooks.LayerError, match="as with offsets: batch_dim=0, and layers="):
+        cka_hooks.compare(Bags(), batches, progress=False)
+    result = cka_hooks.compare(Bags(), batches, batch_dim=0, progress=False)
+    assert (result.layers, result.samples) == (("bag", "last"), 12)
+
+
 # Not per sample, and not reachable
 
 
@@ -528,25 +544,57 @@ def test_sorted_samples_beside_an_unrelated_random_number() -> None:
     assert cka_hooks.compare(Sorts(), data(N, 64, count=2), progress=False).layers == ("first",)
 
 
-def test_samples_that_are_sorted_by_length_with_ties() -> None:
+@pytest.mark.parametrize("padding", [0, 1])
+def test_samples_that_are_sorted_by_length_with_ties(padding: int) -> None:
     class Sorts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.embed, self.last = nn.Embedding(100, 8), nn.Linear(8, 8)
 
         def forward(self, ids: Tensor) -> Tensor:
-            _, order = (ids != 0).sum(1).sort(descending=True, stable=True)
+            _, order = (ids != padding).sum(1).sort(descending=True, stable=True)
             return self.last(self.embed(ids[order]).mean(1)[order.argsort()])
 
     for seed in range(4):
         torch.manual_seed(seed)
         lengths = torch.randint(5, 50, (24,)).clamp(max=16)
-        # Where the first and the middle one are tied, sorting leaves them in place.
-        lengths[[0, 8]] = 16
-        ids = torch.randint(1, 100, (24, 16)) * (torch.arange(16) < lengths[:, None])
+        # Where the first, the last and the middle one are tied, sorting leaves them in place.
+        lengths[[0, 8, 12, 23]] = 16
+        ids = torch.randint(2, 100, (24, 16)).where(torch.arange(16) < lengths[:, None], padding)
         result = cka_hooks.compare(Sorts(), [ids], features="mean", progress=False)
         assert result.layers == ("last",)
         assert "no dimension alone followed" in result.skipped["embed"]
+
+
+KEYS: dict[str, Callable[[Tensor], Tensor]] = {
+    "domain": lambda x: x[:, 0] > 0,
+    "one": lambda x: x[:, 0] >= x[:, 0].max(),
+    "loudness": lambda x: x.square().sum(1),
+}
+
+
+@pytest.mark.parametrize("n", [16, 200])
+@pytest.mark.parametrize("kind", KEYS)
+def test_a_few_samples_may_be_in_the_order_of_all(kind: str, n: int) -> None:
+    """Of a few, all may be of one domain or of one expert; or one is so loud that the others look alike beside it."""
+
+    class Groups(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.grouped, self.last = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            order = KEYS[kind](x).to(x.dtype).argsort(stable=True)
+            return self.last(self.grouped(self.first(x)[order])[order.argsort()])
+
+    batches = data(n, 12)
+    batches[0][n // 4, 0] = 9
+    # The last, the first and the middle one run first.
+    batches[0][[n - 1, 0, n // 2], 0] = torch.tensor([-1.0, -1.0, 1.0])
+    batches[0][[n - 1, 0, n // 2]] *= torch.tensor([0.02, 0.03, 5.0])[:, None] if kind == "loudness" else 1
+    result = cka_hooks.compare(Groups(), batches, progress=False)
+    assert result.layers == ("first", "last")
+    assert "another order than those of the batch" in result.skipped["grouped"]
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])

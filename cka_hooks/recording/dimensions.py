@@ -19,7 +19,7 @@ from cka_hooks.names import PerLayer, first_few
 from cka_hooks.recording.batches import Given
 from cka_hooks.recording.layers import ROOT, torch_file
 from cka_hooks.recording.outputs import NotRecordable, tensors_in
-from cka_hooks.recording.probe import Probe, Take
+from cka_hooks.recording.probe import MOVED, Probe, Take
 
 # Modules of these files of torch.nn keep the samples where they are, and the number of dimensions. GLU may halve any.
 _KEEPING = frozenset(
@@ -71,6 +71,8 @@ class SampleDimension:
         self._inputs: dict[str, int] = {}
         self.samples: int | None = None
         self.found: dict[str, int | str | None] = {}
+        # That of the batch that is under way.
+        self._probe: Probe | None = None
         self._ranks: dict[str, int] = {}
         self.is_settled = self._everywhere
         self._is_plain = False
@@ -79,17 +81,18 @@ class SampleDimension:
     def start(self, given: Given) -> None:
         """Begin a batch. If the dimension is named for all layers, the first one says how many samples there are."""
         self.samples = given.shape[0] if given.shape and not self._everywhere else None
+        self._probe = None
         # The kinds of all modules may say it, and no probe is needed then.
         if not self.is_settled and given.call is not None and isinstance(given.value, Tensor):
             self._is_plain = self.is_settled = _plain_rank(given.value.ndim, self._model) is not None
 
-    def of(self, name: str, label: str, shape: tuple[int, ...]) -> int:
-        """The dimension of `shape` that holds the samples.
+    def of(self, name: str, label: str, activation: Tensor) -> int:
+        """The dimension of an activation that holds the samples.
 
         Raises:
             NotRecordable: there is none, or it is not known.
         """
-        given = self._given.of(name, None)
+        given, shape = self._given.of(name, None), tuple(activation.shape)
         if given is not None:
             is_one = -len(shape) <= given < len(shape)
             if is_one and self.samples is None:
@@ -109,6 +112,9 @@ class SampleDimension:
                 "has its samples in a dimension that nothing confirmed, since only parts of the model were called "
                 "(compare() and Comparison run all of it on a part of the batch first)"
             )
+        elif isinstance(found, int) and self._probe and self._probe.is_elsewhere(label, activation, found):
+            # In the batches that follow, too.
+            found = self.found[label] = MOVED
         if isinstance(found, str):
             raise NotRecordable(f"{found}; pass batch_dim= to say which dimension holds the samples")
         dim = self._confirmed(found, shape)
@@ -125,7 +131,10 @@ class SampleDimension:
         elif first == 1:
             why = ": it is the same for all samples"
         else:
-            why = f". If it has several entries of each sample, such as nodes of graphs: {several}"
+            why = (
+                f". If it has several entries of each sample, such as nodes of graphs: {several}. If the first "
+                "tensor of the batch has these, as with offsets: batch_dim=0, and layers= that have the samples there"
+            )
         raise NotRecordable(f"no dimension of {shape} has size {samples}, the batch size{why}")
 
     def is_second(self, module: nn.Module, *, is_first_output: bool) -> bool:
@@ -153,6 +162,7 @@ class SampleDimension:
                 the module is not what its user thinks.
         """
         self.found, problem = probe.sample_dimensions()
+        self._probe = probe
         # If the model cannot run on the whole batch, it may run on the next one.
         self.is_settled = problem is None
         for label, second in self._inputs.items():

@@ -191,7 +191,7 @@ class LongWay:
                 return
             reduction = self._reduction_of(name)
             is_free = self._positions is not None and callable(reduction)
-            axis = 0 if is_free else self.dimension.of(name, label, tuple(activation.shape))
+            axis = 0 if is_free else self.dimension.of(name, label, activation)
         except NotRecordable as reason:
             route.dtype = None
             if self.show is None and route.selection.named:

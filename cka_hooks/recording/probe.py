@@ -3,7 +3,7 @@
 A size that happens to match decides nothing. First a few samples of the batch run, then one fewer of them, in another
 order. A dimension holds the samples if its size follows and its slices are those of the same samples. If this cannot
 be done, if two dimensions follow, or if the model draws random numbers (with which it may shuffle its samples), the
-whole batch runs as it is and in another order.
+whole batch runs as it is and in another order. Otherwise the few must be in their places when the batch is measured.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ _ALIKE = 0.1
 
 # Not decided by the smaller passes.
 OPEN = "open"
+MOVED = "its samples are in another order than those of the batch: the model shuffles them"
 
 Take = Callable[[str, Tensor, bool], None]
 # Runs the model on a batch and hands every layer's activation to a function, together with whether the kind of its
@@ -161,17 +162,47 @@ class Probe:
             if dim == OPEN:
                 found[label] = _by_order(label, whole, turned, problem or whole.problem or turned.problem)
             elif drew and isinstance(dim, int) and _shuffled(label, whole, turned, redrawn, dim):
-                found[label] = "its samples are in another order than those of the batch: the model shuffles them"
+                found[label] = MOVED
         return found, whole.problem
+
+    def is_elsewhere(self, label: str, activation: Tensor, dim: int) -> bool:
+        """Whether the whole batch clearly has one of the few samples in another place than its own.
+
+        A few may be in an order already in which a model puts all of them: that of lengths, of domains or of experts.
+
+        Args:
+            label: label of the layer.
+            activation: what it returned for the whole batch.
+            dim: the dimension with the samples.
+        """
+        glance = self.first.seen.get(label)
+        is_there = dim < activation.ndim and activation.shape[dim] == self._samples
+        if self.first.drew or glance is None or dim not in glance.slices or not is_there:
+            return False
+        few, rows = glance.slices[dim].double(), activation.detach().movedim(dim, 0)
+        own = _folded(rows[self.chosen].reshape(len(few), -1), _OF_EACH).cpu().double()
+        if own.shape != few.shape:
+            return False
+        off, apart = (own - few).norm(dim=1), torch.cdist(few, few).fill_diagonal_(math.inf).amin(1)
+        nearly = 8 * glance.eps * few.norm(dim=1).max()
+        moved = (off > torch.maximum(nearly, _ALIKE * apart)) & (few.norm(dim=1) > nearly)
+        if not moved.any():
+            return False
+        level = torch.maximum(nearly, _ALIKE * off) if few.shape[1] >= _MANY else nearly.expand(len(few))
+        whole = _folded(rows.reshape(self._samples, -1), _OF_EACH).cpu().double()
+        found = torch.cdist(few, whole) <= level[:, None]
+        return bool((moved & (found.sum(1) == 1)).any())
 
 
 def _unlike(batch: Any, samples: int) -> list[int]:
-    """A few samples of a batch: that with the most numbers that are not 0, that with the fewest, and one in between.
+    """A few samples of a batch: the one with the most data, the one with the least, and one in between.
 
-    A model that sorts its samples by length moves these, whichever way it sorts.
+    Data are not 0 and change from one number to the next; padding is either 0 or all the same. A model that sorts its
+    samples by length moves these, whichever way it sorts.
     """
     tensors = [it for it in tensors_in(with_tensors(batch)) if is_plain(it) and it.ndim and len(it) == samples]
-    whole = [(it != 0).reshape(samples, -1).sum(1).cpu() for it in tensors]
+    rows = [it.reshape(samples, -1) for it in tensors]
+    whole = [((it != 0).sum(1) + (it[:, 1:] != it[:, :-1]).sum(1)).cpu() for it in rows]
     order = torch.stack([torch.zeros(samples, device="cpu"), *whole]).sum(0).argsort(stable=True).tolist()
     return [order[i] for i in (-1, 0, samples // 2)][: min(samples, FEW)]
 
