@@ -206,6 +206,19 @@ def test_where_triton_fails_products_are_pytorchs(launches: Launches, fails_at: 
     np.testing.assert_allclose(found.matrix, expected.matrix, atol=1e-6)
 
 
+def test_what_was_added_before_a_failure_does_not_count_twice(launches: Launches) -> None:
+    """The last launch is that of the smaller group of a batch."""
+    x = torch.randn(20, 40)
+    batches = [{"x": x, "y": x[:, :30] + 1}] * 2
+    expected = result_of(batches, minibatch=12)
+    launches.fails_at = sum(launches.count.values()) - 1
+    launches.count.clear()
+    with pytest.warns(cka_hooks.CKAWarning, match="no such kernel"):
+        found = result_of(batches, minibatch=12)
+    assert (found.minibatches, found.samples) == (expected.minibatches, expected.samples) == (4, 40)
+    np.testing.assert_allclose(found.stderr, expected.stderr, atol=1e-6)
+
+
 def test_where_its_buffers_find_no_room_products_are_pytorchs(
     launches: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -225,21 +225,20 @@ class State:
         if self.moments.device.type == "cpu" and device.type != "cpu":
             # It was read from a file. Everything that is added would have to come here, and be waited for.
             vars(self).update(vars(self.to(device)))
-        if not self._add_in_place(step.groups, keep):
-            made = []
-            for group in step.groups:
-                hsic = all_pairs(group.vectors)
-                tensors: dict[str, Any] = {name: it.of(group, hsic) for name, it in DECLARED.items() if it.of}
-                tensors |= {"kept": [hsic] if keep else [], "permuted": hsic[:0]}
-                if self.passes > 1:
-                    # Later passes bring no new samples, so the null is that of the first pass.
-                    tensors["null"].zero_()
-                elif count := len(self.permuted):
-                    n = group.parts.shape[-1]
-                    tensors["permuted"] = permuted_pairs(group.vectors, hsic, n, count, options.seed)
-                made.append(type(self)(group.layers, **tensors, **self._counts(group)))
-            for state in made:
-                self.merge(state)
+        made = []
+        for group in self._add_in_place(step.groups, keep):
+            hsic = all_pairs(group.vectors)
+            tensors: dict[str, Any] = {name: it.of(group, hsic) for name, it in DECLARED.items() if it.of}
+            tensors |= {"kept": [hsic] if keep else [], "permuted": hsic[:0]}
+            if self.passes > 1:
+                # Later passes bring no new samples, so the null is that of the first pass.
+                tensors["null"].zero_()
+            elif count := len(self.permuted):
+                n = group.parts.shape[-1]
+                tensors["permuted"] = permuted_pairs(group.vectors, hsic, n, count, options.seed)
+            made.append(type(self)(group.layers, **tensors, **self._counts(group)))
+        for state in made:
+            self.merge(state)
         self._combine(largest=step.samples, left_out=step.samples - step.counted, dtypes=step.dtypes)
 
     def _counts(self, group: Minibatches) -> dict[str, Any]:
@@ -248,10 +247,10 @@ class State:
         counts = {"minibatches": m, "samples": m * n}
         return counts | {"first_minibatches": m, "first_samples": m * n} if self.passes == 1 else counts
 
-    def _add_in_place(self, groups: list[Minibatches], keep: bool) -> bool:
-        """Add a batch on a GPU, by one product and one launch. If PyTorch has to, return False and add nothing."""
+    def _add_in_place(self, groups: list[Minibatches], keep: bool) -> list[Minibatches]:
+        """Add a batch on a GPU, a product and a launch for each group. Return the groups that PyTorch has to add."""
         if not groups or len(self.permuted) or not fused.adds_up(groups[0].vectors):
-            return False
+            return groups
         layers, sizes = groups[0].layers, [group.vectors.shape[1] for group in groups]
         room, device = self._hsic, groups[0].vectors.device
         if room is None or room.device != device or room.shape[1] != len(layers) or len(room) < sum(sizes):
@@ -262,15 +261,15 @@ class State:
             torch.bmm(vectors, vectors.mT, out=hsic)
         self._cover(layers, device)
         if self.layers != layers or self.moments.device != device:
-            return False
+            return groups
         sums = self.moments, self.null, self.spread, self.size, self.differ, self.seen, self.bad, self.peak
-        for group, hsic in zip(groups, hsics, strict=True):
+        for number, (group, hsic) in enumerate(zip(groups, hsics, strict=True)):
             weights = null_weights(group.parts.shape[-1]) if self.passes == 1 else (0.0,) * 4
             if not fused.add_up((hsic, group.numbers, group.parts, *sums), weights, self.minibatches, self.positions):
-                return False
+                return groups[number:]
             self._combine(**self._counts(group), kept=[hsic] if keep else [])
         self._hsic = None if keep else room
-        return True
+        return []
 
     def merge(self, other: State) -> None:
         """Add another state, whose minibatches come after those of this one."""
