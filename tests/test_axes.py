@@ -573,9 +573,9 @@ KEYS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("n", [16, 200])
+@pytest.mark.parametrize(("n", "copies"), [(16, 1), (200, 1), (40, 5)])
 @pytest.mark.parametrize("kind", KEYS)
-def test_a_few_samples_may_be_in_the_order_of_all(kind: str, n: int) -> None:
+def test_a_few_samples_may_be_in_the_order_of_all(kind: str, n: int, copies: int) -> None:
     """Of a few, all may be of one domain or of one expert; or one is so loud that the others look alike beside it."""
 
     class Groups(nn.Module):
@@ -592,6 +592,8 @@ def test_a_few_samples_may_be_in_the_order_of_all(kind: str, n: int) -> None:
     # The last, the first and the middle one run first.
     batches[0][[n - 1, 0, n // 2], 0] = torch.tensor([-1.0, -1.0, 1.0])
     batches[0][[n - 1, 0, n // 2]] *= torch.tensor([0.02, 0.03, 5.0])[:, None] if kind == "loudness" else 1
+    # Such as images with several captions.
+    batches[0] = batches[0].repeat_interleave(copies, 0)
     result = cka_hooks.compare(Groups(), batches, progress=False)
     assert result.layers == ("first", "last")
     assert "another order than those of the batch" in result.skipped["grouped"]

@@ -264,7 +264,7 @@ def test_batch_dim_names_the_dimension() -> None:
     assert seen["part"].shape == (6, 12, 5)
     with (
         cka_hooks.LayerRecorder(turned, "part", print, batch_dim={"part": 2}),
-        pytest.raises(cka_hooks.LayerError, match=r"batch_dim=2 of .* does not have size 6"),
+        pytest.raises(cka_hooks.LayerError, match=r"batch_dim=2 of .* size 6, .*batch_dim=2 for all layers is that"),
     ):
         turned(X)
     with pytest.raises(cka_hooks.OptionError, match="matches no layer"):

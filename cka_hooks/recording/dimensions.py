@@ -98,7 +98,10 @@ class SampleDimension:
             if is_one and self.samples is None:
                 self.samples = shape[given]
             if not is_one or shape[given] != self.samples:
-                raise NotRecordable(f"batch_dim={given} of {shape} does not have size {self.samples}, the batch size")
+                hint = "" if self._everywhere else f"; batch_dim={given} for all layers is that of the batch, too"
+                raise NotRecordable(
+                    f"batch_dim={given} of {shape} does not have size {self.samples}, the batch size{hint}"
+                )
             self.evidence[label] = "named"
             return int(given) % len(shape)
         if self._ranks.setdefault(label, len(shape)) != len(shape):

@@ -190,8 +190,9 @@ class Probe:
             return False
         level = torch.maximum(nearly, _ALIKE * off) if few.shape[1] >= _MANY else nearly.expand(len(few))
         whole = _folded(rows.reshape(self._samples, -1), _OF_EACH).cpu().double()
-        found = torch.cdist(few, whole) <= level[:, None]
-        return bool((moved & (found.sum(1) == 1)).any())
+        found = (torch.cdist(few, whole) <= level[:, None]).sum(1)
+        # Some samples may be in the batch twice. What most of it has says nothing of a sample.
+        return bool((moved & (found > 0) & (found <= self._samples // 2)).any())
 
 
 def _unlike(batch: Any, samples: int) -> list[int]:
