@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import platform
 import shutil
 import subprocess
@@ -257,6 +259,22 @@ def test_a_stream_waits_for_its_table(launches: Launches, monkeypatch: pytest.Mo
     monkeypatch.setattr(shelf, "_lead", lambda: log.append("lead"))
     shelf.finish()
     assert [it for it in log if isinstance(it, str)] == ["launch", "table", "lead", "launch"]
+
+
+def test_an_accumulator_can_be_pickled_and_copied(launches: Launches) -> None:
+    """As on a CPU, although compiled kernels cannot."""
+    batch = {"x": torch.randn(16, 40), "y": torch.randn(16, 30)}
+    cka = CKAAccumulator()
+    cka.update(batch)
+    for group in cka._groups:
+        for shelf in group._shelves.values():
+            for program, _ in shelf._tables.values():
+                program.compiled[0, torch.float32, True] = lambda *_: None
+    restored, copied = pickle.loads(pickle.dumps(cka)), copy.deepcopy(cka)
+    for one in (restored, copied, cka):
+        one.update(batch)
+    assert torch.equal(restored.compute().matrix, cka.compute().matrix)
+    assert torch.equal(copied.compute().matrix, cka.compute().matrix)
 
 
 def test_what_is_captured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

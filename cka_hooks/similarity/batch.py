@@ -125,6 +125,10 @@ class Batch:
         # A layer's Gram matrices, or the shelf that has them and their place on it.
         self._grams: dict[str, Grams | tuple[fused.Shelf, int]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Between batches, shelves are only room, with kernels that cannot be pickled.
+        return vars(self) | ({} if self._grams else {"_shelves": {}})
+
     def take(self, layer: str, features: Tensor, minibatches: int) -> None:
         """Make the Gram matrices of a layer's (m * n, P, C) features.
 
