@@ -7,8 +7,8 @@ arrive, and products of a warpgroup read and add, when they are waited for. Unti
 What a GPU leaves undefined is an error here: addresses that are outside of the tensors or not aligned, warps that
 touch one place without a barrier between them, programs of a launch that do so, shared memory that tensor cores read
 without a fence, branches that not all threads take. Only instructions to which the fused kernels are compiled for
-compute capability 8.0 and 9.0 are known. They, the layout of matrices in registers and the descriptors of matrices
-are in NVIDIA's "PTX ISA".
+compute capability 8.0, 9.0 and 12.0 are known. They, the layout of matrices in registers and the descriptors of
+matrices are in NVIDIA's "PTX ISA".
 """
 
 from __future__ import annotations
@@ -189,6 +189,11 @@ def quotient(a: Numbers, b: Numbers) -> Numbers:
     if a.dtype.kind == "f":
         return a / b
     return (np.sign(a) * np.sign(b) * (abs(a) // np.where(b == 0, 1, abs(b)))).astype(a.dtype)
+
+
+def times_and_plus(a: Numbers, b: Numbers, c: Numbers) -> Numbers:
+    # The product of two float32 is exact in float64.
+    return (a.astype(np.float64) * b + c).astype(np.float32) if a.dtype == np.float32 else a * b + c
 
 
 def shifted(a: Numbers, by: Numbers, left: bool) -> Numbers:
@@ -381,6 +386,10 @@ class Program:
         head, last = name[0], name[-1]
         if head == "cvt":
             return self.converted(name[-2:], given)
+        if last == "f32x2":
+            return self.of_pairs(head, [self.get(it, TYPES["b64"]).view(np.float32) for it in given[1:]])
+        if name[-2] == "f32" and last in ("f16", "bf16"):
+            return TWO[head](self.converted(["f32", last], given[:2]), self.get(given[2], TYPES["f32"]))
         kind = TYPES[last]
         if head == "selp":
             return np.where(self.get(given[3], TYPES["pred"]), self.get(given[1], kind), self.get(given[2], kind))
@@ -408,11 +417,13 @@ class Program:
             # No comparison with NaN is true, but those that end in u, which do not occur.
             return TWO[name[1]](*values) & (values[0] == values[0]) & (values[1] == values[1])
         if head in ("mad", "fma"):
-            # The product of two float32 is exact in float64.
-            a, b, c = (it.astype(np.float64) for it in values) if kind == np.float32 else values
-            return (a * b + c).astype(kind)
+            return times_and_plus(*values)
         one = {"mov": bits, "neg": np.negative, "sqrt": np.sqrt, "not": np.invert}
         return one[head](values[0]) if head in one else TWO[head](*values)
+
+    def of_pairs(self, head: str, values: list[Numbers]) -> Numbers:
+        """Two float32 in a register of 64 bits."""
+        return (times_and_plus(*values) if head == "fma" else TWO[head](*values)).view(np.uint64)
 
     def converted(self, kinds: list[str], given: list[str]) -> Numbers:
         to, source = kinds
