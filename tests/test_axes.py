@@ -599,6 +599,28 @@ def test_a_few_samples_may_be_in_the_order_of_all(kind: str, n: int, copies: int
     assert "another order than those of the batch" in result.skipped["grouped"]
 
 
+def test_samples_that_an_expert_has_no_room_for_are_alike() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.route, self.last = nn.Linear(16, 32), nn.Linear(32, 4), nn.Linear(32, 4)
+            self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            made, of = torch.zeros_like(x), self.route(x).argmax(1)
+            for number, expert in enumerate(self.experts):
+                own = (of == number).nonzero().squeeze(1)[: -(-len(x) // 4)]
+                made[own] = expert(x[own])
+            return self.last(nn.functional.layer_norm(made, (32,)))
+
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model, batch = Experts(), torch.randn(256, 16)
+        skipped = cka_hooks.compare(model, [batch], layers=["first", "route", "*"], progress=False).skipped
+        assert not any("another order" in why for why in skipped.values())
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_sorted_images_with_a_border(value: float) -> None:
     """Each number of an image is looked at, not only those of some columns."""

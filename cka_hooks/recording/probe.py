@@ -191,8 +191,10 @@ class Probe:
         level = torch.maximum(nearly, _ALIKE * off) if few.shape[1] >= _MANY else nearly.expand(len(few))
         whole = _folded(rows.reshape(self._samples, -1), _OF_EACH).cpu().double()
         found = (torch.cdist(few, whole) <= level[:, None]).sum(1)
-        # Some samples may be in the batch twice. What most of it has says nothing of a sample.
-        return bool((moved & (found > 0) & (found <= self._samples // 2)).any())
+        # Several places have the same if samples are in the batch twice, or if an expert had no room for them. Two of
+        # the few that differ are not of the latter kind.
+        twice = moved & (found > 1) & (found <= self._samples // 2) & (apart > level)
+        return bool((moved & (found == 1)).any() or twice.sum() > 1)
 
 
 def _unlike(batch: Any, samples: int) -> list[int]:
