@@ -12,7 +12,7 @@ import random
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -235,21 +235,34 @@ class RandomStream:
 
     Inside ``with``, the stream continues where the last block left it, at first from the caller's state. Afterwards
     the caller's state is as before, on the CPU and on every device in use.
+
+    Attributes:
+        states: where the stream is, as :func:`torch_random_state` returns it; empty before the first block.
     """
 
     def __init__(self) -> None:
-        self._own: list[Tensor] | None = None
+        self.states: list[Tensor] = []
 
     def __enter__(self) -> None:
         self._outer = torch_random_state()
-        if self._own is not None:
-            restore_torch_random(self._own)
+        if self.states:
+            restore_torch_random(self.states)
 
     def __exit__(self, *exception: object) -> None:
         try:
-            self._own = torch_random_state()
+            self.states = torch_random_state()
         finally:
             restore_torch_random(self._outer)
+
+    def go_on_from(self, states: Sequence[Tensor]) -> None:
+        """Go on where another stream was, on the devices that are here.
+
+        Raises:
+            RuntimeError, TypeError: these are not the states of one.
+        """
+        for of_cpu in states[:1]:
+            torch.Generator().set_state(of_cpu)
+        self.states = list(states[: 1 + torch.cuda.device_count()])
 
 
 def random_state() -> tuple[list[Tensor], Any, Any]:

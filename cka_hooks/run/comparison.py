@@ -282,9 +282,10 @@ class Comparison:
         return finished(self._accumulator.with_rest(), self.types, self.settings)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that was added, as numbers, text and float64 tensors: copies, safe to save and to send."""
+        """Everything that was added, as numbers, text and tensors: copies, safe to save and to send."""
         self._accumulator.state = self.state
-        return {**self._accumulator.state_dict(), "counted": [self.seen.batches, self.seen.row]}
+        counted = [self.seen.batches, self.seen.row]
+        return {**self._accumulator.state_dict(), "counted": counted, "random": self._random.states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned, and forget what was added here before.
@@ -298,6 +299,7 @@ class Comparison:
             # Earlier versions have the samples of all passes in between.
             counted = [whole("counted", -1 if it is None else it, 0) for it in state.get("counted", (0, 0))]
             self.seen.batches, *_, self.seen.row = counted
+            self._random.go_on_from(state.get("random", ()))
         except OptionError:
             raise
         except UNEXPECTED as error:
