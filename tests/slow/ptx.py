@@ -278,6 +278,8 @@ class Program:
         """The numbers of a register, or a constant."""
         found = self.registers.get(text)
         if found is None and (found := self.constants.get((text, dtype.itemsize))) is None:
+            # A register may be read that never got a number, if nothing depends on it.
+            text = hex(NOT_YET) if text[0] == "%" else text
             number = 0 if text == "global_smem" else int(text[2:], 16) if text[:2] in ("0f", "0d") else int(text, 0)
             # Bits of a number that may be negative.
             whole = np.array(number & (1 << 64) - 1, np.uint64).astype(f"u{dtype.itemsize}")
