@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 FRESH = multiprocessing.get_context("spawn")
@@ -36,6 +37,15 @@ def finished(*words: str, seconds: float = 240, **options: Any) -> subprocess.Co
     with started(*words, **options) as process:
         out, err = process.communicate(timeout=seconds)
         return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+def driver_without_gpu(folder: Path) -> tuple[str, dict[str, str]]:
+    """The driver of no_gpu.c, made here by a C compiler, and an environment in which Triton launches into it."""
+    library = str(folder / "libcuda.so.1")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, Path(__file__).with_name("no_gpu.c")], check=True)
+    places = {"TRITON_CACHE_DIR": str(folder / "cache"), "TRITON_LIBCUDA_PATH": str(folder)}
+    # Importing fused_checks.py, as the search for doctests does, chooses the interpreter.
+    return library, os.environ | places | {"LD_LIBRARY_PATH": str(folder), "TRITON_INTERPRET": "0"}
 
 
 @contextmanager

@@ -515,33 +515,35 @@ def test_samples_in_an_order_that_no_random_number_makes(kind: str, n: int, widt
     assert "no dimension alone followed the samples when their order changed" in result.skipped["other"]
 
 
+class Two(nn.Module):
+    """Two layers, and something between them."""
+
+    def __init__(self, first: nn.Module, between: Callable[[nn.Module, Tensor], Tensor], other: nn.Module) -> None:
+        super().__init__()
+        self.first, self.between, self.other = first, between, other
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.between(self.first, x))
+
+
 @pytest.mark.parametrize("kind", ["flip", "roll", "randperm", "sort"])
 @pytest.mark.parametrize("n", [16, 128])
 def test_samples_in_another_order_under_noise(kind: str, n: int) -> None:
-    class Noisy(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.other = nn.Linear(64, 64), nn.Linear(64, 64)
+    def noisy(first: nn.Module, x: Tensor) -> Tensor:
+        return CHANGES[kind](first(x + 0.001 * torch.randn_like(x)))
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.other(CHANGES[kind](self.first(x + 0.001 * torch.randn_like(x))))
-
-    result = cka_hooks.compare(Noisy(), data(n, 64), progress=False)
+    result = cka_hooks.compare(Two(nn.Linear(64, 64), noisy, nn.Linear(64, 64)), data(n, 64), progress=False)
     assert result.layers == ("first",)
     assert "another order than those of the batch" in result.skipped["other"]
 
 
 def test_sorted_samples_beside_an_unrelated_random_number() -> None:
-    class Sorts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.other = nn.Linear(64, 64), nn.Linear(64, 64)
+    def sorts(first: nn.Module, x: Tensor) -> Tensor:
+        torch.rand(1)
+        return first(x)[x.sum(1).argsort()]
 
-        def forward(self, x: Tensor) -> Tensor:
-            torch.rand(1)
-            return self.other(self.first(x)[x.sum(1).argsort()])
-
-    assert cka_hooks.compare(Sorts(), data(N, 64, count=2), progress=False).layers == ("first",)
+    model = Two(nn.Linear(64, 64), sorts, nn.Linear(64, 64))
+    assert cka_hooks.compare(model, data(N, 64, count=2), progress=False).layers == ("first",)
 
 
 @pytest.mark.parametrize("padding", [0, 1])
@@ -625,18 +627,14 @@ def test_samples_that_an_expert_has_no_room_for_are_alike() -> None:
 def test_sorted_images_with_a_border(value: float) -> None:
     """Each number of an image is looked at, not only those of some columns."""
 
-    class Sorts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.other = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+    def sorts(first: nn.Module, x: Tensor) -> Tensor:
+        x = first(x)
+        return x[x.mean((1, 2, 3)).argsort()]
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.first(x)
-            return self.other(x[x.mean((1, 2, 3)).argsort()])
-
+    model = Two(nn.Conv2d(3, 16, 3, padding=1), sorts, nn.Conv2d(16, 16, 3, padding=1))
     images = torch.rand(16, 3, 64, 64)
     images[..., :4] = value
-    assert cka_hooks.compare(Sorts(), [images], progress=False).layers == ("first",)
+    assert cka_hooks.compare(model, [images], progress=False).layers == ("first",)
 
 
 def test_noise_of_a_position_is_no_other_sample() -> None:

@@ -7,7 +7,6 @@ import os
 import pickle
 import platform
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from processes import finished
+from processes import driver_without_gpu, finished
 from test_device import NoHostSync
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -54,13 +53,9 @@ def test_the_kernels_are_right_in_the_interpreter() -> None:
 @on_linux
 @pytest.mark.parametrize(("capability", "samples"), [(90, (12, 64)), (80, (100,)), (100, (100,))])
 def test_the_kernels_compile_and_get_their_arguments(capability: int, samples: Sequence[int], tmp_path: Path) -> None:
-    if (compiler := shutil.which("cc")) is None:
+    if shutil.which("cc") is None:
         pytest.skip("there is no C compiler")
-    library = tmp_path / "libcuda.so.1"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, CHECKS.with_name("no_gpu.c")], check=True)
-    places = {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_LIBCUDA_PATH": str(tmp_path)}
-    # Importing fused_checks.py, as the search for doctests does, chooses the interpreter.
-    environment = os.environ | places | {"LD_LIBRARY_PATH": str(tmp_path), "TRITON_INTERPRET": "0"}
+    library, environment = driver_without_gpu(tmp_path)
     words = map(str, (CHECKS.with_name("launch_checks.py"), library, capability, *samples))
     done = finished(*words, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

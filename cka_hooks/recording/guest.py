@@ -188,8 +188,10 @@ def undoing(value: Any, seen: dict[int, Any]) -> Iterator[Callable[[], object]]:
         if isinstance(one, dict):
             yield partial(_fill, one, dict(one))
             contents = one.values()
-        elif isinstance(one, list | deque | set | tuple):
+        elif isinstance(one, list | deque | set):
             yield partial(_refill, one, list(one))
+            contents = one
+        elif isinstance(one, tuple):
             contents = one
         elif isinstance(one, Tensor):
             is_other = isinstance(one, nn.Parameter) or one.is_inference() or one.is_meta or one.is_nested
@@ -223,7 +225,7 @@ def _fill(mapping: dict[Any, Any], items: dict[Any, Any]) -> None:
         del mapping[key]
 
 
-def _refill(container: Any, entries: list[Any]) -> None:
+def _refill(container: list[Any] | deque[Any] | set[Any], entries: list[Any]) -> None:
     if len(container) == len(entries) and all(map(operator.is_, container, entries)):
         return
     container.clear()

@@ -298,10 +298,10 @@ class State:
         index = moved(index, self.moments.device)
 
         def placed(tensor: Tensor, it: _Declared) -> Tensor:
-            moved = tensor.new_full((*tensor.shape[: -it.axes], *[len(layers)] * it.axes), it.fill)
+            filled = tensor.new_full((*tensor.shape[: -it.axes], *[len(layers)] * it.axes), it.fill)
             if self.layers:
-                moved[(..., index[:, None], index) if it.axes == 2 else (..., index)] = tensor
-            return moved
+                filled[(..., index[:, None], index) if it.axes == 2 else (..., index)] = tensor
+            return filled
 
         return self._with_tensors(placed, layers)
 

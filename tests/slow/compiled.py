@@ -29,6 +29,10 @@ import ptx
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import processes
+
 import cka_hooks
 from cka_hooks.similarity.products import fused
 
@@ -54,11 +58,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first run")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        library = f"{folder}/libcuda.so.1"
-        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, TESTS / "no_gpu.c"], check=True)
-        places = {"TRITON_CACHE_DIR": f"{folder}/cache", "TRITON_LIBCUDA_PATH": folder, "LD_LIBRARY_PATH": folder}
-        python_path = f"{TESTS.parent}{os.pathsep}{TESTS}{os.pathsep}{TESTS / 'slow'}"
-        environment = os.environ | places | {"TRITON_INTERPRET": "0", "PYTHONPATH": python_path}
+        library, environment = processes.driver_without_gpu(Path(folder))
+        environment["PYTHONPATH"] = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "slow")))
         for capability in CAPABILITIES:
             call = f"import compiled; compiled.checked({library!r}, {capability}, {options.seconds}, {options.seed})"
             if code := subprocess.run([sys.executable, "-c", call], env=environment, check=False).returncode:

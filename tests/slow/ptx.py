@@ -205,10 +205,9 @@ def shifted(a: Numbers, by: Numbers, left: bool) -> Numbers:
 
 TWO = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "min": np.fmin, "max": np.fmax, "div": quotient,
-    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "rem": np.fmod,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
 }  # fmt: skip
-OVER_LANES = {"min": np.min, "max": np.max, "add": np.sum}
 
 
 class Program:
@@ -408,8 +407,8 @@ class Program:
             lanes = self.get(given[2], TYPES["u32"]) % 32
             lanes = lanes ^ np.arange(len(lanes)) % 32 if name[2] == "bfly" else lanes
             return self.get(given[1], kind)[self.warps * 32 + lanes]
-        if head == "redux":
-            return np.repeat(OVER_LANES[name[2]](self.get(given[1], kind).reshape(-1, 32), 1), 32).astype(kind)
+        if name[:3] == ["redux", "sync", "min"]:
+            return np.repeat(self.get(given[1], kind).reshape(-1, 32).min(1), 32)
         if "wide" in name:
             wide = TYPES[f"{last[0]}{16 * kind.itemsize}"]
             a, b = (self.get(it, kind).astype(wide) for it in given[1:3])
@@ -420,7 +419,7 @@ class Program:
             return TWO[name[1]](*values) & (values[0] == values[0]) & (values[1] == values[1])
         if head in ("mad", "fma"):
             return times_and_plus(*values)
-        one = {"mov": bits, "neg": np.negative, "sqrt": np.sqrt, "not": np.invert}
+        one = {"mov": bits, "neg": np.negative, "sqrt": np.sqrt}
         return one[head](values[0]) if head in one else TWO[head](*values)
 
     def of_pairs(self, head: str, values: list[Numbers]) -> Numbers:
